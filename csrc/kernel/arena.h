@@ -1,0 +1,27 @@
+// Zeroed anonymous memory on huge pages, for the KV pool.
+#pragma once
+
+#include <cstddef>
+
+namespace lamina {
+
+class Arena {
+ public:
+  // Maps `bytes` (rounded up to 2 MiB), 2 MiB aligned, with MADV_HUGEPAGE; pages are zero and taken at first touch.
+  // Throws std::bad_alloc where the system refuses.
+  explicit Arena(size_t bytes);
+  ~Arena();
+  Arena(const Arena&) = delete;
+  Arena& operator=(const Arena&) = delete;
+
+  std::byte* data() const { return data_; }
+  size_t size() const { return size_; }
+  // Gives all pages back to the system; the arena reads as zeros again.
+  void clear();
+
+ private:
+  std::byte* data_;
+  size_t size_;
+};
+
+}  // namespace lamina

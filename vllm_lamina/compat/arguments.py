@@ -1,0 +1,168 @@
+"""``--executor lamina`` and ``--lamina-*``: vLLM has no extension point for engine arguments, so EngineArgs is wrapped.
+
+The wrapping happens when ``vllm.engine.arg_utils`` is imported, whoever imports it, and changes nothing for an engine
+that does not select Lamina. It fails loudly: were the wrapped interface to change, importing vLLM with the plugin
+installed would raise here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from vllm_lamina.compat.versions import check_vllm_version
+from vllm_lamina.config import LaminaConfig
+from vllm_lamina.errors import ConfigError
+
+EXECUTOR = "vllm_lamina.executor.LaminaExecutor"
+"""Value of vLLM's ``distributed_executor_backend`` that selects Lamina."""
+
+_MODULE = "vllm.engine.arg_utils"
+_PREFIX = "lamina_"
+
+
+def install() -> None:
+    """Wrap vLLM's engine arguments now, or as soon as they are imported. Calling it again does nothing."""
+    module = sys.modules.get(_MODULE)
+    if module is not None and hasattr(module, "AsyncEngineArgs"):
+        _wrap(module)
+    elif not any(isinstance(finder, _WrapOnImport) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _WrapOnImport())
+
+
+class _WrapOnImport(importlib.abc.MetaPathFinder):
+    """Wraps the module of vLLM's engine arguments right after it has been executed."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if fullname != _MODULE:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            execute(module)
+            _wrap(module)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def _wrap(module: ModuleType) -> None:
+    engine_args = module.EngineArgs
+    if hasattr(engine_args, "lamina_wrapped"):
+        return
+    engine_args.lamina_wrapped = True
+    _wrap_flags(engine_args)
+    for cls in (engine_args, module.AsyncEngineArgs):
+        _wrap_init(cls)
+    _wrap_create(engine_args)
+
+
+def _wrap_flags(engine_args: Any) -> None:
+    add_cli_args = engine_args.add_cli_args
+    from_cli_args = engine_args.from_cli_args.__func__
+
+    def add_lamina_args(parser: Any) -> Any:
+        parser = add_cli_args(parser)
+        group = parser.add_argument_group(
+            "Lamina", "Model-attention disaggregation: the attention operator and the KV cache on attention workers."
+        )
+        group.add_argument(
+            "--executor",
+            choices=["lamina"],
+            default=None,
+            help="Run the attention operator and keep the KV cache on attention workers.",
+        )
+        for field in dataclasses.fields(LaminaConfig):
+            group.add_argument(
+                f"--{_PREFIX}{field.name}".replace("_", "-"),
+                type=type(field.default),
+                default=None,
+                help=f"{field.metadata['help']} (default: {field.default!r})",
+            )
+        return parser
+
+    def from_cli_args_with_lamina(cls: Any, args: Any) -> Any:
+        engine = from_cli_args(cls, args)
+        _select(engine, {name: getattr(args, name, None) for name in _argument_names()})
+        return engine
+
+    engine_args.add_cli_args = staticmethod(add_lamina_args)
+    engine_args.from_cli_args = classmethod(from_cli_args_with_lamina)
+
+
+def _wrap_init(cls: Any) -> None:
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def init_with_lamina(self: Any, *args: Any, **kwargs: Any) -> None:
+        ours = {name: kwargs.pop(name) for name in list(kwargs) if name == "executor" or name.startswith(_PREFIX)}
+        init(self, *args, **kwargs)
+        _select(self, ours)
+
+    cls.__init__ = init_with_lamina
+
+
+def _wrap_create(engine_args: Any) -> None:
+    create_engine_config = engine_args.create_engine_config
+
+    @functools.wraps(create_engine_config)
+    def create_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        selected = self.distributed_executor_backend == EXECUTOR
+        if not selected and "lamina" in (self.additional_config or {}):
+            raise ConfigError(
+                'additional_config["lamina"] needs --executor lamina (or --distributed-executor-backend '
+                f"{EXECUTOR}); remove it to run without Lamina"
+            )
+        if selected:
+            # Here, in the first process, an error reaches the user before any other process has started.
+            check_vllm_version()
+            LaminaConfig.from_additional_config(self.additional_config)
+        config = create_engine_config(self, *args, **kwargs)
+        if selected:
+            from vllm_lamina.support import check_engine_config
+
+            check_engine_config(config)
+        return config
+
+    engine_args.create_engine_config = create_and_check
+
+
+def _argument_names() -> list[str]:
+    return ["executor", *(_PREFIX + field.name for field in dataclasses.fields(LaminaConfig))]
+
+
+def _select(engine: Any, arguments: dict[str, Any]) -> None:
+    """Turn our arguments into the two of vLLM's that carry them."""
+    given = {name: value for name, value in arguments.items() if value is not None}
+    executor = given.pop("executor", None)
+    if executor not in (None, "lamina"):
+        raise ConfigError(f"unknown executor {executor!r}; the only one is 'lamina'")
+    options = {name.removeprefix(_PREFIX): value for name, value in given.items()}
+    if executor is None:
+        if options:
+            flag = "--lamina-" + next(iter(options)).replace("_", "-")
+            raise ConfigError(f"{flag} needs --executor lamina")
+        return
+    backend = engine.distributed_executor_backend
+    if backend not in (None, EXECUTOR):
+        raise ConfigError(
+            f"--executor lamina selects its own executor; remove --distributed-executor-backend {backend}"
+        )
+    LaminaConfig.from_mapping(options)
+    engine.distributed_executor_backend = EXECUTOR
+    additional = dict(engine.additional_config or {})
+    additional["lamina"] = {**additional.get("lamina", {}), **options}
+    engine.additional_config = additional

@@ -1,0 +1,200 @@
+"""What Lamina refuses, in one table: checked at startup, shown in docs/support.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_lamina.errors import UnsupportedError
+
+WITHOUT_LAMINA = "run it without --executor lamina"
+
+DTYPES = ("float32", "bfloat16", "float16")
+HEAD_SIZES = range(32, 257, 16)
+BLOCK_SIZE_MULTIPLE = 32
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """What a model asks of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    attn_type: str
+    alibi_slopes: object
+    sliding_window: int | None
+    logits_soft_cap: float | None
+    kv_sharing_target_layer_name: str | None
+    sinks: object
+    kv_cache_dtype: str
+    other: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One unsupported feature, how it shows, and what a user can do about it.
+
+    ``in_engine`` looks at the ``VllmConfig`` before anything starts; ``in_layer`` is the authority for what only the
+    model's code knows. Either may be absent.
+    """
+
+    feature: str
+    advice: str
+    in_engine: Callable[[Any], bool] | None = None
+    in_layer: Callable[[LayerOptions], bool] | None = None
+
+
+def _text_config(config: Any) -> Any:
+    return config.model_config.hf_text_config
+
+
+def _has_sliding_window(config: Any) -> bool:
+    if config.model_config.disable_sliding_window:
+        return False
+    layer_types = getattr(_text_config(config), "layer_types", None) or ()
+    if layer_types:
+        return "sliding_attention" in layer_types
+    return config.model_config.get_sliding_window() is not None
+
+
+def _has_alibi(config: Any) -> bool:
+    text = _text_config(config)
+    attn_config = getattr(text, "attn_config", None)
+    in_attn_config = attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
+    return bool(text.model_type == "bloom" or getattr(text, "alibi", False) or in_attn_config)
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        "encoder models and encoder-decoder models (encoder attention, cross attention)",
+        WITHOUT_LAMINA,
+        lambda c: c.model_config.is_encoder_decoder,
+        lambda o: o.attn_type != "decoder",
+    ),
+    Refusal(
+        "pooling models (embedding, classification, scoring)",
+        WITHOUT_LAMINA,
+        lambda c: c.model_config.runner_type != "generate",
+    ),
+    Refusal("multimodal inputs", WITHOUT_LAMINA, lambda c: c.model_config.is_multimodal_model),
+    Refusal("multi-head latent attention (MLA)", WITHOUT_LAMINA, lambda c: c.model_config.use_mla),
+    Refusal(
+        "hybrid models (Mamba, linear or convolution state beside attention) and attention-free models",
+        WITHOUT_LAMINA,
+        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+    ),
+    Refusal(
+        "sliding window attention",
+        "limit the context to the window with --disable-sliding-window where vLLM can, or " + WITHOUT_LAMINA,
+        _has_sliding_window,
+        lambda o: o.sliding_window is not None and o.sliding_window >= 0,
+    ),
+    Refusal(
+        "attention logit soft-capping",
+        WITHOUT_LAMINA,
+        lambda c: bool(getattr(_text_config(c), "attn_logit_softcapping", None)),
+        lambda o: bool(o.logits_soft_cap),
+    ),
+    Refusal(
+        "attention sinks",
+        WITHOUT_LAMINA,
+        lambda c: _text_config(c).model_type == "gpt_oss",
+        lambda o: o.sinks is not None,
+    ),
+    Refusal("ALiBi", WITHOUT_LAMINA, _has_alibi, lambda o: o.alibi_slopes is not None),
+    Refusal(
+        "KV sharing between layers",
+        WITHOUT_LAMINA,
+        None,
+        lambda o: o.kv_sharing_target_layer_name is not None,
+    ),
+    Refusal(
+        "quantised KV cache (FP8 and others)",
+        "remove --kv-cache-dtype",
+        lambda c: c.cache_config.cache_dtype not in ("auto", *DTYPES),
+        lambda o: o.kv_cache_dtype not in ("auto", *DTYPES),
+    ),
+    Refusal(
+        "a KV cache dtype other than the model's",
+        "remove --kv-cache-dtype",
+        lambda c: c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch.")),
+    ),
+    Refusal(
+        f"head sizes other than the multiples of 16 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
+        WITHOUT_LAMINA,
+        None,
+        lambda o: o.head_size not in HEAD_SIZES,
+    ),
+    Refusal(
+        "other attention options of the model",
+        WITHOUT_LAMINA,
+        None,
+        lambda o: bool(o.other),
+    ),
+    Refusal(
+        f"KV block sizes that are not a multiple of {BLOCK_SIZE_MULTIPLE}",
+        "remove --block-size or choose 32, 64 or 128",
+        lambda c: c.cache_config.block_size is not None and c.cache_config.block_size % BLOCK_SIZE_MULTIPLE != 0,
+    ),
+    Refusal("speculative decoding", "remove --speculative-config", lambda c: c.speculative_config is not None),
+    Refusal("KV connectors", "remove --kv-transfer-config", lambda c: c.kv_transfer_config is not None),
+    Refusal(
+        "KV offloading", "remove --kv-offloading-size", lambda c: c.cache_config.kv_offloading_size is not None
+    ),
+    Refusal(
+        "tensor parallelism", "use --tensor-parallel-size 1", lambda c: c.parallel_config.tensor_parallel_size > 1
+    ),
+    Refusal(
+        "pipeline parallelism", "use --pipeline-parallel-size 1", lambda c: c.parallel_config.pipeline_parallel_size > 1
+    ),
+    Refusal("data parallelism", "use --data-parallel-size 1", lambda c: c.parallel_config.data_parallel_size > 1),
+    Refusal(
+        "context parallelism",
+        "remove --decode-context-parallel-size and --prefill-context-parallel-size",
+        lambda c: c.parallel_config.decode_context_parallel_size > 1
+        or c.parallel_config.prefill_context_parallel_size > 1,
+    ),
+    Refusal(
+        "vLLM's V2 model runner",
+        "set VLLM_USE_V2_MODEL_RUNNER=0",
+        lambda c: c.use_v2_model_runner,
+    ),
+)
+
+
+def check_engine_config(config: Any) -> None:
+    """Refuse an engine whose ``VllmConfig`` asks for what Lamina does not support.
+
+    Raises
+    ------
+    UnsupportedError
+        Names the feature and what to change.
+    """
+    for refusal in REFUSALS:
+        if refusal.in_engine is not None and refusal.in_engine(config):
+            raise UnsupportedError(_message(refusal, config.model_config.model))
+
+
+def check_layer(options: LayerOptions) -> None:
+    """Refuse an attention layer that asks for what Lamina does not support.
+
+    Raises
+    ------
+    UnsupportedError
+        Names the feature and what to change.
+    """
+    for refusal in REFUSALS:
+        if refusal.in_layer is not None and refusal.in_layer(options):
+            raise UnsupportedError(_message(refusal, f"an attention layer with {options}"))
+
+
+def _message(refusal: Refusal, subject: str) -> str:
+    return f"Lamina does not support {refusal.feature}, which {subject} needs: {refusal.advice}."
+
+
+def support_table() -> str:
+    """The refused features as a Markdown table, as docs/support.md shows it."""
+    rows = [f"| {refusal.feature} | {refusal.advice} |" for refusal in REFUSALS]
+    return "\n".join(["| Not supported | What to do |", "| --- | --- |", *rows])

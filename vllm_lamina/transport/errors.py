@@ -1,0 +1,21 @@
+"""What can go wrong between a model worker and an attention worker; every text says what to change."""
+
+
+class ConnectionFailed(Exception):
+    """Base of the errors of this package's control plane."""
+
+
+class UnsupportedAddress(ConnectionFailed, ValueError):
+    """The address is malformed, or not on this host."""
+
+
+class WorkerUnreachable(ConnectionFailed):
+    """No attention worker answers at the address, or it stopped answering."""
+
+
+class WorkerRefused(ConnectionFailed):
+    """The attention worker answered, and said no: it is busy, or the configuration does not fit."""
+
+
+class ProtocolMismatch(ConnectionFailed):
+    """The two sides run versions of vllm-lamina that do not understand each other."""

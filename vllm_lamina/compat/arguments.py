@@ -89,14 +89,14 @@ def _wrap_flags(engine_args: Any) -> None:
             group.add_argument(
                 f"--{_PREFIX}{field.name}".replace("_", "-"),
                 type=type(field.default),
-                default=None,
-                help=f"{field.metadata['help']} (default: {field.default!r})",
+                default=field.default,
+                help=field.metadata["help"],
             )
         return parser
 
     def from_cli_args_with_lamina(cls: Any, args: Any) -> Any:
         engine = from_cli_args(cls, args)
-        _select(engine, {name: getattr(args, name, None) for name in _argument_names()})
+        _select(engine, _given_flags(args))
         return engine
 
     engine_args.add_cli_args = staticmethod(add_lamina_args)
@@ -140,13 +140,14 @@ def _wrap_create(engine_args: Any) -> None:
     engine_args.create_engine_config = create_and_check
 
 
-def _argument_names() -> list[str]:
-    return ["executor", *(_PREFIX + field.name for field in dataclasses.fields(LaminaConfig))]
+def _given_flags(args: Any) -> dict[str, Any]:
+    """Our flags that differ from their defaults; a caller's own namespace may lack them."""
+    defaults = {"executor": None} | {_PREFIX + f.name: f.default for f in dataclasses.fields(LaminaConfig)}
+    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name, default) != default}
 
 
-def _select(engine: Any, arguments: dict[str, Any]) -> None:
-    """Turn our arguments into the two of vLLM's that carry them."""
-    given = {name: value for name, value in arguments.items() if value is not None}
+def _select(engine: Any, given: dict[str, Any]) -> None:
+    """Turn the given arguments of ours into the two of vLLM's that carry them."""
     executor = given.pop("executor", None)
     if executor not in (None, "lamina"):
         raise ConfigError(f"unknown executor {executor!r}; the only one is 'lamina'")

@@ -1,0 +1,69 @@
+"""The vLLM interfaces that Lamina relies on; after an upgrade of vLLM these tests fail first and say what moved."""
+
+import inspect
+
+import pytest
+from vllm.v1.attention import selector
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.versions import TESTED, check_vllm_version
+from vllm_lamina.device.cpu import CpuDevice
+from vllm_lamina.errors import LaminaError
+
+
+def test_the_installed_version_is_tested() -> None:
+    check_vllm_version()
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "unknown"])
+def test_other_versions_are_refused(version: str) -> None:
+    with pytest.raises(LaminaError, match=f"tested with vLLM {TESTED}.x; this is vLLM {version}"):
+        check_vllm_version(version)
+
+
+def test_a_backend_can_be_overridden_and_restored() -> None:
+    """Relies on ``AttentionBackendEnum``, ``register_backend``, ``clear_override``, ``_cached_get_attn_backend``."""
+    name = CpuDevice.backend_name
+    stock = AttentionBackendEnum[name].get_path()
+    override_attention_backend(name, "a.Backend")
+    try:
+        assert AttentionBackendEnum[name].get_path() == "a.Backend"
+    finally:
+        restore_attention_backend(name)
+    assert AttentionBackendEnum[name].get_path() == stock
+    assert callable(selector._cached_get_attn_backend.cache_clear)
+
+
+def test_worker_methods_that_are_overridden_exist() -> None:
+    """Relies on these methods of vLLM's workers, with these parameters."""
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert issubclass(CPUWorker, Worker)
+    assert [*inspect.signature(Worker.initialize_from_config).parameters] == ["self", "kv_cache_config"]
+    assert [*inspect.signature(CPUWorker.determine_available_memory).parameters] == ["self"]
+    assert [*inspect.signature(CPUWorker._should_warm_up_model).parameters] == ["self"]
+    assert [*inspect.signature(Worker.get_kv_cache_spec).parameters] == ["self"]
+
+
+def test_executor_hooks_exist() -> None:
+    """Relies on ``_init_executor`` being where executors start their workers, and on ``worker_cls`` read after it."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    for cls in (MultiprocExecutor, UniProcExecutor):
+        assert [*inspect.signature(cls._init_executor).parameters] == ["self"]
+        assert [*inspect.signature(cls.shutdown).parameters] == ["self"]
+
+
+def test_the_builder_is_told_what_it_reads() -> None:
+    """Relies on these fields of ``CommonAttentionMetadata`` and on the batch being reordered for the builder."""
+    import dataclasses
+
+    from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+
+    fields = {field.name for field in dataclasses.fields(CommonAttentionMetadata)}
+    assert {"query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens"} <= fields
+    assert {"block_table_tensor", "slot_mapping"} <= fields
+    assert AttentionMetadataBuilder.reorder_batch_threshold is None

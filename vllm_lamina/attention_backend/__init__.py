@@ -1,0 +1,6 @@
+"""The attention backend that vLLM's model runner calls: it sends the attention operator to the attention workers."""
+
+from vllm_lamina.attention_backend.backend import LaminaAttentionBackend
+from vllm_lamina.attention_backend.exchange import Exchange
+
+__all__ = ["Exchange", "LaminaAttentionBackend"]

@@ -1,0 +1,48 @@
+"""vLLM's view of Lamina's attention: its name, what it supports, and the classes that do the work."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
+from vllm_lamina.attention_backend.metadata import LaminaMetadataBuilder
+from vllm_lamina.support import BLOCK_SIZE_MULTIPLE, DTYPES, HEAD_SIZES
+
+
+class LaminaAttentionBackend(AttentionBackend):
+    """Attention whose KV blocks lie on attention workers; the KV cache tensors that vLLM knows are empty."""
+
+    # k and v go to the attention worker with q, so there is no separate call that stores them.
+    forward_includes_kv_cache_update = True
+    supported_dtypes: ClassVar[list[torch.dtype]] = [getattr(torch, name) for name in DTYPES]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", *DTYPES]
+
+    @staticmethod
+    def get_name() -> str:
+        # vLLM looks the name up in its enumeration of backends.
+        return Exchange.current().device.backend_name
+
+    @staticmethod
+    def get_impl_cls() -> type[LaminaAttentionImpl]:
+        return LaminaAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[LaminaMetadataBuilder]:
+        return LaminaMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
+        return [MultipleOf(BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        return (KVCacheLayout.LBHNC,)

@@ -1,0 +1,64 @@
+"""The model worker's exchange with its attention worker, as the attention layers use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from vllm_lamina.device import Device
+from vllm_lamina.errors import LaminaError
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
+
+    from vllm_lamina._native import AttentionClient
+
+
+@dataclass
+class Exchange:
+    """The one exchange of a model worker's process.
+
+    vLLM builds attention layers and metadata builders itself and gives them no reference of ours, and one process
+    runs one model worker at a time: so they find the exchange through `current`.
+    """
+
+    device: Device
+    timeout: float
+    """Seconds one wait may take."""
+    _client: AttentionClient | None = None
+    _layer_indices: dict[str, int] = field(default_factory=dict)
+
+    _current: ClassVar[Exchange | None] = None
+
+    def activate(self) -> Self:
+        """Make this the exchange of the process."""
+        Exchange._current = self
+        return self
+
+    def deactivate(self) -> None:
+        """Forget the exchange of the process, if it is this one."""
+        if Exchange._current is self:
+            Exchange._current = None
+
+    @staticmethod
+    def current() -> Exchange:
+        """The exchange of the process. Raises LaminaError where no model worker of Lamina runs."""
+        if Exchange._current is None:
+            raise LaminaError("Lamina's attention backend is used outside of a Lamina model worker.")
+        return Exchange._current
+
+    def open(self, client: AttentionClient, layer_names: list[str]) -> None:
+        """Attend through ``client``, whose layer i is ``layer_names[i]``."""
+        self._client = client
+        self._layer_indices = {name: index for index, name in enumerate(layer_names)}
+
+    @property
+    def client(self) -> AttentionClient:
+        """The native client of the data channel."""
+        if self._client is None:
+            raise LaminaError("The attention worker's KV pool is not configured yet.")
+        return self._client
+
+    def layer_index(self, layer: AttentionLayer) -> int:
+        """The attention worker's index of a layer of the model."""
+        return self._layer_indices[layer.layer_name]

@@ -1,0 +1,44 @@
+"""PyTorch's thread count and vLLM's CPU binding, where the model worker runs inside the engine's process or beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from vllm_lamina.units import format_cpus
+
+BIND = "VLLM_CPU_OMP_THREADS_BIND"
+"""vLLM's variable for the CPUs of its CPU model workers: a CPU list a rank, separated by |, or auto, or nobind."""
+
+
+@contextlib.contextmanager
+def model_workers_bound_to(cpus: Sequence[int]) -> Iterator[None]:
+    """Let the model worker process that starts meanwhile run on these CPUs, by vLLM's own binding."""
+    before = os.environ.get(BIND)
+    os.environ[BIND] = format_cpus(cpus)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[BIND]
+        else:
+            os.environ[BIND] = before
+
+
+class ThisProcessOn:
+    """Runs the calling thread, and the threads it starts from now on, on the given CPUs until `restore`."""
+
+    def __init__(self, cpus: Sequence[int]) -> None:
+        self._affinity = os.sched_getaffinity(0)
+        self._num_threads = torch.get_num_threads()
+        os.sched_setaffinity(0, cpus)
+        # vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing; this is the original.
+        torch._C.set_num_threads(len(cpus))
+
+    def restore(self) -> None:
+        """Give the thread its CPUs back."""
+        os.sched_setaffinity(0, self._affinity)
+        torch._C.set_num_threads(self._num_threads)

@@ -1,0 +1,166 @@
+"""vLLM's worker without a KV cache of its own: the KV blocks it reports are those of the attention worker."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.config import LaminaConfig
+from vllm_lamina.device import device_for
+from vllm_lamina.errors import ConfigError, LaminaError, UnsupportedError
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.messages import Geometry, WorkerStats
+from vllm_lamina.units import format_bytes
+
+logger = init_logger("vllm.lamina")
+
+BACKEND = "vllm_lamina.attention_backend.LaminaAttentionBackend"
+
+SPIN_US = 2000
+"""How long a side polls before it sleeps, where its CPUs are its own: longer than the other side's part of a layer."""
+
+
+class _LaminaWorker(Worker):
+    """What Lamina changes in vLLM's worker, whatever the device."""
+
+    _connection: AttentionWorkerConnection | None = None
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
+        device = device_for(vllm_config.device_config.device_type)
+        self.exchange = Exchange(device, self.lamina_config.timeout).activate()
+        override_attention_backend(device.backend_name, BACKEND)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def attach_attention_worker(self, address: str, shares_cpus: bool) -> None:
+        """Connect to the attention worker. Called by the executor once the model is loaded."""
+        self._connection = AttentionWorkerConnection.connect(address)
+        self._spin_us = 0 if shares_cpus else SPIN_US
+
+    @property
+    def connection(self) -> AttentionWorkerConnection:
+        """The attention worker. Raises LaminaError before `attach_attention_worker`."""
+        if self._connection is None:
+            raise LaminaError("The model worker is not connected to an attention worker yet.")
+        return self._connection
+
+    def determine_available_memory(self) -> int:
+        """Bytes of KV cache as vLLM counts them that the attention worker's pool holds."""
+        self._warm_up()
+        specs = self.get_kv_cache_spec()
+        geometry = self._geometry(specs)
+        block_bytes = self.connection.block_bytes(geometry)
+        num_blocks = self.connection.pool_bytes // block_bytes
+        self._check_holds_one_request(num_blocks, block_bytes, geometry.block_size)
+        # vLLM divides by its own page size, which knows nothing of the padding in the attention worker's layout.
+        return num_blocks * sum(spec.page_size_bytes for spec in specs.values())
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Let the attention worker allocate its pool; the model worker's layers keep empty KV caches."""
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise UnsupportedError("Lamina does not support models whose layers need different kinds of KV cache.")
+        layer_names = kv_cache_config.kv_cache_groups[0].layer_names
+        specs = self.get_kv_cache_spec()
+        geometry = self._geometry({name: specs[name] for name in layer_names})
+        used = self.connection.configure(
+            geometry,
+            kv_cache_config.num_blocks,
+            ring_bytes=self._ring_bytes(geometry),
+            spin_us=self._spin_us,
+            worker_spin_us=self._spin_us,
+        )
+        self.exchange.open(self.connection.client, layer_names)
+        super().initialize_from_config(dataclasses.replace(kv_cache_config, kv_cache_tensors=[]))
+        local = sum(tensor.numel() * tensor.element_size() for tensor in self.model_runner.kv_caches)
+        logger.info(
+            "Lamina: KV cache of %s on the attention worker (%d blocks, %d tokens); %s on the model worker.",
+            format_bytes(used),
+            kv_cache_config.num_blocks,
+            kv_cache_config.num_blocks * geometry.block_size,
+            format_bytes(local),
+        )
+
+    def attention_worker_stats(self) -> WorkerStats:
+        """Counters of the attention worker."""
+        return self.connection.stats()
+
+    def shutdown(self) -> None:
+        """Leave the attention worker, and vLLM's registry of backends as it was."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self.exchange.deactivate()
+        restore_attention_backend(self.exchange.device.backend_name)
+        super().shutdown()
+
+    def _warm_up(self) -> None:
+        """Compile the model, where the device's worker does so before the KV cache exists."""
+
+    def _geometry(self, specs: dict[str, KVCacheSpec]) -> Geometry:
+        kinds = {(type(spec), spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype) for spec in specs.values()}
+        layers = [self._layer(name) for name in specs]
+        heads = {layer.num_heads for layer in layers}
+        if len(kinds) != 1 or len(heads) != 1:
+            raise UnsupportedError(
+                f"Lamina does not support models whose attention layers differ in kind or shape: {sorted(map(str, kinds))}."
+            )
+        spec = next(iter(specs.values()))
+        if type(spec) is not FullAttentionSpec or getattr(spec, "head_size_v", spec.head_size) != spec.head_size:
+            raise UnsupportedError(f"Lamina supports full attention only; this model's KV cache is {spec}.")
+        return Geometry(
+            num_layers=len(specs),
+            block_size=spec.block_size,
+            num_heads=heads.pop(),
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            dtype=str(spec.dtype).removeprefix("torch."),
+            scales=tuple(layer.impl.scale for layer in layers),
+        )
+
+    def _layer(self, name: str) -> Any:
+        return self.vllm_config.compilation_config.static_forward_context[name]
+
+    def _check_holds_one_request(self, num_blocks: int, block_bytes: int, block_size: int) -> None:
+        if self.model_config.original_max_model_len == -1:  # vLLM fits the length to the pool
+            return
+        max_model_len = self.model_config.max_model_len
+        # One block more than the request's own: vLLM keeps block 0 for itself.
+        needed = -(-max_model_len // block_size) + 1
+        if num_blocks < needed:
+            raise ConfigError(
+                f"The attention worker's pool of {format_bytes(self.connection.pool_bytes)} holds "
+                f"{max(num_blocks - 1, 0) * block_size} tokens, but one request of --max-model-len {max_model_len} "
+                f"needs {format_bytes(needed * block_bytes)}: raise --lamina-memory (or the worker's --memory) to at "
+                "least that, or lower --max-model-len."
+            )
+
+    def _ring_bytes(self, geometry: Geometry) -> int:
+        """Room for two of the largest frames: one layer's q, k and v of a full step."""
+        element = 4 if geometry.dtype == "float32" else 2
+        row = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_size * element
+        layer = self.scheduler_config.max_num_batched_tokens * row
+        blocks = -(-self.model_config.max_model_len // geometry.block_size)
+        step = self.scheduler_config.max_num_seqs * (blocks * 4 + 64) + self.scheduler_config.max_num_batched_tokens * 8
+        return 2 * (layer + step) + (1 << 20)
+
+
+class LaminaCPUWorker(_LaminaWorker, CPUWorker):
+    """The model worker on a CPU."""
+
+    def _warm_up(self) -> None:
+        if self._should_warm_up_model():
+            self.model_runner.warming_up_model()
+
+
+class LaminaCUDAWorker(_LaminaWorker):
+    """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
+
+    def _warm_up(self) -> None:
+        self.model_runner.profile_run()

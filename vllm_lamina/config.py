@@ -59,7 +59,9 @@ class LaminaConfig:
             with _naming("worker_cpus"):
                 parse_cpus(self.worker_cpus)
         if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float) or self.timeout <= 0:
-            raise ConfigError(f"lamina option 'timeout' must be a number of seconds above 0, not {self.timeout!r}")
+            raise ConfigError(
+                f"lamina option 'timeout' must be a number of seconds above 0, not {self.timeout!r}"
+            )
         if self.workers and (self.memory != AUTO or self.worker_cpus != AUTO):
             raise ConfigError(
                 "lamina options 'memory' and 'worker_cpus' describe the embedded attention worker; with "
@@ -82,7 +84,9 @@ class LaminaConfig:
                 raise ConfigError(
                     f"unknown lamina option {key!r}; did you mean {nearest!r}? Valid options: {', '.join(defaults)}"
                 )
-        values = {k: str(v) if isinstance(defaults[k], str) else v for k, v in options.items()}
+        values: dict[str, Any] = {
+            k: str(v) if isinstance(defaults[k], str) else v for k, v in options.items()
+        }
         return cls(**values)
 
     @classmethod

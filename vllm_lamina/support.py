@@ -62,7 +62,9 @@ def _has_sliding_window(config: Any) -> bool:
 def _has_alibi(config: Any) -> bool:
     text = _text_config(config)
     attn_config = getattr(text, "attn_config", None)
-    in_attn_config = attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
+    in_attn_config = (
+        attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
+    )
     return bool(text.model_type == "bloom" or getattr(text, "alibi", False) or in_attn_config)
 
 
@@ -119,7 +121,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "a KV cache dtype other than the model's",
         "remove --kv-cache-dtype",
-        lambda c: c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch.")),
+        lambda c: (
+            c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch."))
+        ),
     ),
     Refusal(
         f"head sizes other than the multiples of 16 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
@@ -136,25 +140,39 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         f"KV block sizes that are not a multiple of {BLOCK_SIZE_MULTIPLE}",
         "remove --block-size or choose 32, 64 or 128",
-        lambda c: c.cache_config.block_size is not None and c.cache_config.block_size % BLOCK_SIZE_MULTIPLE != 0,
+        lambda c: (
+            c.cache_config.block_size is not None and c.cache_config.block_size % BLOCK_SIZE_MULTIPLE != 0
+        ),
     ),
-    Refusal("speculative decoding", "remove --speculative-config", lambda c: c.speculative_config is not None),
+    Refusal(
+        "speculative decoding", "remove --speculative-config", lambda c: c.speculative_config is not None
+    ),
     Refusal("KV connectors", "remove --kv-transfer-config", lambda c: c.kv_transfer_config is not None),
     Refusal(
-        "KV offloading", "remove --kv-offloading-size", lambda c: c.cache_config.kv_offloading_size is not None
+        "KV offloading",
+        "remove --kv-offloading-size",
+        lambda c: c.cache_config.kv_offloading_size is not None,
     ),
     Refusal(
-        "tensor parallelism", "use --tensor-parallel-size 1", lambda c: c.parallel_config.tensor_parallel_size > 1
+        "tensor parallelism",
+        "use --tensor-parallel-size 1",
+        lambda c: c.parallel_config.tensor_parallel_size > 1,
     ),
     Refusal(
-        "pipeline parallelism", "use --pipeline-parallel-size 1", lambda c: c.parallel_config.pipeline_parallel_size > 1
+        "pipeline parallelism",
+        "use --pipeline-parallel-size 1",
+        lambda c: c.parallel_config.pipeline_parallel_size > 1,
     ),
-    Refusal("data parallelism", "use --data-parallel-size 1", lambda c: c.parallel_config.data_parallel_size > 1),
+    Refusal(
+        "data parallelism", "use --data-parallel-size 1", lambda c: c.parallel_config.data_parallel_size > 1
+    ),
     Refusal(
         "context parallelism",
         "remove --decode-context-parallel-size and --prefill-context-parallel-size",
-        lambda c: c.parallel_config.decode_context_parallel_size > 1
-        or c.parallel_config.prefill_context_parallel_size > 1,
+        lambda c: (
+            c.parallel_config.decode_context_parallel_size > 1
+            or c.parallel_config.prefill_context_parallel_size > 1
+        ),
     ),
     Refusal(
         "vLLM's V2 model runner",

@@ -55,7 +55,10 @@ def test_keyword_arguments_select_the_executor(cls: type[EngineArgs]) -> None:
         ({"executor": "laminar"}, "unknown executor 'laminar'; the only one is 'lamina'"),
         ({"lamina_memory": "1GiB"}, "--lamina-memory needs --executor lamina"),
         ({"executor": "lamina", "lamina_memroy": "1GiB"}, "did you mean 'memory'"),
-        ({"executor": "lamina", "distributed_executor_backend": "mp"}, "remove --distributed-executor-backend mp"),
+        (
+            {"executor": "lamina", "distributed_executor_backend": "mp"},
+            "remove --distributed-executor-backend mp",
+        ),
     ],
 )
 def test_arguments_that_cannot_work_are_refused(arguments: dict[str, str], message: str) -> None:

@@ -12,7 +12,9 @@ def test_defaults_come_from_an_absent_key() -> None:
 
 
 def test_options_are_read() -> None:
-    config = LaminaConfig.from_additional_config({"lamina": {"memory": "2GiB", "worker_cpus": "1,3", "timeout": 5}})
+    config = LaminaConfig.from_additional_config(
+        {"lamina": {"memory": "2GiB", "worker_cpus": "1,3", "timeout": 5}}
+    )
     assert config == LaminaConfig(memory="2GiB", worker_cpus="1,3", timeout=5)
 
 

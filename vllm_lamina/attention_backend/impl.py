@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
@@ -96,7 +94,10 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         call.post()
         local = [
             device.causal_attention(
-                query[chunk.start : chunk.end], key[chunk.start : chunk.end], value[chunk.start : chunk.end], self.scale
+                query[chunk.start : chunk.end],
+                key[chunk.start : chunk.end],
+                value[chunk.start : chunk.end],
+                self.scale,
             )
             for chunk in step.prefill_chunks
         ]
@@ -109,7 +110,10 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
             if chunk.context_start is not None:
                 rows = slice(chunk.context_start, chunk.context_start + chunk.end - chunk.start)
                 chunk_out = merge_by_lse(
-                    chunk_out, chunk_lse, context_out[rows].to(output.device), context_lse[rows].to(output.device)
+                    chunk_out,
+                    chunk_lse,
+                    context_out[rows].to(output.device),
+                    context_lse[rows].to(output.device),
                 )
             output[chunk.start : chunk.end] = chunk_out
         return output

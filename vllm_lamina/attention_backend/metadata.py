@@ -49,7 +49,11 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
     reorder_batch_threshold = 1
 
     def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.exchange = Exchange.current()

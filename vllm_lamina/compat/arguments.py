@@ -77,7 +77,8 @@ def _wrap_flags(engine_args: Any) -> None:
     def add_lamina_args(parser: Any) -> Any:
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
-            "Lamina", "Model-attention disaggregation: the attention operator and the KV cache on attention workers."
+            "Lamina",
+            "Model-attention disaggregation: the attention operator and the KV cache on attention workers.",
         )
         group.add_argument(
             "--executor",
@@ -108,7 +109,9 @@ def _wrap_init(cls: Any) -> None:
 
     @functools.wraps(init)
     def init_with_lamina(self: Any, *args: Any, **kwargs: Any) -> None:
-        ours = {name: kwargs.pop(name) for name in list(kwargs) if name == "executor" or name.startswith(_PREFIX)}
+        ours = {
+            name: kwargs.pop(name) for name in list(kwargs) if name == "executor" or name.startswith(_PREFIX)
+        }
         init(self, *args, **kwargs)
         _select(self, ours)
 
@@ -143,7 +146,11 @@ def _wrap_create(engine_args: Any) -> None:
 def _given_flags(args: Any) -> dict[str, Any]:
     """Our flags that differ from their defaults; a caller's own namespace may lack them."""
     defaults = {"executor": None} | {_PREFIX + f.name: f.default for f in dataclasses.fields(LaminaConfig)}
-    return {name: getattr(args, name) for name, default in defaults.items() if getattr(args, name, default) != default}
+    return {
+        name: getattr(args, name)
+        for name, default in defaults.items()
+        if getattr(args, name, default) != default
+    }
 
 
 def _select(engine: Any, given: dict[str, Any]) -> None:

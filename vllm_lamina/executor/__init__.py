@@ -20,7 +20,9 @@ def __getattr__(name: str) -> object:
 
     from vllm_lamina.executor import executors
 
-    return executors.LaminaExecutor if envs.VLLM_ENABLE_V1_MULTIPROCESSING else executors.LaminaUniProcExecutor
+    return (
+        executors.LaminaExecutor if envs.VLLM_ENABLE_V1_MULTIPROCESSING else executors.LaminaUniProcExecutor
+    )
 
 
 __all__ = ["LaminaExecutor"]

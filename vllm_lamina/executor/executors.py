@@ -18,8 +18,8 @@ from vllm_lamina.device import device_for
 from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
-from vllm_lamina.worker.memory import available_memory
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+from vllm_lamina.worker.memory import available_memory
 
 logger = init_logger("vllm.lamina")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -16,12 +17,18 @@ from vllm_lamina.config import LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import ConfigError, LaminaError, UnsupportedError
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry, WorkerStats
+from vllm_lamina.transport.messages import DType, Geometry, WorkerStats
 from vllm_lamina.units import format_bytes
 
 logger = init_logger("vllm.lamina")
 
 BACKEND = "vllm_lamina.attention_backend.LaminaAttentionBackend"
+
+DTYPE_NAMES: dict[torch.dtype, DType] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 SPIN_US = 2000
 """How long a side polls before it sleeps, where its CPUs are its own: longer than the other side's part of a layer."""
@@ -60,12 +67,14 @@ class _LaminaWorker(Worker):
         num_blocks = self.connection.pool_bytes // block_bytes
         self._check_holds_one_request(num_blocks, block_bytes, geometry.block_size)
         # vLLM divides by its own page size, which knows nothing of the padding in the attention worker's layout.
-        return num_blocks * sum(spec.page_size_bytes for spec in specs.values())
+        return num_blocks * int(sum(spec.page_size_bytes for spec in specs.values()))
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Let the attention worker allocate its pool; the model worker's layers keep empty KV caches."""
         if len(kv_cache_config.kv_cache_groups) != 1:
-            raise UnsupportedError("Lamina does not support models whose layers need different kinds of KV cache.")
+            raise UnsupportedError(
+                "Lamina does not support models whose layers need different kinds of KV cache."
+            )
         layer_names = kv_cache_config.kv_cache_groups[0].layer_names
         specs = self.get_kv_cache_spec()
         geometry = self._geometry({name: specs[name] for name in layer_names})
@@ -104,15 +113,21 @@ class _LaminaWorker(Worker):
         """Compile the model, where the device's worker does so before the KV cache exists."""
 
     def _geometry(self, specs: dict[str, KVCacheSpec]) -> Geometry:
-        kinds = {(type(spec), spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype) for spec in specs.values()}
+        kinds = {
+            (type(spec), spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype)
+            for spec in specs.values()
+        }
         layers = [self._layer(name) for name in specs]
         heads = {layer.num_heads for layer in layers}
         if len(kinds) != 1 or len(heads) != 1:
             raise UnsupportedError(
-                f"Lamina does not support models whose attention layers differ in kind or shape: {sorted(map(str, kinds))}."
+                f"Lamina does not support models whose attention layers differ in kind or shape: {kinds}."
             )
         spec = next(iter(specs.values()))
-        if type(spec) is not FullAttentionSpec or getattr(spec, "head_size_v", spec.head_size) != spec.head_size:
+        if (
+            type(spec) is not FullAttentionSpec
+            or getattr(spec, "head_size_v", spec.head_size) != spec.head_size
+        ):
             raise UnsupportedError(f"Lamina supports full attention only; this model's KV cache is {spec}.")
         return Geometry(
             num_layers=len(specs),
@@ -120,7 +135,7 @@ class _LaminaWorker(Worker):
             num_heads=heads.pop(),
             num_kv_heads=spec.num_kv_heads,
             head_size=spec.head_size,
-            dtype=str(spec.dtype).removeprefix("torch."),
+            dtype=DTYPE_NAMES[spec.dtype],
             scales=tuple(layer.impl.scale for layer in layers),
         )
 
@@ -147,7 +162,10 @@ class _LaminaWorker(Worker):
         row = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_size * element
         layer = self.scheduler_config.max_num_batched_tokens * row
         blocks = -(-self.model_config.max_model_len // geometry.block_size)
-        step = self.scheduler_config.max_num_seqs * (blocks * 4 + 64) + self.scheduler_config.max_num_batched_tokens * 8
+        step = (
+            self.scheduler_config.max_num_seqs * (blocks * 4 + 64)
+            + self.scheduler_config.max_num_batched_tokens * 8
+        )
         return 2 * (layer + step) + (1 << 20)
 
 

@@ -47,7 +47,8 @@ class Pool:
         self.kv_lens = np.array(kv_lens, np.int32)
         needed = [-(-n // geometry.block_size) for n in kv_lens]
         num_blocks = sum(needed) + 2
-        self.layer = Arena(num_blocks * self.kernel.block_bytes).array()
+        layer_bytes = num_blocks * self.kernel.block_bytes
+        self.layer = Arena(layer_bytes).array()[:layer_bytes]
         self.layer[:] = fill  # 0xFF is NaN in every dtype: what a recycled block might hold
         ids = self.rng.permutation(num_blocks)[: sum(needed)].astype(np.int32)
         self.block_tables = np.zeros((len(kv_lens), max([1, *needed])), np.int32)

@@ -18,9 +18,7 @@ def from_bits(x: np.ndarray, dtype: str) -> np.ndarray:
     return x.astype(np.float64)
 
 
-def attention(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float
-) -> tuple[np.ndarray, np.ndarray]:
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
     """Full softmax attention without a mask.
 
     Parameters

@@ -6,11 +6,11 @@ from pool import Geometry, Pool
 
 from vllm_lamina.kernels import AttentionKernel, available_isas
 
-# K, V and q are the same rounded values on both sides, so what differs is arithmetic and the output's rounding.
+# K, V and q are the same rounded values on both sides: what differs is arithmetic and the output's rounding.
 # Outputs are averages of unit normals, of order 1 / sqrt(kv_len) up to 4.
 # float32: sums of up to a thousand float32 products and exponentials within 2 ulp.
-# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX the softmax weights are bfloat16 too, of
-# which the errors average out over the tokens. LSE never leaves float32.
+# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX the softmax weights are bfloat16
+# too, of which the errors average out over the tokens. LSE never leaves float32.
 OUT_TOLERANCE = {
     "float32": {"rtol": 2e-5, "atol": 5e-6},
     "bfloat16": {"rtol": 1e-2, "atol": 6e-3},

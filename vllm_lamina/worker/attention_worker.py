@@ -116,8 +116,8 @@ class AttentionWorkerProcess:
         """Serve until SIGTERM, SIGINT (unless embedded), the parent's end or a Shutdown."""
         signal.set_wakeup_fd(self._signal_writer.fileno())
         signal.signal(signal.SIGTERM, _leave_to_wakeup_fd)
-        # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent, which
-        # may still finish requests.
+        # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent,
+        # which may still finish requests.
         embedded = self._options.parent_pid is not None
         signal.signal(signal.SIGINT, signal.SIG_IGN if embedded else _leave_to_wakeup_fd)
         cpus = f"CPUs {format_cpus(self._options.cpus)}" if self._options.cpus else "not pinned"

@@ -1,4 +1,4 @@
-"""The channel over shared memory: every size, wrap and rewind, two processes, dead peers, deadlines, bad memory."""
+"""The channel over shared memory: sizes, wrap and rewind, two processes, dead peers, deadlines, bad memory."""
 
 import mmap
 import multiprocessing
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
+
 from vllm_lamina._native import (
     ChannelClosed,
     ChannelError,
@@ -68,7 +69,9 @@ def test_round_trip(pair: Pair, size: int) -> None:
 
 
 def test_frame_too_large_names_the_limit(pair: Pair) -> None:
-    with pytest.raises(FrameTooLarge, match=f"{RING_BYTES + 1} bytes .* {RING_BYTES} bytes; raise ring_bytes"):
+    with pytest.raises(
+        FrameTooLarge, match=f"{RING_BYTES + 1} bytes .* {RING_BYTES} bytes; raise ring_bytes"
+    ):
         pair.client.send(bytes(RING_BYTES + 1), DEADLINE)
     pair.client.send(b"fits", DEADLINE)
     assert pair.worker.receive(DEADLINE) == b"fits"
@@ -208,7 +211,15 @@ def test_foreign_memory_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("offset", "size"),
-    [(0, RING_BYTES + 1), (RING_BYTES, 1), (RING_BYTES - 64, 128), (2**64 - 64, 64), (1, 64), (0, 0), (0, 2**64 - 1)],
+    [
+        (0, RING_BYTES + 1),
+        (RING_BYTES, 1),
+        (RING_BYTES - 64, 128),
+        (2**64 - 64, 64),
+        (1, 64),
+        (0, 0),
+        (0, 2**64 - 1),
+    ],
 )
 def test_descriptors_are_checked(pair: Pair, offset: int, size: int) -> None:
     """A sender that points outside its ring is not believed; what it sends next is."""

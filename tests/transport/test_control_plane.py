@@ -7,6 +7,7 @@ from contextlib import contextmanager
 import msgspec
 import pytest
 import zmq
+
 from vllm_lamina.transport.address import control_endpoint
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import (
@@ -106,7 +107,7 @@ def test_another_protocol_version() -> None:
     }
     with (
         worker_that_answers(lambda _: msgspec.msgpack.encode(welcome)) as address,
-        pytest.raises(ProtocolMismatch, match="9.9.9 .*install the same version on both"),
+        pytest.raises(ProtocolMismatch, match=r"9\.9\.9 .*install the same version on both"),
     ):
         AttentionWorkerConnection.connect(address)
 

@@ -1,6 +1,7 @@
 """Sizes and CPU lists as people write them."""
 
 import pytest
+
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes, parse_cpus
 
 
@@ -28,7 +29,14 @@ def test_parse_bytes_names_the_text(text: str) -> None:
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(0, "0 B"), (1000, "1000 B"), (4 << 30, "4 GiB"), (3 << 19, "1.5 MiB"), (1023 << 20, "1023 MiB"), (5 << 40, "5 TiB")],
+    [
+        (0, "0 B"),
+        (1000, "1000 B"),
+        (4 << 30, "4 GiB"),
+        (3 << 19, "1.5 MiB"),
+        (1023 << 20, "1023 MiB"),
+        (5 << 40, "5 TiB"),
+    ],
 )
 def test_format_bytes(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
@@ -18,3 +19,9 @@ def worker() -> Iterator[EmbeddedAttentionWorker]:
 def connection(worker: EmbeddedAttentionWorker) -> Iterator[AttentionWorkerConnection]:
     with AttentionWorkerConnection.connect(worker.address) as connection:
         yield connection
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "clean_install: builds and installs the package in a new environment, a minute"
+    )

@@ -1,9 +1,10 @@
-"""A model worker played by the tests: sends steps through an AttentionClient and keeps a float64 reference beside it."""
+"""A model worker played by the tests: sends steps and keeps a float64 reference beside them."""
 
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from vllm_lamina._native import AttentionClient
 from vllm_lamina.transport.messages import Geometry
 
@@ -27,7 +28,7 @@ def to_float64(values: NDArray[np.generic]) -> NDArray[np.float64]:
 def softmax_attention(
     q: NDArray[np.float64], k: NDArray[np.float64], v: NDArray[np.float64], scale: float
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Attend without a mask. q: [rows, heads, d]; k, v: [tokens, KV heads, d]. Returns out and LSE [rows, heads]."""
+    """Attend without a mask. q: [rows, heads, d]; k, v: [tokens, KV heads, d]. Returns out and LSE."""
     group = q.shape[1] // k.shape[1]
     scores = np.einsum("qhd,khd->qhk", q, np.repeat(k, group, axis=1)) * scale
     lse = np.logaddexp.reduce(scores, axis=-1)
@@ -46,9 +47,16 @@ class Request:
 class Engine:
     """One lane of a client, with the KV cache in float64 that the worker should hold."""
 
-    def __init__(self, client: AttentionClient, geometry: Geometry, num_blocks: int, seed: int = 0, lane: int = 0):
+    def __init__(
+        self, client: AttentionClient, geometry: Geometry, num_blocks: int, seed: int = 0, lane: int = 0
+    ):
         self.client, self.geometry, self.lane = client, geometry, lane
-        shape = (geometry.num_layers, num_blocks * geometry.block_size, geometry.num_kv_heads, geometry.head_size)
+        shape = (
+            geometry.num_layers,
+            num_blocks * geometry.block_size,
+            geometry.num_kv_heads,
+            geometry.head_size,
+        )
         self.k, self.v = np.zeros(shape), np.zeros(shape)
         self.rng = np.random.default_rng(seed)
 
@@ -96,7 +104,14 @@ class Engine:
         self.v[layer, self.slot_mapping[stored]] = self.heads(v)[stored]
         self.q = self.heads(q)
         self.client.post(
-            self.lane, layer, q.ctypes.data, q.strides[0], k.ctypes.data, k.strides[0], v.ctypes.data, v.strides[0]
+            self.lane,
+            layer,
+            q.ctypes.data,
+            q.strides[0],
+            k.ctypes.data,
+            k.strides[0],
+            v.ctypes.data,
+            v.strides[0],
         )
 
     def collect_and_check(self, layer: int) -> None:
@@ -104,7 +119,9 @@ class Engine:
         context_out = np.zeros((self.context_rows, geometry.num_heads, geometry.head_size), self.out.dtype)
         context_lse = np.zeros((self.context_rows, geometry.num_heads), np.float32)
         pointers = (context_out.ctypes.data, context_lse.ctypes.data) if self.context_rows else (0, 0)
-        self.client.collect(self.lane, layer, self.out.ctypes.data, self.out.strides[0], *pointers, timeout=20.0)
+        self.client.collect(
+            self.lane, layer, self.out.ctypes.data, self.out.strides[0], *pointers, timeout=20.0
+        )
 
         out = self.heads(self.out.reshape(len(self.out), -1)[:, : geometry.num_heads * geometry.head_size])
         tolerance = TOLERANCE[geometry.dtype]
@@ -113,18 +130,24 @@ class Engine:
             q = self.q[token : token + request.query]
             attended = request.context + 1 if i < self.num_decodes else request.context
             slots = self.slots(request, 0, attended)
-            expected, lse = softmax_attention(q, self.k[layer, slots], self.v[layer, slots], geometry.scales[layer])
+            expected, lse = softmax_attention(
+                q, self.k[layer, slots], self.v[layer, slots], geometry.scales[layer]
+            )
             if i < self.num_decodes:
                 np.testing.assert_allclose(out[token : token + 1], expected, atol=tolerance, rtol=tolerance)
             elif request.context:
                 rows = slice(row, row + request.query)
-                np.testing.assert_allclose(to_float64(context_out[rows]), expected, atol=tolerance, rtol=tolerance)
+                np.testing.assert_allclose(
+                    to_float64(context_out[rows]), expected, atol=tolerance, rtol=tolerance
+                )
                 np.testing.assert_allclose(context_lse[rows], lse, atol=tolerance, rtol=tolerance)
                 row += request.query
             token += request.query
         assert not out[self.num_decodes :].any(), "only decode rows are written to out"
 
-    def step(self, num_decodes: int, requests: list[Request], padding: int = 0, skip: tuple[int, ...] = ()) -> None:
+    def step(
+        self, num_decodes: int, requests: list[Request], padding: int = 0, skip: tuple[int, ...] = ()
+    ) -> None:
         """Run all layers of a step and check every output."""
         self.begin_step(num_decodes, requests, skip)
         for layer in range(self.geometry.num_layers):

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 from engine import Engine, Request
+
 from vllm_lamina._native import ChannelTimeout, FrameTooLarge
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.messages import Geometry
@@ -15,7 +16,9 @@ from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 NUM_BLOCKS = 40
 
 
-def geometry(dtype: str = "float32", num_heads: int = 8, num_kv_heads: int = 2, head_size: int = 64) -> Geometry:
+def geometry(
+    dtype: str = "float32", num_heads: int = 8, num_kv_heads: int = 2, head_size: int = 64
+) -> Geometry:
     scales = (head_size**-0.5, 0.2)
     return Geometry(2, 32, num_heads, num_kv_heads, head_size, dtype, scales)  # type: ignore[arg-type]
 
@@ -53,12 +56,18 @@ def test_mixed_step(connection: AttentionWorkerConnection, dtype: str, padding: 
     engine = Engine(connection.client, geometry(dtype), NUM_BLOCKS)
     a, b, c = [7, 8, 9], [39, 0], [11, 12, 13]
     engine.step(0, [Request(0, 64, a[:2]), Request(0, 5, b[:1]), Request(0, 20, c[:1])], padding)
-    engine.step(2, [Request(64, 1, a), Request(5, 1, b[:1]), Request(0, 37, [20, 21]), Request(20, 60, c)], padding)
+    engine.step(
+        2, [Request(64, 1, a), Request(5, 1, b[:1]), Request(0, 37, [20, 21]), Request(20, 60, c)], padding
+    )
     engine.step(0, [Request(37, 8, [20, 21]), Request(0, 3, [22]), Request(65, 2, a)], padding)
 
 
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), [(1, 1, 32), (9, 3, 64), (16, 1, 128), (4, 4, 256)])
-def test_shapes(connection: AttentionWorkerConnection, num_heads: int, num_kv_heads: int, head_size: int) -> None:
+@pytest.mark.parametrize(
+    ("num_heads", "num_kv_heads", "head_size"), [(1, 1, 32), (9, 3, 64), (16, 1, 128), (4, 4, 256)]
+)
+def test_shapes(
+    connection: AttentionWorkerConnection, num_heads: int, num_kv_heads: int, head_size: int
+) -> None:
     shape = geometry("bfloat16", num_heads, num_kv_heads, head_size)
     connection.configure(shape, NUM_BLOCKS, ring_bytes=8 << 20)
     engine = Engine(connection.client, shape, NUM_BLOCKS)

@@ -5,10 +5,6 @@ import struct
 
 import pytest
 from engine import Engine, Request
-from vllm_lamina._native import ChannelTimeout, ShmChannel
-from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 from wire_frames import (
     ATTEND,
     COPY_BLOCKS,
@@ -24,6 +20,11 @@ from wire_frames import (
     raw_channel,
     step_payload,
 )
+
+from vllm_lamina._native import ChannelTimeout, ShmChannel
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
@@ -105,9 +106,12 @@ def test_frames_after_a_valid_step(connection: AttentionWorkerConnection, attend
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"short", bytes(64), frame(STEP, VALID_STEP)[:-8], b"LMNA\2\0" + frame(STEP, VALID_STEP)[6:]]
+    "data",
+    [b"", b"short", bytes(64), frame(STEP, VALID_STEP)[:-8], b"LMNA\2\0" + frame(STEP, VALID_STEP)[6:]],
 )
-def test_without_a_valid_header_there_is_no_answer(connection: AttentionWorkerConnection, data: bytes) -> None:
+def test_without_a_valid_header_there_is_no_answer(
+    connection: AttentionWorkerConnection, data: bytes
+) -> None:
     with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
         channel.send(data or b"\0", DEADLINE)
         with pytest.raises(ChannelTimeout):
@@ -135,7 +139,9 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_mutations(worker: EmbeddedAttentionWorker, connection: AttentionWorkerConnection, seed: int) -> None:
+def test_random_mutations(
+    worker: EmbeddedAttentionWorker, connection: AttentionWorkerConnection, seed: int
+) -> None:
     rng = random.Random(seed)
     valid = [
         frame(STEP, VALID_STEP),
@@ -164,7 +170,9 @@ def drain(channel: ShmChannel) -> None:
         pass
 
 
-def test_flood_without_collecting(worker: EmbeddedAttentionWorker, connection: AttentionWorkerConnection) -> None:
+def test_flood_without_collecting(
+    worker: EmbeddedAttentionWorker, connection: AttentionWorkerConnection
+) -> None:
     """Errors that nobody collects do not stop the worker from taking frames."""
     with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
         for _ in range(2000):

@@ -15,7 +15,9 @@ HEADER = struct.Struct("<IHHQQQII24x")
 MAGIC, VERSION = 0x414E4D4C, 1
 
 
-def frame(frame_type: int, payload: bytes, *, generation: int = 0, step: int = 1, lane: int = 0, layer: int = 0) -> bytes:
+def frame(
+    frame_type: int, payload: bytes, *, generation: int = 0, step: int = 1, lane: int = 0, layer: int = 0
+) -> bytes:
     return HEADER.pack(MAGIC, VERSION, frame_type, generation, step, len(payload), lane, layer) + payload
 
 
@@ -33,11 +35,17 @@ def int32s(values: Sequence[int]) -> bytes:
 
 
 def step_payload(
-    num_decodes: int, query: Sequence[int], context: Sequence[int], blocks: Sequence[int], slots: Sequence[int]
+    num_decodes: int,
+    query: Sequence[int],
+    context: Sequence[int],
+    blocks: Sequence[int],
+    slots: Sequence[int],
 ) -> bytes:
     """STEP's payload. The 64-byte header ends at a multiple of 8, so padding the payload pads the frame."""
     counts = struct.pack("<4I", len(query), num_decodes, len(slots), len(blocks))
-    return pad(counts + int32s(query) + int32s(context) + int32s(blocks), 8) + struct.pack(f"<{len(slots)}q", *slots)
+    return pad(counts + int32s(query) + int32s(context) + int32s(blocks), 8) + struct.pack(
+        f"<{len(slots)}q", *slots
+    )
 
 
 def attend_payload(geometry: Geometry, num_q_rows: int, num_tokens: int, fill: bytes = b"\0") -> bytes:

@@ -2,9 +2,9 @@
 
     python benchmarks/transport.py --cpus 0,1 --output results/
 
-The first CPU is the model worker's, the second the attention worker's. A round trip writes a frame of the given
-size, has the other process read it and write one of the same size, and reads that, all in place, as in serving.
-Writes transport.json and transport.png.
+The first CPU is the model worker's, the second the attention worker's. A round trip writes a frame of the
+given size, has the other process read it and write one of the same size, and reads that, all in place, as in
+serving. Writes transport.json and transport.png.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The channel over shared memory: sizes, wrap and rewind, two processes, dead peers, deadlines, bad memory."""
+"""The channel over shared memory: sizes, wrap and rewind, processes, dead peers, deadlines, bad memory."""
 
 import mmap
 import multiprocessing

@@ -9,6 +9,7 @@
 
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <stdexcept>
 
@@ -54,6 +55,8 @@ class Channel {
   virtual void release() = 0;
 
   virtual size_t max_frame_bytes() const = 0;
+  // Frames that receive() skipped because the peer described them wrongly.
+  virtual uint64_t num_bad_descriptors() const = 0;
   virtual bool peer_closed() const = 0;
   // Tells the peer, and every wait on this side, that the channel is closed.
   virtual void close() = 0;

@@ -37,8 +37,9 @@ class ShmChannel final : public Channel {
   bool peer_closed() const override;
   void close() override;
 
-  // Frames whose place in the ring the peer described wrongly; they were skipped.
-  uint64_t num_bad_descriptors() const { return num_bad_descriptors_.load(std::memory_order_relaxed); }
+  uint64_t num_bad_descriptors() const override {
+    return num_bad_descriptors_.load(std::memory_order_relaxed);
+  }
 
  private:
   struct Ring;

@@ -1,4 +1,5 @@
-// Frames between a model worker and an attention worker: a fixed header, then a payload by type; little endian.
+// Frames between a model worker and an attention worker: a fixed header, then a payload by type; little
+// endian.
 //
 // STEP         StepCounts; query_len int32 [R]; context_len int32 [R]; block ids int32 [B], request after
 //              request; padding to 8; slot_mapping int64 [T]. Requests that decode come first. Opens the

@@ -90,6 +90,8 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
   header.type = FrameType::kStep;
   header.lane = lane_id;
   header.payload_bytes = view.payload_bytes(num_block_ids);
+  // A step without q rows waits for nothing, and would not notice otherwise.
+  if (channel_->peer_closed()) throw ChannelClosed("the attention worker is gone");
   const std::lock_guard lock(send_mutex_);
   const auto frame = channel_->reserve(sizeof header + header.payload_bytes, deadline);
   view.write(write_header(frame, header), num_block_ids, block_size);

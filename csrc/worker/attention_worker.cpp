@@ -90,6 +90,9 @@ void AttentionWorker::loop(ThreadPool& threads) {
       continue;
     }
     received_ = true;
+    for (; bad_descriptors_ < channel_->num_bad_descriptors(); ++bad_descriptors_) {
+      reject("a frame is said to lie outside the channel");
+    }
     add(counters_.messages, 1);
     add(counters_.bytes_in, frame.size());
     handle(frame, threads);

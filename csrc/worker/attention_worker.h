@@ -103,6 +103,7 @@ class AttentionWorker {
   std::array<Lane, kMaxLanes> lanes_;
   std::vector<float> lse_;
   bool received_ = false;
+  uint64_t bad_descriptors_ = 0;
   uint64_t rejected_unlogged_ = 0;
   std::optional<Clock::time_point> last_rejected_log_;
 };

@@ -1,6 +1,5 @@
 """The model worker's end of an attention worker: control socket, data channel, and how both are opened."""
 
-import contextlib
 import os
 import socket
 from types import TracebackType
@@ -179,7 +178,7 @@ class AttentionWorkerConnection:
         self._request(Shutdown(), Goodbye)
 
     def close(self) -> None:
-        """Leave the worker, which drops its pool and waits for the next engine."""
+        """Leave the worker, which drops its pool and waits for the next engine; no effect if already closed."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -214,5 +213,4 @@ class AttentionWorkerConnection:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        with contextlib.suppress(zmq.ZMQError):
-            self.close()
+        self.close()

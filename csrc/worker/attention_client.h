@@ -23,7 +23,8 @@ struct AttentionWorkerError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Rows of one tensor, [tokens, heads, head size] with contiguous tokens: row t begins at data + t * stride (bytes).
+// Rows of one tensor, [tokens, heads, head size] with contiguous tokens: row t begins at data + t * stride
+// (bytes).
 struct Rows {
   std::byte* data;
   int64_t stride;
@@ -42,16 +43,17 @@ class AttentionClient {
     size_t q;        // rows of q that post() sends
     size_t context;  // of these, prefill rows with context, which come back with LSE
   };
-  // Opens the lane's next step. What the lane still had in flight is forgotten; late outputs are dropped. Throws
-  // std::invalid_argument for a step that does not add up, FrameTooLarge if one layer of it exceeds the channel.
+  // Opens the lane's next step. What the lane still had in flight is forgotten; late outputs are dropped.
+  // Throws std::invalid_argument for a step that does not add up, FrameTooLarge if one layer of it exceeds
+  // the channel.
   StepRows begin_step(uint32_t lane, const StepView& step, Deadline deadline);
 
   // Sends one layer's q rows and all k, v of the lane's step. q, k, v hold the step's tokens in order.
   void post(uint32_t lane, uint32_t layer, ConstRows q, ConstRows k, ConstRows v, Deadline deadline);
 
-  // Waits for the output of the oldest layer posted and not collected, which must be `layer`; returns at once if the
-  // step has no q rows. Decode rows go to rows [0, num_decodes) of out; prefill rows, in order, to context_out
-  // [rows, heads, head size] and context_lse [rows, heads], both contiguous.
+  // Waits for the output of the oldest layer posted and not collected, which must be `layer`; returns at once
+  // if the step has no q rows. Decode rows go to rows [0, num_decodes) of out; prefill rows, in order, to
+  // context_out [rows, heads, head size] and context_lse [rows, heads], both contiguous.
   void collect(uint32_t lane, uint32_t layer, Rows out, std::byte* context_out, std::byte* context_lse,
                Deadline deadline);
 
@@ -87,8 +89,8 @@ class AttentionClient {
 
   Lane& lane_at(uint32_t lane);
   void send(FrameHeader header, const void* payload, Deadline deadline);
-  void deliver(const Lane& lane, const FrameHeader& header, const std::byte* payload, Rows out, std::byte* context_out,
-               std::byte* context_lse) const;
+  void deliver(const Lane& lane, const FrameHeader& header, const std::byte* payload, Rows out,
+               std::byte* context_out, std::byte* context_lse) const;
   bool is_current(const FrameHeader& header) const;
 
   const std::unique_ptr<Channel> channel_;

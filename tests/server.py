@@ -22,8 +22,6 @@ SERVER_ENV = {
     "VLLM_NO_USAGE_STATS": "1",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Torch's usual place for compiled code, in spite of the server's own directory for temporary files.
-    "TORCHINDUCTOR_CACHE_DIR": str(Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"),
 }
 
 _Found = TypeVar("_Found", dict[int, str], set[str])
@@ -53,7 +51,7 @@ class VllmServer:
         return f"http://127.0.0.1:{self.port}"
 
     def __enter__(self) -> VllmServer:
-        self.temporary.mkdir()
+        self._make_temporary_directory()
         self._shared_memory = _shared_memory_files()
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
@@ -106,7 +104,14 @@ class VllmServer:
     def temporary_files(self) -> set[str]:
         """Names of what is in the server's directory for temporary files; a UUID in a name becomes "UUID"."""
         uuid = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
-        return {uuid.sub("UUID", path.name) for path in self.temporary.iterdir()}
+        return {uuid.sub("UUID", path.name) for path in self.temporary.iterdir() if not path.is_symlink()}
+
+    def _make_temporary_directory(self) -> None:
+        """An empty directory but for a link to torch's usual cache of compiled code, which takes a minute to fill."""
+        self.temporary.mkdir()
+        cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        cache.mkdir(exist_ok=True)
+        (self.temporary / cache.name).symlink_to(cache)
 
     def _wait_until_healthy(self) -> None:
         end = time.monotonic() + self._start_deadline

@@ -10,8 +10,8 @@ from models import ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
 
-# For this model, stock vLLM's log-probabilities in bfloat16 are up to 0.13 from its own in float32, and in float16 up to
-# 0.02. Lamina may be as far from stock as stock is from exact.
+# For this model, stock vLLM's log-probabilities in bfloat16 are up to 0.13 from its own in float32, and in float16
+# up to 0.02. Lamina may be as far from stock as stock is from exact.
 ROUNDING = {
     "bfloat16": Rounding(logprob_tolerance=0.15, margin=0.3),
     "float16": Rounding(logprob_tolerance=0.02, margin=0.04),

@@ -15,8 +15,8 @@ QUESTIONS = [
     "Write a short sentence about the sea.",
 ]
 
-# float32, for exact equality. Lamina runs as a user gets it without further options, compiled; stock vLLM is eager, which
-# gives the same tokens and starts sooner.
+# float32, for exact equality. Lamina runs as a user gets it without further options, compiled; stock vLLM is eager,
+# which gives the same tokens and starts sooner.
 COMMON = ("--dtype", "float32", "--max-model-len", "2048", "--gpu-memory-utilization", "0.2")
 STOCK = ("--enforce-eager", "--kv-cache-memory-bytes", str(512 << 20))
 LAMINA = ("--executor", "lamina", "--lamina-memory", "512MiB")

@@ -52,7 +52,8 @@ def run(job: Job) -> JobResult:
         pool = {"executor": job.executor, "lamina_memory": f"{job.kv_memory_mib}MiB"}
     llm = LLM(job.model, disable_log_stats=False, **pool, **job.engine)
     try:
-        return JobResult([_run_phase(llm, phase) for phase in job.phases])
+        executor = type(llm.llm_engine.model_executor).__name__
+        return JobResult(executor, [_run_phase(llm, phase) for phase in job.phases])
     finally:
         llm.llm_engine.engine_core.shutdown()
 

@@ -1,0 +1,67 @@
+"""One vLLM engine that generates for the prompts it is sent and answers with what it measured.
+
+Reads JSON lines from its standard input: first the keyword arguments of LLM, then one line per run. Answers each with
+one JSON line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what vLLM and its processes print belongs to the log
+
+    from vllm import LLM
+
+    llm = LLM(**json.loads(sys.stdin.readline()))
+    print("{}", file=answers)
+    for run, line in enumerate(sys.stdin):
+        print(json.dumps(measure(llm.llm_engine, run=run, **json.loads(line))), file=answers)
+
+
+def measure(engine: Any, run: int, prompts: list[list[int]], output_tokens: int) -> dict[str, float]:
+    """Runs all prompts together.
+
+    `decode_tokens_per_s` counts the tokens between the moment when every request has its first token and the moment
+    when the first one ends: all decode, at the full batch. `total_tokens_per_s` counts prompt and output tokens from
+    the arrival of the requests to the end of the last.
+    """
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=output_tokens, ignore_eos=True, detokenize=False)
+    begin = time.perf_counter()
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"{run}-{i}", {"prompt_token_ids": prompt}, params)
+
+    produced: dict[str, int] = {}
+    decode_begin = decode_end = 0.0
+    tokens_at_begin = tokens_at_end = 0
+    while engine.has_unfinished_requests():
+        outputs = engine.step()
+        now = time.perf_counter()
+        for output in outputs:
+            produced[output.request_id] = len(output.outputs[0].token_ids)
+        if not decode_begin and len(produced) == len(prompts):
+            decode_begin, tokens_at_begin = now, sum(produced.values())
+        if not decode_end and any(output.finished for output in outputs):
+            decode_end, tokens_at_end = now, sum(produced.values())
+    end = time.perf_counter()
+
+    if tokens_at_end <= tokens_at_begin:
+        raise RuntimeError(
+            "a request ended before the last one's prefill was done; ask for more output tokens"
+        )
+    return {
+        "decode_tokens_per_s": (tokens_at_end - tokens_at_begin) / (decode_end - decode_begin),
+        "total_tokens_per_s": (sum(map(len, prompts)) + sum(produced.values())) / (end - begin),
+    }
+
+
+if __name__ == "__main__":
+    main()

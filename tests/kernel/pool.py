@@ -62,9 +62,9 @@ class Pool:
             self.k.append(reference.from_bits(k, geometry.dtype))
             self.v.append(reference.from_bits(v, geometry.dtype))
 
-    def tokens(self, count: int, heads: int, spread: float = 1.0) -> np.ndarray:
+    def tokens(self, count: int, heads: int) -> np.ndarray:
         """Normal random values ``[count, heads, head_size]`` in the KV dtype."""
-        values = spread * self.rng.standard_normal((count, heads, self.geometry.head_size))
+        values = self.rng.standard_normal((count, heads, self.geometry.head_size))
         return reference.to_bits(values, self.geometry.dtype)
 
     def append(self, request: int, begin: int, k: np.ndarray, v: np.ndarray) -> None:

@@ -9,7 +9,7 @@ from vllm_lamina.kernels import AttentionKernel, available_isas
 # K, V and q are the same rounded values on both sides: what differs is arithmetic and the output's rounding.
 # Outputs are averages of unit normals, of order 1 / sqrt(kv_len) up to 4.
 # float32: sums of up to a thousand float32 products and exponentials within 2 ulp.
-# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX the softmax weights are bfloat16
+# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX the softmax weights are bf16
 # too, of which the errors average out over the tokens. LSE never leaves float32.
 OUT_TOLERANCE = {
     "float32": {"rtol": 2e-5, "atol": 5e-6},
@@ -21,15 +21,16 @@ LSE_TOLERANCE = {"rtol": 2e-6, "atol": 2e-5}
 VARIANTS = [(dtype, isa) for dtype in OUT_TOLERANCE for isa in available_isas(dtype)]
 
 
-def check(pool: Pool, query_lens: list[int], scale: float | None = None, spread: float = 1.0) -> None:
+def check(pool: Pool, query_lens: list[int], scale: float | None = None, slack: float = 1.0) -> None:
     """Compare output and LSE of one attend call with the reference."""
     geometry = pool.geometry
     scale = scale or geometry.head_size**-0.5
-    q = pool.tokens(sum(query_lens), geometry.num_heads, spread)
+    q = pool.tokens(sum(query_lens), geometry.num_heads)
     out, lse = pool.attend(q, query_lens, scale)
     expected_out, expected_lse = pool.expected(q, query_lens, scale)
     np.testing.assert_allclose(lse, expected_lse, **LSE_TOLERANCE)
-    np.testing.assert_allclose(out, expected_out, **OUT_TOLERANCE[geometry.dtype])
+    tolerance = {name: slack * value for name, value in OUT_TOLERANCE[geometry.dtype].items()}
+    np.testing.assert_allclose(out, expected_out, **tolerance)
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
@@ -107,9 +108,12 @@ def test_random_grid(dtype: str, isa: str) -> None:
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
 def test_peaked_and_flat_scores(dtype: str, isa: str) -> None:
-    """Scores in the hundreds: weights below the smallest float32 vanish, the largest stays 1."""
+    """Scores in the hundreds: weights below the smallest float32 vanish, the largest stays 1.
+
+    An ulp of such a score is 3e-5, and that is the relative error of its weight.
+    """
     pool = Pool(Geometry(dtype, 8, 2, 64, 32), isa, [100, 333], num_threads=2)
-    check(pool, [3, 1], scale=8.0)
+    check(pool, [3, 1], scale=8.0, slack=10)
     check(pool, [3, 1], scale=1e-6)
 
 

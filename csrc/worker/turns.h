@@ -6,7 +6,9 @@
 // block that is still being filled say, has therefore been sent before, in every layer.
 #pragma once
 
+#include <algorithm>
 #include <condition_variable>
+#include <iterator>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
@@ -20,31 +22,29 @@ class Turns {
   // Joins the rotation behind all lanes that take part, and waits for the turn.
   void begin(int lane, Deadline deadline) {
     std::unique_lock lock(mutex_);
-    for (int other : rotation_)
-      if (other == lane) throw std::logic_error("lane takes part already");
-    // The rotation starts at the holder; its end is the place that the turn reaches last.
+    if (std::find(rotation_.begin(), rotation_.end(), lane) != rotation_.end())
+      throw std::logic_error("lane takes part already");
     rotation_.push_back(lane);
     try {
-      wait_for_turn(lane, lock, deadline);
+      take_turn(lane, lock, deadline);
     } catch (...) {
       leave(lane);
       throw;
     }
   }
 
-  // Hands the turn to the next lane, if there is one.
+  // Hands the turn to the next lane. A lane that is alone leaves the turn to whoever comes first, itself or a lane that
+  // begins.
   void yield(int lane) {
     std::lock_guard lock(mutex_);
-    require_turn(lane);
-    rotation_.erase(rotation_.begin());
-    rotation_.push_back(lane);
-    changed_.notify_all();
+    if (turn_ != lane) throw std::logic_error("it is not this lane's turn");
+    pass_on(lane);
   }
 
   // Waits for the turn after a yield. A lane whose wait ends by the deadline must call end().
   void acquire(int lane, Deadline deadline) {
     std::unique_lock lock(mutex_);
-    wait_for_turn(lane, lock, deadline);
+    take_turn(lane, lock, deadline);
   }
 
   // Leaves the rotation, from wherever the step is.
@@ -53,27 +53,30 @@ class Turns {
     leave(lane);
   }
 
-  int num_lanes() const {
-    std::lock_guard lock(mutex_);
-    return static_cast<int>(rotation_.size());
-  }
-
  private:
-  void wait_for_turn(int lane, std::unique_lock<std::mutex>& lock, Deadline deadline) {
-    if (!changed_.wait_until(lock, deadline, [&] { return !rotation_.empty() && rotation_.front() == lane; }))
+  static constexpr int kNobody = -1;
+
+  void take_turn(int lane, std::unique_lock<std::mutex>& lock, Deadline deadline) {
+    if (!changed_.wait_until(lock, deadline, [&] { return turn_ == lane || turn_ == kNobody; }))
       throw ChannelTimeout("the other lane did not hand over the compute device in time");
+    turn_ = lane;
   }
-  void require_turn(int lane) const {
-    if (rotation_.empty() || rotation_.front() != lane) throw std::logic_error("it is not this lane's turn");
+  void pass_on(int lane) {
+    auto place = std::find(rotation_.begin(), rotation_.end(), lane);
+    auto next = std::next(place) == rotation_.end() ? rotation_.begin() : std::next(place);
+    turn_ = *next == lane ? kNobody : *next;
+    changed_.notify_all();
   }
   void leave(int lane) {
+    if (turn_ == lane) pass_on(lane);
     std::erase(rotation_, lane);
     changed_.notify_all();
   }
 
-  mutable std::mutex mutex_;
+  std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<int> rotation_;  // lanes that take part; the first has the turn
+  std::vector<int> rotation_;  // lanes that take part, in the order in which the turn goes round
+  int turn_ = kNobody;
 };
 
 }  // namespace lamina

@@ -7,6 +7,7 @@ each with a line holding the process id of the fork, and one with its exit statu
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ from typing import Any
 
 from jobs import Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
 
+# Modules that every fork would otherwise import for itself.
+INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+
 
 def main() -> None:
-    # The forks inherit these imports.
-    import vllm.entrypoints.llm
-    import vllm.v1.worker.cpu_worker
+    for module in INHERITED:
+        importlib.import_module(module)
 
     for line in sys.stdin:
         job_file, result_file, log_file = line.split()

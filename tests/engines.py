@@ -14,13 +14,15 @@ from typing import IO
 
 from jobs import Job, JobResult
 
-# Deterministic, quick to start, no network; one OpenMP thread, because the attention worker has the other core.
+# Quick to start, no network; one OpenMP thread, because the attention worker has the other core. Dynamo is off because
+# vLLM compiles a function of its sampler even with enforce_eager, which takes seconds.
 ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "0",
     "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 

@@ -92,6 +92,15 @@ void Step::clear() {
 }
 
 void Step::read(std::span<const std::byte> payload, int32_t block_size, int32_t num_blocks) {
+  try {
+    parse(payload, block_size, num_blocks);
+  } catch (const MalformedFrame&) {
+    clear();
+    throw;
+  }
+}
+
+void Step::parse(std::span<const std::byte> payload, int32_t block_size, int32_t num_blocks) {
   clear();
   StepCounts counts;
   require(payload.size() >= sizeof counts, "a STEP is shorter than its counts");
@@ -106,15 +115,14 @@ void Step::read(std::span<const std::byte> payload, int32_t block_size, int32_t 
   const size_t num_requests = counts.num_requests;
   copy_in(lens_, payload.data() + layout.query_lens, 2 * num_requests);
   copy_in(block_ids_, payload.data() + layout.block_ids, counts.num_block_ids);
-  std::vector<int64_t> slots = std::move(slot_mapping_);
-  copy_in(slots, payload.data() + layout.slot_mapping, counts.num_tokens);
+  copy_in(slot_mapping_, payload.data() + layout.slot_mapping, counts.num_tokens);
 
   const int32_t* query_lens = lens_.data();
   const int32_t* context_lens = lens_.data() + num_requests;
   const int32_t* table = block_ids_.data();
   int64_t num_tokens = 0;
+  int64_t num_q_rows = 0;
   int64_t blocks_left = counts.num_block_ids;
-  int64_t q_rows = 0;
   for (size_t i = 0; i < num_requests; ++i) {
     const int64_t length = static_cast<int64_t>(query_lens[i]) + context_lens[i];
     const bool decodes = i < counts.num_decodes;
@@ -127,28 +135,24 @@ void Step::read(std::span<const std::byte> payload, int32_t block_size, int32_t 
     // model worker attends within the chunk.
     const int32_t kv_len = decodes ? static_cast<int32_t>(length) : context_lens[i];
     if (kv_len > 0) {
-      requests_.push_back({static_cast<int32_t>(q_rows), query_lens[i], kv_len, table});
-      q_rows += query_lens[i];
+      requests_.push_back({static_cast<int32_t>(num_q_rows), query_lens[i], kv_len, table});
+      num_q_rows += query_lens[i];
     }
     num_tokens += query_lens[i];
+    require(num_tokens <= counts.num_tokens, "a STEP's query lengths exceed its tokens");
     blocks_left -= blocks;
     table += blocks;
   }
-  const bool ids_valid = std::all_of(block_ids_.begin(), block_ids_.end(),
-                                     [=](int32_t id) { return id >= 0 && id < num_blocks; });
+  require(num_tokens == counts.num_tokens, "a STEP's query lengths do not add up to its tokens");
+  require(blocks_left == 0, "a STEP has too many block ids");
+  require(std::all_of(block_ids_.begin(), block_ids_.end(), [=](int32_t id) { return id >= 0 && id < num_blocks; }),
+          "a STEP names a block outside the pool");
   const int64_t num_slots = static_cast<int64_t>(num_blocks) * block_size;
-  const bool slots_valid =
-      std::all_of(slots.begin(), slots.end(), [=](int64_t slot) { return slot >= -1 && slot < num_slots; });
-  if (num_tokens != counts.num_tokens || blocks_left != 0 || !ids_valid || !slots_valid) {
-    clear();
-    require(num_tokens == counts.num_tokens, "a STEP's query lengths do not add up to its tokens");
-    require(blocks_left == 0, "a STEP has too many block ids");
-    require(ids_valid, "a STEP names a block outside the pool");
-    require(false, "a STEP names a slot outside the pool");
-  }
-  slot_mapping_ = std::move(slots);
+  require(std::all_of(slot_mapping_.begin(), slot_mapping_.end(),
+                      [=](int64_t slot) { return slot >= -1 && slot < num_slots; }),
+          "a STEP names a slot outside the pool");
   num_decodes_ = static_cast<int32_t>(counts.num_decodes);
-  num_q_rows_ = static_cast<int32_t>(q_rows);
+  num_q_rows_ = static_cast<int32_t>(num_q_rows);
 }
 
 }  // namespace lamina

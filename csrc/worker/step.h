@@ -49,6 +49,8 @@ class Step {
   const int64_t* slot_mapping() const { return slot_mapping_.data(); }
 
  private:
+  void parse(std::span<const std::byte> payload, int32_t block_size, int32_t num_blocks);
+
   int32_t num_decodes_ = 0;
   int32_t num_q_rows_ = 0;
   std::vector<int32_t> lens_;  // query_lens, context_lens

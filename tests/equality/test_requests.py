@@ -31,7 +31,10 @@ PHASES = [
         + [
             Request(prompt(90, seed=110), sampled(20, seed=4, top_k=20, top_p=0.9, min_p=0.01)),
             Request(prompt(20, seed=111), greedy(30, presence_penalty=1.0, frequency_penalty=0.5)),
-            Request(prompt(20, seed=112), greedy(20, repetition_penalty=1.3, logit_bias={"9": 4.0})),
+            Request(
+                prompt(20, seed=112),
+                greedy(20, repetition_penalty=1.3, allowed_token_ids=list(range(4, 200))),
+            ),
         ],
     ),
     Phase(

@@ -50,6 +50,11 @@ uint64_t AttentionClient::generation() const {
   return generation_;
 }
 
+void AttentionClient::join_turn(uint32_t lane_id) {
+  lane_at(lane_id);
+  turns_.join(static_cast<int>(lane_id));
+}
+
 void AttentionClient::begin_turn(uint32_t lane_id, Deadline deadline) {
   Lane& lane = lane_at(lane_id);
   turns_.begin(static_cast<int>(lane_id), deadline);

@@ -41,6 +41,8 @@ class AttentionClient {
 
   // Lanes that share one compute device use it in turns: between begin_turn() and end_turn(), collect() hands the device
   // to the next lane and comes back when it is this lane's turn again, see turns.h.
+  // join_turn() says that the lane's next step comes after all that joined before it.
+  void join_turn(uint32_t lane);
   void begin_turn(uint32_t lane, Deadline deadline);
   void end_turn(uint32_t lane);
 

@@ -92,6 +92,7 @@ void bind_client(nb::module_& m) {
           },
           "geometry"_a, "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
       .def_prop_rw("generation", &AttentionClient::generation, &AttentionClient::set_generation)
+      .def("join_turn", &AttentionClient::join_turn, "lane"_a)
       .def(
           "begin_turn",
           [](AttentionClient& client, uint32_t lane, double timeout) {

@@ -43,7 +43,9 @@ class Lane:
         self._thread.start()
 
     def execute(self, scheduler_output: SchedulerOutput) -> None:
-        """Begin a step. Its error, if there is one, is the error of its `sample`."""
+        """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
+        # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
+        self._client.join_turn(self._index)
         self._executed = self._submit(lambda: self.runner.execute_model(scheduler_output))
 
     def sample(self, grammar_output: GrammarOutput | None) -> Future[ModelRunnerOutput]:

@@ -173,6 +173,12 @@ class AttentionClient:
     def __init__(
         self, geometry: ModelGeometry, memory_fd: int, liveness_fd: int, spin_us: int = 100
     ) -> None: ...
+    def join_turn(self, lane: int) -> None:
+        """Say that the lane's next step begins after all that joined before it."""
+    def begin_turn(self, lane: int, timeout: float = 60.0) -> None:
+        """Wait for the lane's turn on the compute device; `collect` then hands it to the next lane and takes it back."""
+    def end_turn(self, lane: int) -> None:
+        """Leave the rotation of lanes."""
     def begin_step(
         self,
         lane: int,

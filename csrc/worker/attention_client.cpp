@@ -50,6 +50,22 @@ uint64_t AttentionClient::generation() const {
   return generation_;
 }
 
+void AttentionClient::join_turn(uint32_t lane_id) {
+  lane_at(lane_id);
+  turns_.join(static_cast<int>(lane_id));
+}
+
+void AttentionClient::begin_turn(uint32_t lane_id, Deadline deadline) {
+  Lane& lane = lane_at(lane_id);
+  turns_.begin(static_cast<int>(lane_id), deadline);
+  lane.takes_turns = true;
+}
+
+void AttentionClient::end_turn(uint32_t lane_id) {
+  lane_at(lane_id).takes_turns = false;
+  turns_.end(static_cast<int>(lane_id));
+}
+
 AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const StepView& view,
                                                       Deadline deadline) {
   Lane& lane = lane_at(lane_id);
@@ -141,6 +157,10 @@ bool AttentionClient::is_current(const FrameHeader& header) const {
 void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::byte* context_out,
                               std::byte* context_lse, Deadline deadline) {
   Lane& lane = lane_at(lane_id);
+  if (lane.takes_turns) {
+    turns_.yield(static_cast<int>(lane_id));
+    turns_.acquire(static_cast<int>(lane_id), deadline);
+  }
   if (lane.num_q_rows == 0) return;
   if (lane.posted_layers.empty() || lane.posted_layers.front() != layer) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " of lane " + std::to_string(lane_id) +

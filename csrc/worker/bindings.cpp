@@ -92,6 +92,14 @@ void bind_client(nb::module_& m) {
           },
           "geometry"_a, "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
       .def_prop_rw("generation", &AttentionClient::generation, &AttentionClient::set_generation)
+      .def("join_turn", &AttentionClient::join_turn, "lane"_a)
+      .def(
+          "begin_turn",
+          [](AttentionClient& client, uint32_t lane, double timeout) {
+            client.begin_turn(lane, deadline_after(timeout));
+          },
+          "lane"_a, "timeout"_a = 60.0, Released())
+      .def("end_turn", &AttentionClient::end_turn, "lane"_a, Released())
       .def("begin_step", &begin_step, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
            "block_table"_a, "slot_mapping"_a, "timeout"_a = 60.0)
       .def(

@@ -61,6 +61,9 @@ class AttentionKernel:
     def copy_block(self, layer: Any, source: int, destination: int) -> None: ...
     def zero_block(self, layer: Any, block: int) -> None: ...
 
+def linear_read(memory: Any, threads: ThreadPool) -> int:
+    """Read all of an array of uint8 with every thread, each its part in order; returns a checksum."""
+
 def available_isas() -> list[str]:
     """Return the names of the kernel variants this CPU can run, best last."""
 
@@ -176,7 +179,7 @@ class AttentionClient:
     def join_turn(self, lane: int) -> None:
         """Say that the lane's next step begins after all that joined before it."""
     def begin_turn(self, lane: int, timeout: float = 60.0) -> None:
-        """Wait for the lane's turn on the compute device; `collect` then hands it to the next lane and takes it back."""
+        """Wait for the lane's turn on the compute device; `collect` then gives it away and takes it back."""
     def end_turn(self, lane: int) -> None:
         """Leave the rotation of lanes."""
     def begin_step(

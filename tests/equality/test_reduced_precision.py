@@ -9,7 +9,6 @@ from jobs import Job, Phase
 from models import ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
-
 # For this model, stock vLLM's log-probabilities in bfloat16 are up to 0.13 from its own in float32, and in float16
 # up to 0.02. Lamina may be as far from stock as stock is from exact.
 ROUNDING = {

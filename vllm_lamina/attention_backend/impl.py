@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_lamina.compat import forward_context
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
+from vllm_lamina.compat import forward_context
 from vllm_lamina.support import LayerOptions, check_layer
 
 

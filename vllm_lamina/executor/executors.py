@@ -78,7 +78,11 @@ class _LaminaExecutor(Executor):
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Let the model worker run a step; a step in which it has nothing to do does not reach it."""
-        if scheduler_output.total_num_scheduled_tokens == 0 and not scheduler_output.finished_req_ids and non_block:
+        if (
+            scheduler_output.total_num_scheduled_tokens == 0
+            and not scheduler_output.finished_req_ids
+            and non_block
+        ):
             nothing: Future[Any] = Future()
             nothing.set_result(EMPTY_MODEL_RUNNER_OUTPUT)
             return nothing

@@ -20,6 +20,8 @@ class StaggeredScheduler(Scheduler):
     Everything else (token budget, priorities, prefix cache, preemption) is vLLM's, applied to the lane's requests.
     """
 
+    running: list[Request]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._admitted: int | None = None
         super().__init__(*args, **kwargs)

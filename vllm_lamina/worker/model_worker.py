@@ -217,13 +217,11 @@ class _LaminaWorker(Worker):
     def _ring_bytes(self, geometry: Geometry) -> int:
         """Room for two of the largest frames: one layer's q, k and v of a full step."""
         element = 4 if geometry.dtype == "float32" else 2
+        budget: int = self.scheduler_config.max_num_batched_tokens
         row = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_size * element
-        layer = self.scheduler_config.max_num_batched_tokens * row
+        layer = budget * row
         blocks = -(-self.model_config.max_model_len // geometry.block_size)
-        step = (
-            self.scheduler_config.max_num_seqs * (blocks * 4 + 64)
-            + self.scheduler_config.max_num_batched_tokens * 8
-        )
+        step: int = self.scheduler_config.max_num_seqs * (blocks * 4 + 64) + 8 * budget
         return 2 * (layer + step) + (1 << 20)
 
 

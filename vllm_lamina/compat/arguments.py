@@ -8,6 +8,7 @@ installed would raise here.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -75,6 +76,7 @@ def _wrap_flags(engine_args: Any) -> None:
     from_cli_args = engine_args.from_cli_args.__func__
 
     def add_lamina_args(parser: Any) -> Any:
+        _check_spelling(parser)
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
             "Lamina",
@@ -102,6 +104,16 @@ def _wrap_flags(engine_args: Any) -> None:
 
     engine_args.add_cli_args = staticmethod(add_lamina_args)
     engine_args.from_cli_args = classmethod(from_cli_args_with_lamina)
+
+
+def _check_spelling(parser: Any) -> None:
+    """Refuse a misspelt flag of ours here: argparse would only say that it does not know it."""
+    valid = ["--" + (_PREFIX + field.name).replace("_", "-") for field in dataclasses.fields(LaminaConfig)]
+    for argument in sys.argv[1:]:
+        flag = argument.partition("=")[0].replace("_", "-")
+        if flag.startswith("--lamina-") and not any(option.startswith(flag) for option in valid):
+            nearest = difflib.get_close_matches(flag, valid, n=1, cutoff=0.0)[0]
+            parser.error(f"unknown option {flag}; did you mean {nearest}? Valid options: {', '.join(valid)}")
 
 
 def _wrap_init(cls: Any) -> None:
@@ -135,9 +147,9 @@ def _wrap_create(engine_args: Any) -> None:
             LaminaConfig.from_additional_config(self.additional_config)
         config = create_engine_config(self, *args, **kwargs)
         if selected:
-            from vllm_lamina.support import check_engine_config
+            from vllm_lamina.executor.preflight import check_before_start
 
-            check_engine_config(config)
+            check_before_start(config)
         return config
 
     engine_args.create_engine_config = create_and_check

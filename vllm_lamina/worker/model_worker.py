@@ -19,10 +19,11 @@ from vllm_lamina.compat.backends import override_attention_backend, restore_atte
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.device import device_for
-from vllm_lamina.errors import ConfigError, LaminaError, UnsupportedError
+from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.messages import DType, Geometry, WorkerStats
 from vllm_lamina.units import format_bytes
+from vllm_lamina.worker.capacity import check_holds_one_request
 from vllm_lamina.worker.lanes import Lane, Lanes
 
 logger = init_logger("vllm.lamina")
@@ -78,7 +79,10 @@ class _LaminaWorker(Worker):
         geometry = self._geometry(specs)
         block_bytes = self.connection.block_bytes(geometry)
         num_blocks = self.connection.pool_bytes // block_bytes
-        self._check_holds_one_request(num_blocks, block_bytes, geometry.block_size)
+        if self.model_config.original_max_model_len != -1:  # with -1 vLLM fits the length to the pool
+            check_holds_one_request(
+                self.connection.pool_bytes, block_bytes, geometry.block_size, self.model_config.max_model_len
+            )
         # vLLM divides by its own page size, which knows nothing of the padding in the attention worker's layout.
         return num_blocks * int(sum(spec.page_size_bytes for spec in specs.values()))
 
@@ -199,20 +203,6 @@ class _LaminaWorker(Worker):
 
     def _layer(self, name: str) -> Any:
         return self.vllm_config.compilation_config.static_forward_context[name]
-
-    def _check_holds_one_request(self, num_blocks: int, block_bytes: int, block_size: int) -> None:
-        if self.model_config.original_max_model_len == -1:  # vLLM fits the length to the pool
-            return
-        max_model_len = self.model_config.max_model_len
-        # One block more than the request's own: vLLM keeps block 0 for itself.
-        needed = -(-max_model_len // block_size) + 1
-        if num_blocks < needed:
-            raise ConfigError(
-                f"The attention worker's pool of {format_bytes(self.connection.pool_bytes)} holds "
-                f"{max(num_blocks - 1, 0) * block_size} tokens, but one request of --max-model-len {max_model_len} "
-                f"needs {format_bytes(needed * block_bytes)}: raise --lamina-memory (or the worker's --memory) to at "
-                "least that, or lower --max-model-len."
-            )
 
     def _ring_bytes(self, geometry: Geometry) -> int:
         """Room for two of the largest frames: one layer's q, k and v of a full step."""

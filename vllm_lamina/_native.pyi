@@ -159,9 +159,9 @@ class AttentionWorkerError(RuntimeError):
 class AttentionClient:
     """The model worker's side of the data channel; see `AttentionWorkerConnection.configure`.
 
-    Pointers are addresses (`tensor.data_ptr()`), strides are bytes from token to token, timeouts are seconds. Each
-    lane may be used by a thread of its own. All methods raise ChannelClosed if the worker is gone, ChannelTimeout if
-    it does not keep up.
+    Pointers are addresses (`tensor.data_ptr()`), strides are bytes from token to token, timeouts are seconds.
+    Each lane may be used by a thread of its own. All methods raise ChannelClosed if the worker is gone,
+    ChannelTimeout if it does not keep up.
 
     Attributes
     ----------
@@ -173,6 +173,12 @@ class AttentionClient:
     def __init__(
         self, geometry: ModelGeometry, memory_fd: int, liveness_fd: int, spin_us: int = 100
     ) -> None: ...
+    def join_turn(self, lane: int) -> None:
+        """Say that the lane's next step begins after all that joined before it."""
+    def begin_turn(self, lane: int, timeout: float = 60.0) -> None:
+        """Wait for the lane's turn on the compute device; `collect` then hands it to the next lane and takes it back."""
+    def end_turn(self, lane: int) -> None:
+        """Leave the rotation of lanes."""
     def begin_step(
         self,
         lane: int,
@@ -194,8 +200,8 @@ class AttentionClient:
         query_lens, context_lens
             [num_requests], int32: new tokens, and tokens already in the cache.
         block_table
-            [>= num_requests, max_blocks], int32, rows may be strided; only the blocks that a request's context
-            and query fill are read.
+            [>= num_requests, max_blocks], int32, rows may be strided; only the blocks that a request's
+            context and query fill are read.
         slot_mapping
             [num_tokens], int64; -1 for a token that is not stored.
 
@@ -226,8 +232,8 @@ class AttentionClient:
     ) -> None:
         """Send one layer's q rows and all k, v; they may be overwritten when this returns.
 
-        q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; the rows of prefill chunks without
-        context are not read from q.
+        q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; the rows of prefill chunks
+        without context are not read from q.
         """
     def collect(
         self,
@@ -276,5 +282,7 @@ class AttentionClient:
         """`post` and `collect` in one call: the fast path of a decode step."""
     def zero_blocks(self, block_ids: Any, timeout: float = 60.0) -> None:
         """Zero blocks in all layers. block_ids: [n], int32."""
+    def close(self) -> None:
+        """Leave the worker; every wait ends with ChannelClosed."""
     def copy_blocks(self, pairs: Any, timeout: float = 60.0) -> None:
         """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination)."""

@@ -46,6 +46,11 @@ class LaminaConfig:
         "CPUs of the embedded attention worker, such as 8-15 or 1,3; one thread runs on each. `auto` takes CPUs that "
         "the model worker does not use.",
     )
+    batches: int = _option(
+        2,
+        "Batches in flight: with 2 the model worker computes one while the attention worker attends the other; 1 turns "
+        "that off.",
+    )
     timeout: float = _option(
         300.0,
         "Seconds that one exchange with an attention worker may take before the engine gives up on it.",
@@ -62,6 +67,8 @@ class LaminaConfig:
             raise ConfigError(
                 f"lamina option 'timeout' must be a number of seconds above 0, not {self.timeout!r}"
             )
+        if self.batches not in (1, 2):
+            raise ConfigError(f"lamina option 'batches' must be 1 or 2, not {self.batches!r}")
         if self.workers and (self.memory != AUTO or self.worker_cpus != AUTO):
             raise ConfigError(
                 "lamina options 'memory' and 'worker_cpus' describe the embedded attention worker; with "

@@ -1,4 +1,5 @@
-// The attention worker's serving loop: takes frames off a channel, keeps the KV pool, and answers with attention.
+// The attention worker's serving loop: takes frames off a channel, keeps the KV pool, and answers with
+// attention.
 #pragma once
 
 #include <array>
@@ -19,8 +20,8 @@
 
 namespace lamina {
 
-// Bytes of the pool that one KV block takes over all layers. Throws std::invalid_argument for a geometry that no kernel
-// supports, naming the value and the limit.
+// Bytes of the pool that one KV block takes over all layers. Throws std::invalid_argument for a geometry that
+// no kernel supports, naming the value and the limit.
 size_t kv_block_bytes(const ModelGeometry& geometry);
 
 // Written by the serving thread only, read by any; times are nanoseconds.
@@ -40,15 +41,16 @@ struct WorkerCounters {
 // Serves one engine: the pool lives as long as this object, so the next engine begins with a clean one.
 class AttentionWorker {
  public:
-  // Maps the pool. cpus: one per thread, or empty to leave the threads unpinned. Throws std::invalid_argument for an
-  // unsupported geometry, std::bad_alloc where the system refuses the memory.
-  AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus, int spin_us);
+  // Maps the pool. cpus: one per thread, or empty to leave the threads unpinned. Throws std::invalid_argument
+  // for an unsupported geometry, std::bad_alloc where the system refuses the memory.
+  AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus,
+                  int spin_us);
   ~AttentionWorker();
   AttentionWorker(const AttentionWorker&) = delete;
   AttentionWorker& operator=(const AttentionWorker&) = delete;
 
-  // Starts the serving thread on `channel`; at most once. The thread ends, and closes the channel, when the peer leaves
-  // or stop() is called.
+  // Starts the serving thread on `channel`; at most once. The thread ends, and closes the channel, when the
+  // peer leaves or stop() is called.
   void serve(std::unique_ptr<Channel> channel);
   // Ends the serving thread after the frame in hand.
   void stop();
@@ -101,6 +103,7 @@ class AttentionWorker {
   std::array<Lane, kMaxLanes> lanes_;
   std::vector<float> lse_;
   bool received_ = false;
+  uint64_t bad_descriptors_ = 0;
   uint64_t rejected_unlogged_ = 0;
   std::optional<Clock::time_point> last_rejected_log_;
 };

@@ -1,7 +1,6 @@
 """The command line ``vllm-lamina``."""
 
 import argparse
-import sys
 
 from vllm_lamina.cli import collect_env, worker
 
@@ -18,7 +17,3 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)
     return status
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -60,8 +60,9 @@ def format_stats(stats: "WorkerStats") -> str:
     def time_row(nanoseconds: int) -> str:
         return f"{nanoseconds / 1e9:.3f} s ({100 * nanoseconds / total:.0f}%)"
 
+    used, pool = format_bytes(stats.used_bytes), format_bytes(stats.pool_bytes)
     rows = {
-        "pool": f"{format_bytes(stats.used_bytes)} in {stats.num_blocks} KV blocks, of {format_bytes(stats.pool_bytes)}",
+        "pool": f"{used} in {stats.num_blocks} KV blocks, of {pool}",
         "engine": "connected",
         "kernel": stats.isa,
         "steps": f"{stats.steps}",

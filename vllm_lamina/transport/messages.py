@@ -59,7 +59,7 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message of a model worker. Any version may send it, so it takes unknown fields and never changes."""
+    """First message of a model worker. It never changes, so that any version can read it."""
 
     software_version: str
     protocol_version: int

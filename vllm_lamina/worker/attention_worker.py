@@ -1,4 +1,4 @@
-"""The attention worker's process: answers control messages, and lets native code serve one engine at a time."""
+"""The attention worker's process: answers control messages, lets native code serve one engine at a time."""
 
 import argparse
 import logging
@@ -116,8 +116,8 @@ class AttentionWorkerProcess:
         """Serve until SIGTERM, SIGINT (unless embedded), the parent's end or a Shutdown."""
         signal.set_wakeup_fd(self._signal_writer.fileno())
         signal.signal(signal.SIGTERM, _leave_to_wakeup_fd)
-        # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent, which may
-        # still finish requests.
+        # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent,
+        # which may still finish requests.
         embedded = self._options.parent_pid is not None
         signal.signal(signal.SIGINT, signal.SIG_IGN if embedded else _leave_to_wakeup_fd)
         cpus = f"CPUs {format_cpus(self._options.cpus)}" if self._options.cpus else "not pinned"
@@ -167,7 +167,8 @@ class AttentionWorkerProcess:
             reply = self._reply(decode_request(payload))
         except msgspec.MsgspecError as error:
             reply = Refused(
-                f"the message is not one of protocol {PROTOCOL_VERSION} (vllm-lamina {vllm_lamina.__version__}): {error}"
+                f"the message is not one of protocol {PROTOCOL_VERSION}, which vllm-lamina "
+                f"{vllm_lamina.__version__} speaks: {error}"
             )
         self._control.send_multipart([*envelope, encode(reply)])
 

@@ -115,7 +115,7 @@ struct PanelAttention {
   static void no_state() {}
 
   static constexpr RowOps kOps{.row_granule = 1,
-                               .max_rows = 2 * kRowStep,
+                               .max_rows = 4 * kRowStep,
                                .head_granule = 16,
                                .query_bytes = sizeof(float),
                                .weights_bytes = weights_bytes,

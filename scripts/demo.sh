@@ -18,11 +18,23 @@ scripts/setup.sh
 model="$(python scripts/get_model.py)"
 
 echo "demo: vllm serve $model --executor lamina (starts in about a minute)"
-# A job of its own process group would survive Ctrl-C; the server is ours to stop, whatever ends this script.
 vllm serve "$model" --served-model-name SmolLM2 --executor lamina --lamina-memory 1GiB --max-model-len 4096 \
   --host 127.0.0.1 --port "$PORT" "$@" &
 server=$!
-trap 'trap - INT TERM EXIT; kill -TERM "$server" 2>/dev/null || true; wait "$server" || true' EXIT
+SECONDS=0
+
+# vLLM can miss a signal that comes while it starts up, so a second one follows.
+stop_server() {
+  trap '' INT TERM
+  for signal in TERM TERM KILL; do
+    kill -s "$signal" "$server" 2>/dev/null || break
+    for _ in $(seq 20); do
+      kill -0 "$server" 2>/dev/null || return 0
+      sleep 1
+    done
+  done
+}
+trap stop_server EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 

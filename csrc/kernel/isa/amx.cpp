@@ -10,6 +10,8 @@ namespace lamina {
 namespace {
 
 constexpr int kTileBytes = 1024, kTileLines = 16;
+// The softmax reads no KV, yet memory must not idle meanwhile: every K tile leaves it one line to prefetch.
+constexpr int kLinesPerKeyTile = kTileLines - 1;
 constexpr int kTileRows = 16;                 // query rows of one tile
 constexpr int kRowStep = 2 * kTileRows;       // two row tiles share every K and V tile that is loaded
 constexpr int kPairTokens = 32;               // tokens of a pair of K tiles, and of one V tile
@@ -38,8 +40,8 @@ void begin(const RowTile& tile) {
 
 void end() { _tile_release(); }
 
-// Sums of one or two row tiles against two K or V tiles side by side, over the whole reduction axis.
-template <int RowTiles, bool Prefetch>
+// Adds one or two row tiles times two K or V tiles side by side, over the whole reduction axis.
+template <int RowTiles, int PrefetchLines>
 inline void multiply(const std::byte* rows, size_t row_bytes, const std::byte* tiles, int pairs,
                      Prefetcher& prefetch) {
   for (int i = 0; i < pairs; ++i) {
@@ -47,11 +49,11 @@ inline void multiply(const std::byte* rows, size_t row_bytes, const std::byte* t
     _tile_loadd(4, rows + i * 64, row_bytes);
     if (RowTiles == 2) _tile_loadd(5, rows + kTileRows * row_bytes + i * 64, row_bytes);
     _tile_loadd(6, column, 64);
-    if (Prefetch) prefetch.advance<kTileLines>();
+    prefetch.advance(PrefetchLines);
     _tile_dpbf16ps(0, 4, 6);
     if (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
     _tile_loadd(7, column + kTileBytes, 64);
-    if (Prefetch) prefetch.advance<kTileLines>();
+    prefetch.advance(PrefetchLines);
     _tile_dpbf16ps(1, 4, 7);
     if (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
   }
@@ -91,15 +93,17 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
       _tile_zero(2);
       _tile_zero(3);
     }
-    multiply<RowTiles, Prefetch>(queries, head_size * sizeof(BFloat16), region + t * dim_pairs * 2 * kTileBytes,
-                                 dim_pairs, prefetch);
+    multiply<RowTiles, Prefetch ? kLinesPerKeyTile : 0>(queries, head_size * sizeof(BFloat16),
+                                                        region + t * dim_pairs * 2 * kTileBytes, dim_pairs, prefetch);
     store_sums<RowTiles>(scores + t * kPairTokens, block_size);
   }
 
   auto* weights = reinterpret_cast<std::byte*>(scores + kRowStep * block_size);
   const size_t weight_bytes = block_size * sizeof(BFloat16);
   const int rows = tile.rows - first < RowTiles * kTileRows ? tile.rows - first : RowTiles * kTileRows;
+  const int spare_lines = Prefetch ? token_pairs * dim_pairs * 2 * (kTileLines - kLinesPerKeyTile) : 0;
   for (int r = 0; r < rows; ++r) {
+    prefetch.advance(spare_lines * (r + 1) / rows - spare_lines * r / rows);
     std::byte* row = weights + r * weight_bytes;
     softmax_step<Avx512Lanes>(tile, first + r, scores + r * block_size, tile.scale_log2, num_tokens,
                               [row](int i, __m512 x) {
@@ -118,8 +122,8 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
   for (int d = 0; d < dim_pairs; ++d) {
     float* out = tile.out + first * head_size + d * 32;
     load_sums<RowTiles>(out, head_size);
-    multiply<RowTiles, Prefetch>(weights, weight_bytes, values + d * block_size / kPairTokens * 2 * kTileBytes,
-                                 token_pairs, prefetch);
+    multiply<RowTiles, Prefetch ? kTileLines : 0>(
+        weights, weight_bytes, values + d * block_size / kPairTokens * 2 * kTileBytes, token_pairs, prefetch);
     store_sums<RowTiles>(out, head_size);
   }
 }

@@ -34,7 +34,7 @@ struct PanelAttention {
     }
     int i = 0;
     for (; i + 1 < depth; i += 2) {
-      if (Prefetch) prefetch.advance<kLinesPerTwo>();
+      if (Prefetch) prefetch.advance(kLinesPerTwo);
       const Vec b0 = Lanes::load(panel + i * 16), b1 = Lanes::load(panel + i * 16 + 16);
       for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b0, even[r]);
       for (int r = 0; r < R; ++r) {

@@ -2,8 +2,8 @@
 
     python benchmarks/kernel.py --output results [--cpus 0,1] [--quick]
 
-Decode rows: the fraction of linear for this kernel and, if vLLM is installed, for vLLM's own CPU op on the same
-huge pages. The three are timed in turn and every repetition gives its own ratios, of which the median counts:
+Decode rows: the fraction of linear for this kernel and, if vLLM is installed, for vLLM's own CPU op on the
+same huge pages. The three are timed in turn and every repetition gives its own ratios, of which the median counts:
 load on the machine then hits all three. Successive calls read different layers of a pool far larger than the
 caches. Prefill rows: GFLOP/s of many query tokens over a context. Writes kernel.json and kernel.png.
 """

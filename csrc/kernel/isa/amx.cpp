@@ -12,9 +12,9 @@ namespace {
 constexpr int kTileBytes = 1024, kTileLines = 16;
 // The softmax reads no KV, yet memory must not idle meanwhile: every K tile leaves it one line to prefetch.
 constexpr int kLinesPerKeyTile = kTileLines - 1;
-constexpr int kTileRows = 16;                 // query rows of one tile
-constexpr int kRowStep = 2 * kTileRows;       // two row tiles share every K and V tile that is loaded
-constexpr int kPairTokens = 32;               // tokens of a pair of K tiles, and of one V tile
+constexpr int kTileRows = 16;            // query rows of one tile
+constexpr int kRowStep = 2 * kTileRows;  // two row tiles share every K and V tile that is loaded
+constexpr int kPairTokens = 32;          // tokens of a pair of K tiles, and of one V tile
 
 // Tile registers: 0..3 sums (row tile * 2 + column tile), 4..5 rows, 6..7 K or V.
 struct alignas(64) TileConfig {
@@ -25,8 +25,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The compiler does not see what the tile instructions read (GCC's intrinsics are assembly without a memory operand):
-// everything written through `p` has to be in memory before the first of them.
+// The compiler does not see what the tile instructions read (GCC's intrinsics are assembly without a memory
+// operand): everything written through `p` has to be in memory before the first of them.
 inline void finish_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
 // A tile of few rows (decode) is configured with just these: the sums take less to load and store.
@@ -81,7 +81,8 @@ inline void load_sums(const float* from, size_t row_floats) {
 
 // Rows first .. first + 16 * RowTiles - 1 against one block.
 template <int RowTiles, bool Prefetch>
-void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens, Prefetcher& prefetch) {
+void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens,
+                 Prefetcher& prefetch) {
   const size_t head_size = tile.head_size, block_size = tile.block_size;
   const int dim_pairs = tile.head_size / 32, token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
   const auto* queries = static_cast<const std::byte*>(tile.queries) + first * head_size * sizeof(BFloat16);
@@ -93,8 +94,8 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
       _tile_zero(2);
       _tile_zero(3);
     }
-    multiply<RowTiles, Prefetch ? kLinesPerKeyTile : 0>(queries, head_size * sizeof(BFloat16),
-                                                        region + t * dim_pairs * 2 * kTileBytes, dim_pairs, prefetch);
+    multiply<RowTiles, Prefetch ? kLinesPerKeyTile : 0>(
+        queries, head_size * sizeof(BFloat16), region + t * dim_pairs * 2 * kTileBytes, dim_pairs, prefetch);
     store_sums<RowTiles>(scores + t * kPairTokens, block_size);
   }
 
@@ -113,8 +114,9 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
                               });
     // A V tile takes 32 tokens, the softmax steps by 16: the other half of the last tile has no weight.
     if (num_tokens % kPairTokens != 0 && num_tokens % kPairTokens <= 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + (token_pairs * kPairTokens - 16) * sizeof(BFloat16)),
-                          _mm256_setzero_si256());
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(row + (token_pairs * kPairTokens - 16) * sizeof(BFloat16)),
+          _mm256_setzero_si256());
   }
   finish_stores(weights);
 
@@ -152,7 +154,9 @@ void store_row(const float* row, int32_t head_size, float factor, void* out) {
 }
 
 // Scores in float32, then weights in bfloat16.
-size_t weights_bytes(int32_t block_size) { return (sizeof(float) + sizeof(BFloat16)) * kRowStep * block_size; }
+size_t weights_bytes(int32_t block_size) {
+  return (sizeof(float) + sizeof(BFloat16)) * kRowStep * block_size;
+}
 
 constexpr RowOps kOps{.row_granule = kTileRows,
                       .max_rows = 256,

@@ -23,7 +23,8 @@ class Prefetcher {
   }
 
  private:
-  // Measured: 1.5 to 2.5 KiB; farther ahead costs up to a third, as the hardware's own prefetch then falls behind.
+  // Measured: 1.5 to 2.5 KiB; farther ahead costs up to a third, as the hardware's own prefetch then falls
+  // behind.
   static constexpr size_t kDistance = 2048;
 
   const std::byte* at_;

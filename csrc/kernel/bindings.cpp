@@ -170,17 +170,19 @@ void bind_kernel(nb::module_& m) {
       .def_prop_ro("size", &ThreadPool::size)
       .def("pin_caller", &ThreadPool::pin_caller, "Pins the calling thread to cpus[0].");
 
+  // noconvert: what the kernel writes to must not be a converted copy.
   nb::class_<CheckedKernel>(m, "AttentionKernel", "Paged attention of one geometry on one instruction set.")
       .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t,
                     const std::optional<std::string>&>(),
            "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "block_size"_a, "isa"_a = nb::none())
       .def_prop_ro("isa", &CheckedKernel::isa)
       .def_prop_ro("block_bytes", &CheckedKernel::block_bytes)
-      .def("append", &CheckedKernel::append, "layer"_a, "k"_a, "v"_a, "slot_mapping"_a, "threads"_a)
-      .def("attend", &CheckedKernel::attend, "layer"_a, "q"_a, "query_start_loc"_a, "kv_lens"_a,
-           "block_tables"_a, "scale"_a, "out"_a, "lse"_a.none(), "threads"_a)
-      .def("copy_block", &CheckedKernel::copy_block, "layer"_a, "source"_a, "destination"_a)
-      .def("zero_block", &CheckedKernel::zero_block, "layer"_a, "block"_a);
+      .def("append", &CheckedKernel::append, "layer"_a.noconvert(), "k"_a, "v"_a, "slot_mapping"_a,
+           "threads"_a)
+      .def("attend", &CheckedKernel::attend, "layer"_a.noconvert(), "q"_a, "query_start_loc"_a, "kv_lens"_a,
+           "block_tables"_a, "scale"_a, "out"_a.noconvert(), "lse"_a.none().noconvert(), "threads"_a)
+      .def("copy_block", &CheckedKernel::copy_block, "layer"_a.noconvert(), "source"_a, "destination"_a)
+      .def("zero_block", &CheckedKernel::zero_block, "layer"_a.noconvert(), "block"_a);
 
   m.def(
       "linear_read",

@@ -61,6 +61,9 @@ class AttentionKernel:
     def copy_block(self, layer: Any, source: int, destination: int) -> None: ...
     def zero_block(self, layer: Any, block: int) -> None: ...
 
+def linear_read(memory: Any, threads: ThreadPool) -> int:
+    """Read the memory, uint8, front to back and return a checksum."""
+
 def available_isas() -> list[str]:
     """Return the names of the kernel variants this CPU can run, best last."""
 

@@ -235,7 +235,7 @@ def test_stopped_worker_is_killed(worker: EmbeddedAttentionWorker) -> None:
 def test_failed_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkerUnreachable, match="exit status 2; see its output"):
         EmbeddedAttentionWorker.start(1 << 30, cpus=[4095])
-    assert "may not run on CPUs 4095" in capfd.readouterr().err
+    assert "--cpus: this process may not run on CPUs 4095" in capfd.readouterr().err
 
 
 def test_nothing_on_disk(connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker) -> None:

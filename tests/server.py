@@ -38,7 +38,7 @@ class VllmServer:
     shared memory behind. `directory` receives its log, and is its directory for temporary files.
     """
 
-    def __init__(self, model: str, *args: str, directory: Path, start_deadline: float = 180.0) -> None:
+    def __init__(self, model: str, *args: str, directory: Path, start_deadline: float = 400.0) -> None:
         self.port = _free_port()
         self.log_file = directory / "server.log"
         self.temporary = directory / "tmp"

@@ -47,7 +47,7 @@ def _run(model: str, directory: Path, *args: str) -> Outcome:
     return Outcome(whole, streamed, server.temporary_files())
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_same_answers(real_model: Path, tmp_path: Path) -> None:
     stock = _run(str(real_model), tmp_path / "stock", *STOCK)
     lamina = _run(str(real_model), tmp_path / "lamina", *LAMINA)

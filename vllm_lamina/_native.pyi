@@ -176,6 +176,8 @@ class AttentionClient:
     def __init__(
         self, geometry: ModelGeometry, memory_fd: int, liveness_fd: int, spin_us: int = 100
     ) -> None: ...
+    def step_times(self, lane: int) -> tuple[float, float]:
+        """Seconds of the lane's last step: those spent in `collect`, and those that the attention worker spent."""
     def join_turn(self, lane: int) -> None:
         """Say that the lane's next step begins after all that joined before it."""
     def begin_turn(self, lane: int, timeout: float = 60.0) -> None:

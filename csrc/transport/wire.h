@@ -47,7 +47,8 @@ struct FrameHeader {
   uint64_t payload_bytes = 0;
   uint32_t lane = 0;
   uint32_t layer = 0;
-  uint8_t reserved[24] = {};
+  uint64_t service_ns = 0;  // of an OUTPUT: what the attention worker spent on the frame that it answers
+  uint8_t reserved[16] = {};
 };
 static_assert(sizeof(FrameHeader) == 64);
 

@@ -50,6 +50,8 @@ uint64_t AttentionClient::generation() const {
   return generation_;
 }
 
+AttentionClient::StepTimes AttentionClient::step_times(uint32_t lane) { return lane_at(lane).times; }
+
 void AttentionClient::join_turn(uint32_t lane_id) {
   lane_at(lane_id);
   turns_.join(static_cast<int>(lane_id));
@@ -76,6 +78,7 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
   {
     const std::lock_guard lock(mutex_);
     ++lane.step;
+    lane.times = {};
     lane.generation = generation_;
     lane.posted_layers.clear();
     // Outputs of the old step are stale; an error is not, for the KV it tells of is still missing.
@@ -159,6 +162,11 @@ bool AttentionClient::is_current(const FrameHeader& header) const {
 void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::byte* context_out,
                               std::byte* context_lse, Deadline deadline) {
   Lane& lane = lane_at(lane_id);
+  const struct Waiting {
+    Lane& lane;
+    Clock::time_point begin = Clock::now();
+    ~Waiting() { lane.times.waiting += Clock::now() - begin; }
+  } waiting{lane};
   if (lane.takes_turns) {
     turns_.yield(static_cast<int>(lane_id));
     turns_.acquire(static_cast<int>(lane_id), deadline);
@@ -179,6 +187,7 @@ void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::b
       lane.inbox.pop_front();
       lock.unlock();
       lane.posted_layers.pop_front();
+      lane.times.attention += std::chrono::nanoseconds(reply.header.service_ns);
       return deliver(lane, reply.header, reply.payload.data(), out, context_out, context_lse);
     }
     if (receiving_) {
@@ -215,6 +224,7 @@ void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::b
     }
     lock.unlock();
     lane.posted_layers.pop_front();
+    lane.times.attention += std::chrono::nanoseconds(header->service_ns);
     return deliver(lane, *header, payload, out, context_out, context_lse);
   }
 }

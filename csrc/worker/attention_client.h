@@ -47,6 +47,13 @@ class AttentionClient {
   void begin_turn(uint32_t lane, Deadline deadline);
   void end_turn(uint32_t lane);
 
+  // Where the time of the lane's step went.
+  struct StepTimes {
+    std::chrono::nanoseconds waiting{0};    // in collect()
+    std::chrono::nanoseconds attention{0};  // of the attention worker, as it says itself
+  };
+  StepTimes step_times(uint32_t lane);
+
   struct StepRows {
     size_t q;        // rows of q that post() sends
     size_t context;  // of these, prefill rows with context, which come back with LSE
@@ -90,6 +97,7 @@ class AttentionClient {
     size_t num_decodes = 0;
     size_t num_q_rows = 0;
     bool takes_turns = false;
+    StepTimes times;
     std::vector<TokenRange> q_tokens;
     std::deque<uint32_t> posted_layers;  // that an output is owed for
     std::deque<Reply> inbox;             // replies that the other lane's thread took off the channel

@@ -9,6 +9,7 @@ namespace lamina {
 namespace {
 
 using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
 using std::chrono::seconds;
 
 // How soon a sleeping loop notices stop().
@@ -141,6 +142,7 @@ void AttentionWorker::begin_step(const FrameHeader& header, std::span<const std:
 
 void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byte> payload,
                              ThreadPool& threads) {
+  const auto begin = Clock::now();
   Lane& lane = lanes_[header.lane];
   const Step& step = lane.step;
   if (!lane.known || lane.id != header.step || lane.generation != header.generation) {
@@ -176,7 +178,7 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   FrameHeader reply_header = header;
   reply_header.type = FrameType::kOutput;
   reply_header.payload_bytes = output.bytes;
-  std::byte* out = write_header(reply, reply_header);
+  std::byte* out = reply.data() + sizeof(FrameHeader);
   auto* reply_lse = reinterpret_cast<float*>(out + output.lse);
   float* lse = prefill_rows == 0 ? nullptr : reply_lse;
   if (decodes > 0 && prefill_rows > 0) {
@@ -194,6 +196,8 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   if (lse != nullptr && lse != reply_lse) {
     std::memcpy(reply_lse, lse + decodes * heads, prefill_rows * geometry_.lse_row_bytes());
   }
+  reply_header.service_ns = static_cast<uint64_t>(nanoseconds(Clock::now() - begin).count());
+  write_header(reply, reply_header);
   add(counters_.bytes_out, reply.size());
   // The frame is given back before its answer is sent, so that the model worker, when it has the answer,
   // finds its ring empty and packs the next layer into the same memory.

@@ -88,6 +88,14 @@ void bind_client(nb::module_& m) {
           },
           "geometry"_a, "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
       .def_prop_rw("generation", &AttentionClient::generation, &AttentionClient::set_generation)
+      .def(
+          "step_times",
+          [](AttentionClient& client, uint32_t lane) {
+            const auto times = client.step_times(lane);
+            return nb::make_tuple(std::chrono::duration<double>(times.waiting).count(),
+                                  std::chrono::duration<double>(times.attention).count());
+          },
+          "lane"_a)
       .def("join_turn", &AttentionClient::join_turn, "lane"_a)
       .def(
           "begin_turn",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_lamina.compat.step_times import StepTimes, report_times
 from vllm_lamina.scheduler.staggered import StaggeredScheduler
 
 BLOCK_SIZE = 32
@@ -59,6 +61,8 @@ class Simulation:
     aborted: set[str] = field(default_factory=set)
     preemptions: int = 0
     overlapping_steps: int = 0
+    times: Callable[[int, int], StepTimes] = lambda requests, context: StepTimes(1.0, 0.01 * context)
+    """Seconds of a step by its requests and their context tokens."""
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
@@ -138,11 +142,16 @@ class Simulation:
             req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
             sampled_token_ids=[self._sampled(request_id) for request_id in request_ids],
         )
+        report_times(answer, self.times(len(request_ids), self._context(request_ids)))
         for outputs in self.scheduler.update_from_output(output, answer).values():
             for request_output in outputs.outputs:
                 if request_output.finish_reason is not None:
                     request = self._requests[request_output.request_id]
                     self.finished[request_output.request_id] = request.num_output_tokens
+
+    def _context(self, request_ids: list[str]) -> int:
+        requests = (self.scheduler.requests.get(request_id) for request_id in request_ids)
+        return sum(request.num_tokens for request in requests if request is not None)
 
     def _sampled(self, request_id: str) -> list[int]:
         """A token, unless the request is in the middle of its prompt or gone."""

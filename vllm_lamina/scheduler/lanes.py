@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 TOKENS_PER_REQUEST = 128
 """What a request costs beside its context, in tokens of context: its share of a step outside of attention."""
 
+ALLOWED_IMBALANCE = 1 / 8
+"""Part of the total load by which lanes may differ before requests move."""
+
 
 @dataclass
 class Lane:
@@ -79,12 +82,14 @@ class Lanes:
     def spread(self, loads: Mapping[str, int]) -> None:
         """Move requests from idle lanes to lighter ones, in flight or not, while that brings the loads together.
 
-        Afterwards no request of an idle lane could move to the lightest lane and bring the two closer: an idle lane
-        exceeds the lightest one by at most the load of its lightest request.
+        A move costs the request its place in a step, so an eighth of the load is allowed to differ. Afterwards an
+        idle lane exceeds the lightest one by at most that, or by the load of its lightest request.
         """
         while True:
             totals = [self.load(index, loads) for index in range(len(self.lanes))]
             lightest = totals.index(min(totals))
+            if max(totals) - totals[lightest] <= sum(totals) * ALLOWED_IMBALANCE:
+                return
             moves = [
                 (abs(totals[index] - totals[lightest] - 2 * loads[request_id]), index, request_id)
                 for index, lane in enumerate(self.lanes)
@@ -96,11 +101,11 @@ class Lanes:
                 return
             self.assign(min(moves)[2], lightest)
 
-    def gather(self, into: int) -> None:
-        """Move all requests of idle lanes into one lane."""
-        for index, lane in enumerate(self.lanes):
-            if index != into and not lane.in_flight:
-                self.lanes[into].members |= lane.members
+    def gather(self) -> None:
+        """Move the requests of all idle lanes into the first lane."""
+        for lane in self.lanes[1:]:
+            if not lane.in_flight:
+                self.lanes[0].members |= lane.members
                 lane.members.clear()
 
 

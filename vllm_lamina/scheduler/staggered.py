@@ -11,11 +11,16 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
+from vllm_lamina.compat.step_times import reported_times
+from vllm_lamina.config import ALWAYS, LaminaConfig
+from vllm_lamina.scheduler.costs import MARGIN, StepCosts
 from vllm_lamina.scheduler.lanes import Lanes, request_load
 
 
 class StaggeredScheduler(Scheduler):
     """Schedules one lane's requests a step, and admits waiting requests to the lane that has room for them.
+
+    Where two halves would take longer than one batch, by what the steps so far have cost, there is one lane.
 
     Everything else (token budget, priorities, prefix cache, preemption) is vLLM's, applied to the lane's requests.
     """
@@ -28,7 +33,12 @@ class StaggeredScheduler(Scheduler):
         # The other lane's step may still write a finished request's blocks: vLLM then frees them when it is over.
         self.defer_block_free = True
         self.lanes = Lanes(self.vllm_config.max_concurrent_batches)
-        self._share_of_load = 0.0
+        self.costs = StepCosts()
+        options = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
+        self._always = options.stagger == ALWAYS
+        self._num_lanes = 1
+        """Lanes in use; the others are being emptied, or empty."""
+        self._share_of_load, self._share_of_requests = 0.0, 0
 
     @property
     def max_num_active_reqs(self) -> int:
@@ -50,7 +60,11 @@ class StaggeredScheduler(Scheduler):
         """Schedule the idle lane that waited longest. The output carries its index as ``lamina_lane``."""
         loads = {request.request_id: request_load(request.num_tokens) for request in self.running}
         self.lanes.keep_only(loads)
-        self._balance(loads)
+        self._choose_num_lanes()
+        if self._num_lanes == 1:
+            self.lanes.gather()
+        else:
+            self.lanes.spread(loads)
         index = self.lanes.next_idle(self._useful_lanes())
         with self._showing(index):
             output = super().schedule(throttle_prefills)
@@ -66,6 +80,7 @@ class StaggeredScheduler(Scheduler):
         """Take the output of a lane's step; the lane is idle from now on."""
         if scheduler_output.total_num_scheduled_tokens:
             self.lanes.end_step(scheduler_output.lamina_lane)
+            self._learn(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
@@ -74,13 +89,32 @@ class StaggeredScheduler(Scheduler):
             lane.previous.clear()
         return bool(super().reset_prefix_cache(*args, **kwargs))
 
-    def _balance(self, loads: dict[str, int]) -> None:
-        self.lanes.spread(loads)
+    def _learn(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
+        times = reported_times(model_runner_output)
+        scheduled = scheduler_output.num_scheduled_tokens
+        if times is None or len(scheduled) != scheduler_output.total_num_scheduled_tokens:
+            return  # a step that prefills says little about those that decode
+        running = (self.requests.get(request_id) for request_id in scheduled)
+        self.costs.observe(len(scheduled), sum(r.num_tokens for r in running if r is not None), times)
+
+    def _choose_num_lanes(self) -> None:
+        if len(self.running) < 2 or not (self._always or self.costs.known):
+            self._num_lanes = 1
+            return
+        if self._always:
+            self._num_lanes = len(self.lanes.lanes)
+            return
+        gain = self.costs.gain_of_two(len(self.running), sum(request.num_tokens for request in self.running))
+        if gain > 1 + MARGIN:
+            self._num_lanes = len(self.lanes.lanes)
+        elif gain < 1 - MARGIN:
+            self._num_lanes = 1
 
     def _useful_lanes(self) -> Iterator[int]:
         """Lanes with something to do. An empty lane is useful only if a waiting request could enter it."""
+        admits = self._anything_waits() and len(self.running) < self._max_num_active_reqs
         for index, lane in enumerate(self.lanes.lanes):
-            if lane.members or (self._anything_waits() and len(self.running) < self._max_num_active_reqs):
+            if lane.members or (admits and index < self._num_lanes):
                 yield index
 
     def _anything_waits(self) -> bool:
@@ -111,7 +145,7 @@ class StaggeredScheduler(Scheduler):
 
     def _shares(self) -> tuple[float, int]:
         """Load and number of requests of which each lane should hold its part: all that can run at once."""
-        num_lanes = len(self.lanes.lanes)
+        num_lanes = self._num_lanes
         room = self._max_num_active_reqs - len(self.running)
         load, count = sum(request_load(r.num_tokens) for r in self.running), len(self.running)
         for request in self._first_waiting(room):
@@ -129,6 +163,8 @@ class StaggeredScheduler(Scheduler):
                 yield request
 
     def _lane_has_its_share(self) -> bool:
+        if self._num_lanes == 1:
+            return False
         if not self.running:
             return False  # an empty lane takes at least one
         load = sum(request_load(request.num_tokens) for request in self.running)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
+from vllm_lamina.compat.step_times import StepTimes, report_times
 from vllm_lamina.compat.threads import set_num_threads
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Lane:
         self._client = client
         self._timeout = timeout
         self._num_threads = torch.get_num_threads()
+        self._execute_seconds = 0.0
         self._executed: Future[Any] = Future()
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
@@ -46,15 +49,29 @@ class Lane:
         """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
         self._client.join_turn(self._index)
-        self._executed = self._submit(lambda: self.runner.execute_model(scheduler_output))
+
+        def execute() -> ModelRunnerOutput | None:
+            begin = time.perf_counter()
+            try:
+                return self.runner.execute_model(scheduler_output)
+            finally:
+                self._execute_seconds = time.perf_counter() - begin
+
+        self._executed = self._submit(execute)
 
     def sample(self, grammar_output: GrammarOutput | None) -> Future[ModelRunnerOutput]:
         """End the step that was begun last: the future holds what it sampled."""
         executed = self._executed
 
         def sample() -> ModelRunnerOutput:
+            begin = time.perf_counter()
             output = executed.result()
-            return output if output is not None else self.runner.sample_tokens(grammar_output)
+            if output is None:
+                output = self.runner.sample_tokens(grammar_output)
+            waiting, attention = self._client.step_times(self._index)
+            model = self._execute_seconds - waiting + time.perf_counter() - begin
+            report_times(output, StepTimes(model, attention))
+            return output
 
         return self._submit(sample)
 

@@ -50,6 +50,8 @@ def run(job: Job) -> JobResult:
     pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
     if job.executor is not None:
         pool = {"executor": job.executor, "lamina_memory": f"{job.kv_memory_mib}MiB"}
+        # Two batches in flight wherever there are two requests, also where these small models gain nothing by it.
+        pool["lamina_stagger"] = "always"
     llm = LLM(job.model, disable_log_stats=False, **pool, **job.engine)
     try:
         executor = type(llm.llm_engine.model_executor).__name__

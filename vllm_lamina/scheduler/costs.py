@@ -62,8 +62,8 @@ class StepCosts:
     def gain_of_two(self, requests: int, context_tokens: int) -> float:
         """Time of one batch over the time of two halves, for the same tokens.
 
-        One batch takes ``model + attention``. Of two halves, each takes ``model' + attention'``, the model worker is busy
-        for ``2 model'`` and the attention worker for ``2 attention'``; the longest of the three is the period.
+        One batch takes ``model + attention``. Of two halves, each takes ``model' + attention'``, the model worker is
+        busy for ``2 model'`` and the attention worker for ``2 attention'``; the longest of the three is the period.
         """
         one = self.model_seconds(requests) + self.attention_seconds(context_tokens)
         model, attention = self.model_seconds(requests / 2), self.attention_seconds(context_tokens / 2)

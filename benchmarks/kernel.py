@@ -2,10 +2,10 @@
 
     python benchmarks/kernel.py --output results [--cpus 0,1] [--quick]
 
-Decode rows: the fraction of linear for this kernel and, if vLLM is installed, for vLLM's own CPU op on the same
-huge pages. The three are timed in turn and every repetition gives its own ratios, of which the median counts: load
-on the machine then hits all three. Successive calls read different layers of a pool far larger than the caches.
-Prefill rows: GFLOP/s of many query tokens over a context. Writes kernel.json and kernel.png.
+Decode rows: the fraction of linear for this kernel and, if vLLM is installed, for vLLM's own CPU op on the
+same huge pages. The three are timed in turn and every repetition gives its own ratios, of which the median
+counts: load on the machine then hits all three. Successive calls read different layers of a pool far larger
+than the caches. Prefill rows: GFLOP/s of many query tokens over a context. Writes kernel.json and kernel.png.
 """
 
 import argparse
@@ -280,8 +280,10 @@ def main() -> None:
     os.environ["OMP_PLACES"] = ",".join(f"{{{cpu}}}" for cpu in cpus)
     os.environ["OMP_PROC_BIND"] = "true"
     if HAS_VLLM:
-        import torch  # noqa: F401  before this thread is pinned, or OpenMP sees one CPU only
+        # Before this thread is pinned, or OpenMP sees one CPU only.
+        import vllm._custom_ops  # noqa: F401
     repetitions = options.repetitions or (7 if options.quick else 15)
+    options.output.mkdir(parents=True, exist_ok=True)
     rows = []
     for dtype in ("bfloat16", "float32"):
         pool = Pool(dtype)
@@ -292,9 +294,8 @@ def main() -> None:
             threads.pin_caller()
             count = repetitions if case.query_len == 1 else max(3, repetitions // 3)
             rows.append(measure(case, pool, threads, count, options.isa))
+            (options.output / "kernel.json").write_text(json.dumps(rows, indent=1) + "\n")
     report(rows)
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "kernel.json").write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows, options.output / "kernel.png")
 
 

@@ -62,7 +62,7 @@ class AttentionKernel:
     def zero_block(self, layer: Any, block: int) -> None: ...
 
 def linear_read(memory: Any, threads: ThreadPool) -> int:
-    """Read all of an array of uint8 with every thread, each its part in order; returns a checksum."""
+    """Read the memory, uint8, front to back and return a checksum."""
 
 def available_isas() -> list[str]:
     """Return the names of the kernel variants this CPU can run, best last."""

@@ -10,8 +10,8 @@ namespace {
 constexpr int64_t kRowsPerBlockRead = 16;
 // KV heads are taken together only while this many blocks remain for each thread to share.
 constexpr int64_t kBlocksPerThread = 8;
-// Every round gives each thread a piece and leaves half of the work; the last takes the rest. The state of a partial
-// item has to be kept until the merge, so wide items are cut into fewer pieces.
+// Every round gives each thread a piece and leaves half of the work; the last takes the rest. The state of a
+// partial item has to be kept until the merge, so wide items are cut into fewer pieces.
 constexpr int kRounds = 5, kRoundsWide = 2;
 constexpr int32_t kWideRows = 128;
 
@@ -25,8 +25,8 @@ AttendPlan::AttendPlan(const AttentionGeometry& geometry, const AttendRequest* r
   cut(num_threads);
 }
 
-void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests,
-                           int num_threads, int32_t max_rows, int32_t row_granule) {
+void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendRequest* requests,
+                           int32_t num_requests, int num_threads, int32_t max_rows, int32_t row_granule) {
   const int32_t group = geometry.num_heads / geometry.num_kv_heads;
   const auto blocks_of = [&](const AttendRequest& request) {
     return (request.kv_len + geometry.block_size - 1) / geometry.block_size;
@@ -34,7 +34,8 @@ void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendReques
   int64_t all_blocks = 0;
   for (int32_t r = 0; r < num_requests; ++r) all_blocks += blocks_of(requests[r]);
   const int64_t wanted = kBlocksPerThread * num_threads;
-  const int64_t divisor = num_threads == 1 ? 1 : std::max<int64_t>(1, wanted / std::max<int64_t>(1, all_blocks));
+  const int64_t divisor =
+      num_threads == 1 ? 1 : std::max<int64_t>(1, wanted / std::max<int64_t>(1, all_blocks));
   const int32_t most_heads = std::max<int32_t>(1, geometry.num_kv_heads / divisor);
 
   for (int32_t r = 0; r < num_requests; ++r) {

@@ -8,10 +8,11 @@
 
 namespace lamina {
 
-// A tile of query rows of one request, for one or several KV heads, with all the request's KV blocks to visit.
+// A tile of query rows of one request, for one or several KV heads, with all the request's KV blocks to
+// visit.
 //
-// Decode has few rows per head and takes as many heads together as it can: a block is then read from front to back.
-// (Measured: a core reads 18 GB/s linearly, 14 in chunks of 64 KiB, in random order on huge pages.)
+// Decode has few rows per head and takes as many heads together as it can: a block is then read from front to
+// back. (Measured: a core reads 18 GB/s linearly, 14 in chunks of 64 KiB, in random order on huge pages.)
 struct RowItem {
   int32_t request;
   int32_t kv_head_begin;
@@ -32,10 +33,10 @@ struct WorkSlice {
 
 class AttendPlan {
  public:
-  // Flattens (request, KV heads, row tile); requests without KV are left out. An item has at most `max_rows` rows over
-  // all its KV heads, where those of each head count in multiples of `row_granule`.
-  AttendPlan(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests, int num_threads,
-             int32_t max_rows, int32_t row_granule);
+  // Flattens (request, KV heads, row tile); requests without KV are left out. An item has at most `max_rows`
+  // rows over all its KV heads, where those of each head count in multiples of `row_granule`.
+  AttendPlan(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests,
+             int num_threads, int32_t max_rows, int32_t row_granule);
 
   const std::vector<RowItem>& items() const { return items_; }
   bool empty() const { return items_.empty(); }
@@ -44,8 +45,8 @@ class AttendPlan {
 
   // Threads take pieces one after another, the large ones first: who is disturbed takes fewer.
   int32_t num_pieces() const { return static_cast<int32_t>(piece_begin_.size()) - 1; }
-  // A piece is a contiguous part of the flattened list of (item, block), so at most its first and its last slice hold
-  // only a part of their item. All pieces together are the whole list.
+  // A piece is a contiguous part of the flattened list of (item, block), so at most its first and its last
+  // slice hold only a part of their item. All pieces together are the whole list.
   void slices(int32_t piece, std::vector<WorkSlice>& out) const;
 
  private:

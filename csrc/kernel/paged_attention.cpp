@@ -1,4 +1,4 @@
-// The paged driver that all variants share: addresses blocks, divides the work, merges partial results by LSE.
+// The paged driver of all variants: addresses blocks, divides the work, merges partial results by LSE.
 #include "kernel/paged_attention.h"
 
 #include <algorithm>
@@ -18,8 +18,8 @@ namespace {
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// Cache-line aligned scratch that only grows, so that a decode step allocates nothing. It starts with arbitrary bytes:
-// rows of padding are computed with and thrown away.
+// Cache-line aligned scratch that only grows, so that a decode step allocates nothing. It starts with
+// arbitrary bytes: rows of padding are computed with and thrown away.
 class Scratch {
  public:
   Scratch() = default;
@@ -109,13 +109,21 @@ struct Workspace {
 // One attend call; `run` for every piece on some thread, then `merge` on the caller's.
 class Attend {
  public:
-  Attend(const AttentionGeometry& geometry, const BlockShape& shape, const RowOps& ops, const std::byte* layer,
-         const void* q, const AttendRequest* requests, float scale, void* out, float* lse)
-      : geometry_(geometry), shape_(shape), ops_(ops), group_(geometry.num_heads / geometry.num_kv_heads),
+  Attend(const AttentionGeometry& geometry, const BlockShape& shape, const RowOps& ops,
+         const std::byte* layer, const void* q, const AttendRequest* requests, float scale, void* out,
+         float* lse)
+      : geometry_(geometry),
+        shape_(shape),
+        ops_(ops),
+        group_(geometry.num_heads / geometry.num_kv_heads),
         row_bytes_(static_cast<size_t>(geometry.head_size) * shape.element_size),
-        block_bytes_(shape.region_bytes() * geometry.num_kv_heads), layer_(layer),
-        q_(static_cast<const std::byte*>(q)), requests_(requests), scale_log2_(scale * kLog2E),
-        out_(static_cast<std::byte*>(out)), lse_(lse) {}
+        block_bytes_(shape.region_bytes() * geometry.num_kv_heads),
+        layer_(layer),
+        q_(static_cast<const std::byte*>(q)),
+        requests_(requests),
+        scale_log2_(scale * kLog2E),
+        out_(static_cast<std::byte*>(out)),
+        lse_(lse) {}
 
   void run(const AttendPlan& plan, int32_t piece, ThreadScratch& thread, Partials& partials) const {
     plan.slices(piece, thread.slices);
@@ -131,16 +139,17 @@ class Attend {
       ops_.begin(thread.tiles[0]);
       const std::byte* block = regions(item, slice.block_begin);
       for (int32_t b = slice.block_begin; b < slice.block_end; ++b) {
-        const std::byte* next_block = b + 1 < slice.block_end ? regions(item, b + 1)
-                                      : s + 1 < slices.size() ? regions(plan.items()[slices[s + 1].item],
-                                                                        slices[s + 1].block_begin)
-                                                              : block;
+        const std::byte* next_block =
+            b + 1 < slice.block_end ? regions(item, b + 1)
+            : s + 1 < slices.size() ? regions(plan.items()[slices[s + 1].item], slices[s + 1].block_begin)
+                                    : block;
         const int32_t left = requests_[item.request].kv_len - b * geometry_.block_size;
         const int32_t tokens = std::min(left, geometry_.block_size);
         for (int32_t head = 0; head < item.num_kv_heads; ++head) {
           const std::byte* region = block + head * shape_.region_bytes();
           const bool last = head + 1 == item.num_kv_heads;
-          ops_.attend_block(thread.tiles[head], region, last ? next_block : region + shape_.region_bytes(), tokens);
+          ops_.attend_block(thread.tiles[head], region, last ? next_block : region + shape_.region_bytes(),
+                            tokens);
         }
         block = next_block;
       }
@@ -192,7 +201,8 @@ class Attend {
 
   // First row of a KV head in the item's state: every head begins on the variant's granule.
   size_t state_row(const RowItem& item, int32_t head) const {
-    return static_cast<size_t>(head) * ((item.rows + ops_.row_granule - 1) / ops_.row_granule * ops_.row_granule);
+    return static_cast<size_t>(head) *
+           ((item.rows + ops_.row_granule - 1) / ops_.row_granule * ops_.row_granule);
   }
 
   void begin_tiles(const RowItem& item, const Accumulator& acc, ThreadScratch& thread) const {
@@ -239,7 +249,8 @@ class Attend {
     for_each_row(item, [&](size_t row, size_t r) {
       // A sum of 0 is a row whose every score is -inf.
       const float factor = acc.sum[r] == 0.0f ? 0.0f : 1.0f / acc.sum[r];
-      ops_.store_row(acc.out + r * shape_.stored_head_size, geometry_.head_size, factor, out_ + row * row_bytes_);
+      ops_.store_row(acc.out + r * shape_.stored_head_size, geometry_.head_size, factor,
+                     out_ + row * row_bytes_);
       if (lse_ != nullptr) lse_[row] = (acc.max[r] + std::log2(acc.sum[r])) * kLn2;
     });
   }
@@ -265,7 +276,8 @@ BlockShape make_shape(const AttentionGeometry& geometry, BlockLayout layout, con
 
 }  // namespace
 
-PagedAttention::PagedAttention(const AttentionGeometry& geometry, Isa isa, BlockLayout layout, const RowOps& ops)
+PagedAttention::PagedAttention(const AttentionGeometry& geometry, Isa isa, BlockLayout layout,
+                               const RowOps& ops)
     : geometry_(geometry), isa_(isa), shape_(make_shape(geometry, layout, ops)), ops_(ops) {}
 
 void PagedAttention::append(std::byte* layer, const void* k, const void* v, const int64_t* slot_mapping,
@@ -286,11 +298,14 @@ void PagedAttention::append(std::byte* layer, const void* k, const void* v, cons
       const int64_t block = slot / block_size;
       const auto offset = static_cast<int32_t>(slot % block_size);
       int32_t count = 1;  // tokens that lie one after another in this block
-      while (t + count < num_tokens && slot_mapping[t + count] == slot + count && offset + count < block_size) ++count;
+      while (t + count < num_tokens && slot_mapping[t + count] == slot + count && offset + count < block_size)
+        ++count;
       std::byte* region = layer + block * block_bytes();
       for (int32_t head = 0; head < geometry_.num_kv_heads; ++head, region += shape_.region_bytes()) {
-        // A region always belongs to the same thread, so zeroing it cannot race with other tokens of the block.
-        const uint32_t owner = static_cast<uint32_t>(block * geometry_.num_kv_heads + head) * 0x9E3779B1u >> 16;
+        // A region always belongs to the same thread, so zeroing it cannot race with other tokens of the
+        // block.
+        const uint32_t owner =
+            static_cast<uint32_t>(block * geometry_.num_kv_heads + head) * 0x9E3779B1u >> 16;
         if (owner % num_threads != static_cast<uint32_t>(thread)) continue;
         if (offset == 0) std::memset(region, 0, shape_.region_bytes());
         store_tokens(shape_, region, offset, count, keys + t * token_bytes + head * head_bytes,
@@ -301,8 +316,9 @@ void PagedAttention::append(std::byte* layer, const void* k, const void* v, cons
   });
 }
 
-void PagedAttention::attend(const std::byte* layer, const void* q, const AttendRequest* requests, int32_t num_requests,
-                            float scale, void* out, float* lse, ThreadPool& threads) const {
+void PagedAttention::attend(const std::byte* layer, const void* q, const AttendRequest* requests,
+                            int32_t num_requests, float scale, void* out, float* lse,
+                            ThreadPool& threads) const {
   const Attend attend(geometry_, shape_, ops_, layer, q, requests, scale, out, lse);
   for (int32_t r = 0; r < num_requests; ++r)
     if (requests[r].kv_len <= 0) attend.write_empty(requests[r]);

@@ -13,10 +13,6 @@ using namespace nb::literals;
 namespace lamina {
 namespace {
 
-Deadline deadline_after(double seconds) {
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
-
 void send_bytes(ShmChannel& channel, nb::bytes payload, double timeout) {
   const char* data = payload.c_str();
   const size_t size = payload.size();

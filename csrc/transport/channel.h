@@ -7,6 +7,7 @@
 // Every wait ends at its deadline, and soon after the peer is gone.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -17,6 +18,12 @@ namespace lamina {
 
 using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
+
+// Timeouts beyond 30 years, infinity too, mean the same.
+inline Deadline deadline_after(double seconds) {
+  const std::chrono::duration<double> timeout(std::clamp(seconds, 0.0, 1e9));
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout);
+}
 
 struct ChannelError : std::runtime_error {
   using std::runtime_error::runtime_error;

@@ -78,7 +78,8 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
     ++lane.step;
     lane.generation = generation_;
     lane.posted_layers.clear();
-    lane.inbox.clear();
+    // Outputs of the old step are stale; an error is not, for the KV it tells of is still missing.
+    std::erase_if(lane.inbox, [&](const Reply& reply) { return !is_current(reply.header); });
     lane.num_tokens = view.slot_mapping.size();
     lane.num_decodes = static_cast<size_t>(view.num_decodes);
     lane.num_q_rows = lane.num_decodes;
@@ -118,8 +119,9 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
 void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstRows k, ConstRows v,
                            Deadline deadline) {
   Lane& lane = lane_at(lane_id);
-  if (layer >= geometry_.scales.size())
+  if (layer >= geometry_.scales.size()) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " does not exist");
+  }
   const size_t q_row = geometry_.q_row_bytes();
   const size_t kv_row = geometry_.kv_row_bytes();
   const AttendLayout layout(lane.num_q_rows * q_row, lane.num_tokens * kv_row);
@@ -226,8 +228,9 @@ void AttentionClient::deliver(const Lane& lane, const FrameHeader& header, const
   const size_t row = geometry_.q_row_bytes();
   const size_t context_rows = lane.num_context_rows();
   const OutputLayout layout(lane.num_q_rows * row, context_rows * geometry_.lse_row_bytes());
-  if (header.payload_bytes != layout.bytes)
+  if (header.payload_bytes != layout.bytes) {
     throw AttentionWorkerError("the output's size does not fit the step");
+  }
   if (lane.num_decodes > 0) unpack(out, payload, lane.num_decodes, row);
   if (context_rows > 0) {
     std::memcpy(context_out, payload + lane.num_decodes * row, context_rows * row);

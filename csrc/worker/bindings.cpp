@@ -20,10 +20,6 @@ using Array = nb::ndarray<const T, Shape, nb::device::cpu, Order...>;
 using Int32s = Array<int32_t, nb::ndim<1>, nb::c_contig>;
 using Int64s = Array<int64_t, nb::ndim<1>, nb::c_contig>;
 
-Deadline deadline_after(double timeout) {
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout));
-}
-
 template <typename T, typename... Args>
 std::span<const T> as_span(const nb::ndarray<const T, Args...>& array) {
   return {array.data(), array.size()};

@@ -14,7 +14,7 @@ from engine import Engine, Request
 
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.host import available_memory, cgroup_memory, default_pool_bytes, memory_total
+from vllm_lamina.worker.host import available_memory, cgroup_memory, memory_total
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 CLI = [sys.executable, "-m", "vllm_lamina.cli"]
@@ -88,8 +88,10 @@ def test_port_in_use() -> None:
     [
         (["--listen", "0.0.0.0:7100"], "remote attention workers are not supported yet"),
         (["--memory", "much"], "'much' is not a size"),
+        (["--memory", "900TiB"], "--memory 900TiB is more than the"),
         (["--cpus", "0,0"], "names a CPU twice"),
-        (["--cpus", "4095"], "may not run on CPUs 4095"),
+        (["--cpus", "0,4095"], "--cpus: this process may not run on CPUs 4095"),
+        (["--cpus", "4095"], "--cpus: this process may not run on CPUs 4095"),
     ],
 )
 def test_bad_options(arguments: list[str], reason: str) -> None:
@@ -125,4 +127,4 @@ def test_memory_limits(tmp_path) -> None:  # type: ignore[no-untyped-def]
     own = tmp_path / "own"
     own.write_text("4:cpu,memory:/job\n0::/outer/inner\n")
     assert cgroup_memory(tmp_path, own) == [(2000, 20), (1000, 10)]
-    assert 0 < default_pool_bytes() < available_memory() <= memory_total()
+    assert 0 < available_memory() <= memory_total()

@@ -11,13 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import zmq
 from engine import Engine, Request
+from test_cli import serving
 from wire_frames import STEP, frame, raw_channel
 
 from vllm_lamina._native import AttentionWorkerError, ChannelClosed, create_shm_memory
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import WorkerRefused, WorkerUnreachable
-from vllm_lamina.transport.messages import Configure, Configured, Geometry, WorkerStats
+from vllm_lamina.transport.messages import (
+    Configure,
+    Configured,
+    Geometry,
+    Refused,
+    WorkerStats,
+    decode_reply,
+    encode,
+)
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
@@ -235,7 +245,7 @@ def test_stopped_worker_is_killed(worker: EmbeddedAttentionWorker) -> None:
 def test_failed_start_says_why(capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(WorkerUnreachable, match="exit status 2; see its output"):
         EmbeddedAttentionWorker.start(1 << 30, cpus=[4095])
-    assert "may not run on CPUs 4095" in capfd.readouterr().err
+    assert "--cpus: this process may not run on CPUs 4095" in capfd.readouterr().err
 
 
 def test_nothing_on_disk(connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker) -> None:
@@ -261,3 +271,53 @@ def unix_socket_names(pid: int) -> list[str]:
     }
     lines = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
     return [line[7] for line in lines if len(line) > 7 and line[6] in inodes]
+
+
+def test_rubbish_on_the_control_socket(
+    connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker
+) -> None:
+    """What is no message is refused with a reason, and the next message is answered."""
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.linger = 0
+        stranger.connect(worker.address)
+        for payload in (
+            b"",
+            b"\xc1",
+            b"\x80",
+            encode({"type": "later"}),
+            encode({"type": "configure"}),
+            bytes(10**6),
+        ):
+            stranger.send_multipart([b"", payload])
+            assert stranger.poll(int(DEADLINE * 1000))
+            reply = decode_reply(stranger.recv_multipart()[-1])
+            assert isinstance(reply, Refused)
+            assert "is not one of protocol 1" in reply.reason
+        stranger.send(b"")
+        stranger.send_multipart([b"x"] * 10)
+    assert not connection.stats().connected
+
+
+def test_rubbish_on_the_tcp_port() -> None:
+    with serving() as (address, process):
+        for payload in (b"GET / HTTP/1.0\r\n\r\n", bytes(1000), b"\xff" + bytes(8) + b"\x7f" + bytes(100)):
+            host, port = address.split(":")
+            with socket.create_connection((host, int(port)), timeout=DEADLINE) as stranger:
+                stranger.sendall(payload)
+        with AttentionWorkerConnection.connect(address) as connection:
+            assert not connection.stats().connected
+        assert process.poll() is None
+
+
+def test_error_of_a_step_without_queries_reaches_the_next(connection: AttentionWorkerConnection) -> None:
+    """Nobody waits for a prefill chunk without context; its lost KV must not go unnoticed."""
+    connection.configure(GEOMETRY, NUM_BLOCKS)
+    engine = Engine(connection.client, GEOMETRY, 2 * NUM_BLOCKS)
+    engine.step(0, [Request(0, 20, [NUM_BLOCKS])])
+    engine.begin_step(1, [Request(3, 1, [1])])
+    engine.post(0)
+    with pytest.raises(AttentionWorkerError, match="names a block outside the pool"):
+        engine.collect_and_check(0)
+    engine.client.generation += 1
+    with pytest.raises(AttentionWorkerError, match=r"outside the pool|is not in"):
+        engine.step(1, [Request(3, 1, [NUM_BLOCKS])])

@@ -1,8 +1,8 @@
 """Paged attention over a KV pool in the kernel's own block layout: the Python face of ``csrc/kernel``.
 
 The attention worker's loop is native and calls the kernel directly; this face serves tests, benchmarks and
-tools. It needs NumPy only. NumPy has no bfloat16: where the KV dtype is ``"bfloat16"``, arrays hold its bits in
-``uint16``.
+tools. It needs NumPy only. NumPy has no bfloat16: where the KV dtype is ``"bfloat16"``, arrays hold its bits
+in ``uint16``.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ class AttentionWorkerConnection:
         self._request(Shutdown(), Goodbye)
 
     def close(self) -> None:
-        """Leave the worker, which drops its pool and waits for the next engine; no effect if already closed."""
+        """Leave the worker, which drops its pool and waits for the next engine. May be called twice."""
         if self._client is not None:
             self._client.close()
             self._client = None

@@ -2,14 +2,6 @@
 
 from pathlib import Path
 
-POOL_SHARE = 0.8
-"""Share of the free memory that a worker takes for its pool unless told otherwise."""
-
-
-def default_pool_bytes() -> int:
-    """Return POOL_SHARE of the memory that is free for this process, in bytes."""
-    return int(available_memory() * POOL_SHARE)
-
 
 def available_memory() -> int:
     """Return the bytes this process may still take: what the system has, or less where a cgroup limits it."""

@@ -9,7 +9,11 @@ PORT="${PORT:-8000}"
 START_DEADLINE=300 # seconds
 url="http://127.0.0.1:$PORT"
 
-if curl --silent --output /dev/null "$url"; then
+healthy() {
+  python -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' "$url/health" 2>/dev/null
+}
+
+if (exec 3<>"/dev/tcp/127.0.0.1/$PORT") 2>/dev/null; then
   echo "demo: something already listens on port $PORT; choose another one: PORT=8001 scripts/demo.sh" >&2
   exit 1
 fi
@@ -38,7 +42,7 @@ trap stop_server EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 
-until curl --silent --fail --output /dev/null --max-time 5 "$url/health"; do
+until healthy; do
   if ! kill -0 "$server" 2>/dev/null; then
     echo "demo: the server ended; the reason is above" >&2
     exit 1

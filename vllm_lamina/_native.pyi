@@ -153,6 +153,12 @@ class AttentionWorker:
     def used_bytes(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    def start_trace(self) -> None:
+        """Record every STEP and ATTEND frame until `take_trace`."""
+    def take_trace(self) -> bytes:
+        """End the recording; returns it as uint64 [events, 8]: frame type, lane, layer, tokens, and the times, in
+        nanoseconds of the steady clock, at which the model worker began and posted it, and at which it was received and
+        done."""
     def counters(self) -> dict[str, int]:
         """Return the counters, by the names of `messages.WorkerStats`."""
 

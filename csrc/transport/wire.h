@@ -48,7 +48,10 @@ struct FrameHeader {
   uint32_t lane = 0;
   uint32_t layer = 0;
   uint64_t service_ns = 0;  // of an OUTPUT: what the attention worker spent on the frame that it answers
-  uint8_t reserved[16] = {};
+  // For tracing, nanoseconds of the steady clock, which the processes of one host share. An ATTEND: when the model worker
+  // began to compute what led to it, and when it was sent. A STEP: the same of what followed the last step's layers.
+  uint64_t began_ns = 0;
+  uint64_t posted_ns = 0;
 };
 static_assert(sizeof(FrameHeader) == 64);
 

@@ -28,6 +28,11 @@ void unpack(Rows to, const std::byte* from, size_t count, size_t row_bytes) {
   }
 }
 
+uint64_t nanoseconds(Clock::time_point time) {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count());
+}
+
 }  // namespace
 
 AttentionClient::AttentionClient(std::unique_ptr<Channel> channel, ModelGeometry geometry)
@@ -61,10 +66,13 @@ void AttentionClient::begin_turn(uint32_t lane_id, Deadline deadline) {
   Lane& lane = lane_at(lane_id);
   turns_.begin(static_cast<int>(lane_id), deadline);
   lane.takes_turns = true;
+  lane.turn_began = Clock::now();
 }
 
 void AttentionClient::end_turn(uint32_t lane_id) {
-  lane_at(lane_id).takes_turns = false;
+  Lane& lane = lane_at(lane_id);
+  lane.takes_turns = false;
+  lane.turn_ended = Clock::now();
   turns_.end(static_cast<int>(lane_id));
 }
 
@@ -79,6 +87,9 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
     const std::lock_guard lock(mutex_);
     ++lane.step;
     lane.times = {};
+    header.began_ns = nanoseconds(lane.computing_since);
+    header.posted_ns = nanoseconds(lane.turn_ended);
+    lane.computing_since = lane.takes_turns ? lane.turn_began : Clock::now();
     lane.generation = generation_;
     lane.posted_layers.clear();
     // Outputs of the old step are stale; an error is not, for the KV it tells of is still missing.
@@ -135,14 +146,17 @@ void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstR
   header.payload_bytes = layout.bytes;
   header.lane = lane_id;
   header.layer = layer;
+  header.began_ns = nanoseconds(lane.computing_since);
   {
     const std::lock_guard lock(send_mutex_);
     const auto frame = channel_->reserve(sizeof header + layout.bytes, deadline);
-    std::byte* payload = write_header(frame, header);
+    std::byte* payload = frame.data() + sizeof header;
     std::byte* to = payload;
     for (const auto& range : lane.q_tokens) to = pack(to, q, range.first, range.count, q_row);
     pack(payload + layout.k, k, 0, lane.num_tokens, kv_row);
     pack(payload + layout.v, v, 0, lane.num_tokens, kv_row);
+    header.posted_ns = nanoseconds(Clock::now());
+    write_header(frame, header);
     channel_->post();
   }
   if (lane.num_q_rows > 0) lane.posted_layers.push_back(layer);
@@ -165,7 +179,10 @@ void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::b
   const struct Waiting {
     Lane& lane;
     Clock::time_point begin = Clock::now();
-    ~Waiting() { lane.times.waiting += Clock::now() - begin; }
+    ~Waiting() {
+      lane.computing_since = Clock::now();
+      lane.times.waiting += lane.computing_since - begin;
+    }
   } waiting{lane};
   if (lane.takes_turns) {
     turns_.yield(static_cast<int>(lane_id));

@@ -98,6 +98,8 @@ class AttentionClient {
     size_t num_q_rows = 0;
     bool takes_turns = false;
     StepTimes times;
+    Clock::time_point computing_since;  // the turn, or the output of the layer before
+    Clock::time_point turn_began, turn_ended;
     std::vector<TokenRange> q_tokens;
     std::deque<uint32_t> posted_layers;  // that an output is owed for
     std::deque<Reply> inbox;             // replies that the other lane's thread took off the channel

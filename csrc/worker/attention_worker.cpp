@@ -15,6 +15,12 @@ using std::chrono::seconds;
 // How soon a sleeping loop notices stop().
 constexpr milliseconds kStopInterval{100};
 constexpr seconds kRejectedLogInterval{1};
+constexpr size_t kMaxTraceEvents = 1 << 18;
+
+uint64_t steady_now() {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<nanoseconds>(Clock::now().time_since_epoch()).count());
+}
 
 // Adds the time since construction.
 class Timer {
@@ -101,18 +107,45 @@ void AttentionWorker::loop(ThreadPool& threads) {
   }
 }
 
+void AttentionWorker::start_trace() {
+  const std::lock_guard lock(trace_mutex_);
+  trace_.clear();
+  trace_.reserve(kMaxTraceEvents);
+  tracing_.store(true, std::memory_order_relaxed);
+}
+
+std::vector<TraceEvent> AttentionWorker::take_trace() {
+  tracing_.store(false, std::memory_order_relaxed);
+  const std::lock_guard lock(trace_mutex_);
+  return std::exchange(trace_, {});
+}
+
+void AttentionWorker::record(const FrameHeader& header, uint64_t received) {
+  const std::lock_guard lock(trace_mutex_);
+  if (trace_.size() >= kMaxTraceEvents) return;
+  const auto tokens = static_cast<uint64_t>(lanes_[header.lane].step.num_tokens());
+  trace_.push_back({static_cast<uint64_t>(header.type), header.lane, header.layer, tokens, header.began_ns,
+                    header.posted_ns, received, steady_now()});
+}
+
 void AttentionWorker::handle(std::span<const std::byte> frame, ThreadPool& threads) {
   const auto header = read_header(frame);
   if (!header) return reject("a frame has no valid header");
   const auto payload = frame.subspan(sizeof(FrameHeader), header->payload_bytes);
+  const bool traced = tracing_.load(std::memory_order_relaxed);
+  const uint64_t received = traced ? steady_now() : 0;
   try {
     if (header->lane >= kMaxLanes)
       throw MalformedFrame("lane " + std::to_string(header->lane) + " does not exist");
     switch (header->type) {
       case FrameType::kStep:
-        return begin_step(*header, payload);
+        begin_step(*header, payload);
+        if (traced) record(*header, received);
+        return;
       case FrameType::kAttend:
-        return attend(*header, payload, threads);
+        attend(*header, payload, threads);
+        if (traced) record(*header, received);
+        return;
       case FrameType::kZeroBlocks:
         return zero_blocks(payload);
       case FrameType::kCopyBlocks:

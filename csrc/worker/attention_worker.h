@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -38,6 +39,12 @@ struct WorkerCounters {
   std::atomic<uint64_t> rejected_frames{0};
 };
 
+// One frame in a trace; times are nanoseconds of the steady clock. See wire.h for `began` and `posted`.
+struct TraceEvent {
+  uint64_t type, lane, layer, tokens;
+  uint64_t began, posted, received, done;
+};
+
 // Serves one engine: the pool lives as long as this object, so the next engine begins with a clean one.
 class AttentionWorker {
  public:
@@ -55,6 +62,10 @@ class AttentionWorker {
   // Ends the serving thread after the frame in hand.
   void stop();
 
+  // Records every STEP and ATTEND until take_trace(), up to kMaxTraceEvents.
+  void start_trace();
+  std::vector<TraceEvent> take_trace();
+
   const WorkerCounters& counters() const { return counters_; }
   size_t used_bytes() const { return arena_.size(); }
   Isa isa() const { return kernel_->isa(); }
@@ -67,6 +78,8 @@ class AttentionWorker {
     bool known = false;      // the step was accepted
     bool in_flight = false;  // and its last layer is still to come
   };
+
+  void record(const FrameHeader& header, uint64_t received);
 
   void run();
   void loop(ThreadPool& threads);
@@ -97,6 +110,9 @@ class AttentionWorker {
   std::unique_ptr<Channel> channel_;
   std::thread thread_;
   std::atomic<bool> stopping_{false};
+  std::atomic<bool> tracing_{false};
+  std::mutex trace_mutex_;
+  std::vector<TraceEvent> trace_;
   WorkerCounters counters_;
 
   // The serving thread's own.

@@ -168,6 +168,12 @@ void bind_server(nb::module_& m) {
       .def("stop", &AttentionWorker::stop, Released())
       .def_prop_ro("used_bytes", &AttentionWorker::used_bytes)
       .def_prop_ro("isa", [](const AttentionWorker& worker) { return std::string(isa_name(worker.isa())); })
+      .def("start_trace", &AttentionWorker::start_trace)
+      .def("take_trace",
+           [](AttentionWorker& worker) {
+             const auto events = worker.take_trace();
+             return nb::bytes(reinterpret_cast<const char*>(events.data()), events.size() * sizeof(TraceEvent));
+           })
       .def("counters", &counters);
 }
 

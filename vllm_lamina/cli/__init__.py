@@ -2,7 +2,7 @@
 
 import argparse
 
-from vllm_lamina.cli import collect_env, worker
+from vllm_lamina.cli import collect_env, trace, worker
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -13,6 +13,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     worker.add_command(commands)
+    trace.add_command(commands)
     collect_env.add_command(commands)
     arguments = parser.parse_args(argv)
     status: int = arguments.run(arguments)

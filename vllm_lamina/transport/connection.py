@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 from types import TracebackType
 from typing import TypeVar
 
@@ -25,6 +26,8 @@ from vllm_lamina.transport.messages import (
     Request,
     Shutdown,
     StatsRequest,
+    Trace,
+    TraceRequest,
     Welcome,
     WorkerStats,
     decode_reply,
@@ -36,7 +39,7 @@ DEFAULT_RING_BYTES = 1 << 30
 DATA_CHANNEL_OPEN = b"\x01"
 """What the worker sends on the data socket once it serves the channel."""
 
-ReplyT = TypeVar("ReplyT", Welcome, BlockBytesReply, Configured, WorkerStats, Goodbye)
+ReplyT = TypeVar("ReplyT", Welcome, BlockBytesReply, Configured, WorkerStats, Trace, Goodbye)
 
 
 class AttentionWorkerConnection:
@@ -172,6 +175,12 @@ class AttentionWorkerConnection:
     def stats(self) -> WorkerStats:
         """Ask the worker for its counters."""
         return self._request(StatsRequest(), WorkerStats)
+
+    def trace(self, seconds: float) -> bytes:
+        """Record the frames of ``seconds`` (see ``take_trace``). Raises WorkerRefused without an engine."""
+        self._request(TraceRequest("start"), Trace)
+        time.sleep(seconds)
+        return self._request(TraceRequest("take"), Trace).events
 
     def shutdown(self) -> None:
         """Ask an embedded worker to end. Raises WorkerRefused if it is not an embedded one."""

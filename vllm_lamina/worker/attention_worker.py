@@ -28,6 +28,7 @@ from vllm_lamina.transport.messages import (
     Request,
     Shutdown,
     StatsRequest,
+    TraceRequest,
     Welcome,
     WorkerStats,
     decode_request,
@@ -157,6 +158,10 @@ class AttentionWorkerProcess:
                 if self._session is None:
                     return WorkerStats(connected=False, pool_bytes=self._options.pool_bytes)
                 return self._session.stats(self._options.pool_bytes)
+            case TraceRequest():
+                if self._session is None:
+                    return Refused("no engine is connected; send requests to a server that uses this worker")
+                return self._session.trace(request.action)
             case BlockBytesRequest():
                 try:
                     return BlockBytesReply(kv_block_bytes(request.geometry.to_native()))

@@ -9,7 +9,7 @@ import time
 
 from vllm_lamina._native import AttentionWorker, ChannelError
 from vllm_lamina.transport.connection import DATA_CHANNEL_OPEN
-from vllm_lamina.transport.messages import Configure, WorkerStats
+from vllm_lamina.transport.messages import Configure, Trace, WorkerStats
 
 OPEN_DEADLINE_SECONDS = 10.0
 """How long a configured pool waits for its data channel before another engine may have the worker."""
@@ -96,6 +96,13 @@ class EngineSession:
             isa=self.isa,
             **self._worker.counters(),
         )
+
+    def trace(self, action: str) -> Trace:
+        """Begin to record frames, or return those recorded."""
+        if action == "take":
+            return Trace(self._worker.take_trace())
+        self._worker.start_trace()
+        return Trace(b"")
 
     def close(self) -> None:
         """Stop serving and give the pool's memory back."""

@@ -32,8 +32,11 @@ _PREFIX = "lamina_"
 def install() -> None:
     """Wrap vLLM's engine arguments now, or as soon as they are imported. Calling it again does nothing."""
     module = sys.modules.get(_MODULE)
-    if module is not None and hasattr(module, "AsyncEngineArgs"):
-        _wrap(module)
+    if module is not None:
+        if hasattr(module, "AsyncEngineArgs"):
+            _wrap(module)
+        else:
+            module.__class__ = _WrapOnUse
     elif not any(isinstance(finder, _WrapOnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WrapOnImport())
 
@@ -58,6 +61,19 @@ class _WrapOnImport(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+class _WrapOnUse(ModuleType):
+    """The module of vLLM's engine arguments while it is being executed, up to the first use of one of its classes.
+
+    Where it is the first of vLLM that a program imports, vLLM asks for its platform in the middle of that import.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("EngineArgs", "AsyncEngineArgs") and "AsyncEngineArgs" in vars(self):
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            _wrap(self)
+        return ModuleType.__getattribute__(self, name)
 
 
 def _wrap(module: ModuleType) -> None:

@@ -92,7 +92,7 @@ def _wrap_flags(engine_args: Any) -> None:
     from_cli_args = engine_args.from_cli_args.__func__
 
     def add_lamina_args(parser: Any) -> Any:
-        _check_spelling(parser)
+        _refuse_misspelt_flags(parser)
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
             "Lamina",
@@ -122,14 +122,23 @@ def _wrap_flags(engine_args: Any) -> None:
     engine_args.from_cli_args = classmethod(from_cli_args_with_lamina)
 
 
-def _check_spelling(parser: Any) -> None:
-    """Refuse a misspelt flag of ours here: argparse would only say that it does not know it."""
+def _refuse_misspelt_flags(parser: Any) -> None:
+    """Refuse a misspelt flag of ours here, from the command line or a file: argparse would only say it is unknown."""
     valid = ["--" + (_PREFIX + field.name).replace("_", "-") for field in dataclasses.fields(LaminaConfig)]
-    for argument in sys.argv[1:]:
-        flag = argument.partition("=")[0].replace("_", "-")
-        if flag.startswith("--lamina-") and not any(option.startswith(flag) for option in valid):
-            nearest = difflib.get_close_matches(flag, valid, n=1, cutoff=0.0)[0]
-            parser.error(f"unknown option {flag}; did you mean {nearest}? Valid options: {', '.join(valid)}")
+    parse_known_args = parser.parse_known_args
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = parse_known_args(*args, **kwargs)
+        for argument in unknown:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--lamina-"):
+                nearest = difflib.get_close_matches(flag, valid, n=1, cutoff=0.0)[0]
+                parser.error(
+                    f"unknown option {flag}; did you mean {nearest}? Valid options: {', '.join(valid)}"
+                )
+        return namespace, unknown
+
+    parser.parse_known_args = parse
 
 
 def _wrap_init(cls: Any) -> None:

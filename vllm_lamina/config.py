@@ -1,4 +1,4 @@
-"""Every option of Lamina, declared once: the CLI flags, the keyword arguments and ``additional_config`` derive from it."""
+"""Every option of Lamina, declared once: CLI flags, keyword arguments and ``additional_config`` derive from it."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Write a size for people, with at most three significant digits after rounding: ``4 GiB``, ``1.5 MiB``."""
+    """Write a size for people, with about three significant digits: ``4 GiB``, ``1.5 MiB``."""
     value = float(num_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(value) < 1024:

@@ -57,6 +57,10 @@ class AttentionKernel {
   // [num_query_tokens, num_heads] float32, natural logarithm of the softmax denominator including `scale`.
   virtual void attend(const std::byte* layer, const void* q, const AttendRequest* requests, int32_t num_requests,
                       float scale, void* out, float* lse, ThreadPool& threads) const = 0;
+
+  // Copies all of block `from` to block `to` within one layer; they differ.
+  void copy_block(std::byte* layer, int32_t from, int32_t to) const;
+  void zero_block(std::byte* layer, int32_t block) const;
 };
 
 // Variants this CPU can run, best last.

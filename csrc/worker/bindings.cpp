@@ -1,6 +1,179 @@
 // Python bindings of csrc/worker.
 #include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include "transport/shm_channel.h"
+#include "worker/attention_client.h"
+#include "worker/attention_worker.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
 
 namespace lamina {
-void bind_worker(nanobind::module_& m) { (void)m; }
+namespace {
+
+using Released = nb::call_guard<nb::gil_scoped_release>;
+template <typename T, typename Shape, typename... Order>
+using Array = nb::ndarray<const T, Shape, nb::device::cpu, Order...>;
+using Int32s = Array<int32_t, nb::ndim<1>, nb::c_contig>;
+using Int64s = Array<int64_t, nb::ndim<1>, nb::c_contig>;
+
+Deadline deadline_after(double timeout) {
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout));
+}
+
+template <typename T, typename... Args>
+std::span<const T> as_span(const nb::ndarray<const T, Args...>& array) {
+  return {array.data(), array.size()};
+}
+
+DType parse_dtype(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "bfloat16") return DType::kBFloat16;
+  if (name == "float16") return DType::kFloat16;
+  throw std::invalid_argument("dtype " + name + " is not one of float32, bfloat16, float16");
+}
+
+// Addresses and strides come as integers: wrapping a tensor costs microseconds, of which a layer has few.
+ConstRows const_rows(uintptr_t address, int64_t stride) { return {reinterpret_cast<const std::byte*>(address), stride}; }
+Rows rows(uintptr_t address, int64_t stride) { return {reinterpret_cast<std::byte*>(address), stride}; }
+std::byte* pointer(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
+
+nb::tuple begin_step(AttentionClient& client, uint32_t lane, int32_t num_decodes, const Int32s& query_lens,
+                     const Int32s& context_lens, const Array<int32_t, nb::ndim<2>>& block_table,
+                     const Int64s& slot_mapping, double timeout) {
+  if (block_table.shape(0) < query_lens.size()) throw std::invalid_argument("block_table has fewer rows than requests");
+  if (block_table.shape(1) > 1 && block_table.stride(1) != 1) {
+    throw std::invalid_argument("the rows of block_table must be contiguous");
+  }
+  const StepView step{num_decodes,
+                      as_span(query_lens),
+                      as_span(context_lens),
+                      block_table.data(),
+                      block_table.stride(0),
+                      static_cast<int64_t>(block_table.shape(1)),
+                      as_span(slot_mapping)};
+  AttentionClient::StepRows step_rows;
+  {
+    nb::gil_scoped_release released;
+    step_rows = client.begin_step(lane, step, deadline_after(timeout));
+  }
+  return nb::make_tuple(step_rows.q, step_rows.context);
+}
+
+nb::dict counters(const AttentionWorker& worker) {
+  const WorkerCounters& source = worker.counters();
+  nb::dict values;
+  const auto set = [&](const char* name, const std::atomic<uint64_t>& counter) {
+    values[name] = counter.load(std::memory_order_relaxed);
+  };
+  set("steps", source.steps);
+  set("messages", source.messages);
+  set("bytes_in", source.bytes_in);
+  set("bytes_out", source.bytes_out);
+  set("tokens_appended", source.tokens_appended);
+  set("ns_attending", source.ns_attending);
+  set("ns_appending", source.ns_appending);
+  set("ns_waiting", source.ns_waiting);
+  set("ns_idle", source.ns_idle);
+  set("rejected_frames", source.rejected_frames);
+  return values;
+}
+
+void bind_client(nb::module_& m) {
+  nb::class_<AttentionClient>(m, "AttentionClient")
+      .def(
+          "__init__",
+          [](AttentionClient* self, const ModelGeometry& geometry, int memory_fd, int liveness_fd, int spin_us) {
+            new (self) AttentionClient(
+                std::make_unique<ShmChannel>(memory_fd, liveness_fd, ShmEnd::kClient, spin_us), geometry);
+          },
+          "geometry"_a, "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
+      .def_prop_rw("generation", &AttentionClient::generation, &AttentionClient::set_generation)
+      .def("begin_step", &begin_step, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a, "block_table"_a,
+           "slot_mapping"_a, "timeout"_a = 60.0)
+      .def(
+          "post",
+          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride, uintptr_t k,
+             int64_t k_stride, uintptr_t v, int64_t v_stride, double timeout) {
+            client.post(lane, layer, const_rows(q, q_stride), const_rows(k, k_stride), const_rows(v, v_stride),
+                        deadline_after(timeout));
+          },
+          "lane"_a, "layer"_a, "q"_a, "q_stride"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a, "timeout"_a = 60.0,
+          Released())
+      .def(
+          "collect",
+          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t out, int64_t out_stride,
+             uintptr_t context_out, uintptr_t context_lse, double timeout) {
+            client.collect(lane, layer, rows(out, out_stride), pointer(context_out), pointer(context_lse),
+                           deadline_after(timeout));
+          },
+          "lane"_a, "layer"_a, "out"_a, "out_stride"_a, "context_out"_a = 0, "context_lse"_a = 0, "timeout"_a = 60.0,
+          Released())
+      .def(
+          "attend",
+          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride, uintptr_t k,
+             int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t out, int64_t out_stride, uintptr_t context_out,
+             uintptr_t context_lse, double timeout) {
+            const Deadline deadline = deadline_after(timeout);
+            client.post(lane, layer, const_rows(q, q_stride), const_rows(k, k_stride), const_rows(v, v_stride),
+                        deadline);
+            client.collect(lane, layer, rows(out, out_stride), pointer(context_out), pointer(context_lse), deadline);
+          },
+          "lane"_a, "layer"_a, "q"_a, "q_stride"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a, "out"_a, "out_stride"_a,
+          "context_out"_a = 0, "context_lse"_a = 0, "timeout"_a = 60.0, Released())
+      .def(
+          "zero_blocks",
+          [](AttentionClient& client, const Int32s& block_ids, double timeout) {
+            nb::gil_scoped_release released;
+            client.zero_blocks(as_span(block_ids), deadline_after(timeout));
+          },
+          "block_ids"_a, "timeout"_a = 60.0)
+      .def(
+          "copy_blocks",
+          [](AttentionClient& client, const Array<int32_t, nb::shape<-1, 2>, nb::c_contig>& pairs, double timeout) {
+            nb::gil_scoped_release released;
+            client.copy_blocks(as_span(pairs), deadline_after(timeout));
+          },
+          "pairs"_a, "timeout"_a = 60.0)
+      .def("close", &AttentionClient::close);
+}
+
+void bind_server(nb::module_& m) {
+  nb::class_<AttentionWorker>(m, "AttentionWorker")
+      .def(nb::init<ModelGeometry, int32_t, int, std::vector<int>, int>(), "geometry"_a, "num_blocks"_a,
+           "num_threads"_a, "cpus"_a = std::vector<int>(), "spin_us"_a = 100)
+      .def(
+          "serve",
+          [](AttentionWorker& worker, int memory_fd, int liveness_fd, int spin_us) {
+            worker.serve(std::make_unique<ShmChannel>(memory_fd, liveness_fd, ShmEnd::kWorker, spin_us));
+          },
+          "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
+      .def("stop", &AttentionWorker::stop, Released())
+      .def_prop_ro("used_bytes", &AttentionWorker::used_bytes)
+      .def_prop_ro("isa", [](const AttentionWorker& worker) { return std::string(isa_name(worker.isa())); })
+      .def("counters", &counters);
+}
+
+}  // namespace
+
+void bind_worker(nb::module_& m) {
+  nb::exception<AttentionWorkerError>(m, "AttentionWorkerError", PyExc_RuntimeError);
+  nb::class_<ModelGeometry>(m, "ModelGeometry")
+      .def(
+          "__init__",
+          [](ModelGeometry* self, int32_t block_size, int32_t num_heads, int32_t num_kv_heads, int32_t head_size,
+             const std::string& dtype, std::vector<float> scales) {
+            new (self) ModelGeometry{{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size},
+                                     std::move(scales)};
+          },
+          "block_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "dtype"_a, "scales"_a)
+      .def_prop_ro("num_layers", &ModelGeometry::num_layers);
+  m.def("kv_block_bytes", &kv_block_bytes, "geometry"_a);
+  bind_client(m);
+  bind_server(m);
+}
+
 }  // namespace lamina

@@ -67,3 +67,15 @@ def test_the_builder_is_told_what_it_reads() -> None:
     assert {"query_start_loc_cpu", "seq_lens", "num_reqs", "num_actual_tokens"} <= fields
     assert {"block_table_tensor", "slot_mapping"} <= fields
     assert AttentionMetadataBuilder.reorder_batch_threshold is None
+
+
+def test_a_step_names_the_blocks_it_zeroes_and_copies() -> None:
+    """Relies on these fields of ``SchedulerOutput``, which `execute_model` gets, and on pairs (source, destination)."""
+    import dataclasses
+
+    from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    fields = {field.name for field in dataclasses.fields(SchedulerOutput)}
+    assert {"new_block_ids_to_zero", "kv_cache_block_copies"} <= fields
+    assert KVCacheBlockCopy._fields == ("src_block_id", "dst_block_id")

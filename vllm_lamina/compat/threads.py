@@ -1,4 +1,4 @@
-"""PyTorch's thread count and vLLM's CPU binding, where the model worker runs inside the engine's process or beside it."""
+"""PyTorch's thread count and vLLM's CPU binding: on which CPUs the model worker computes."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
-from vllm_lamina.worker.memory import available_memory
+from vllm_lamina.worker.host import available_memory
 
 logger = init_logger("vllm.lamina")
 

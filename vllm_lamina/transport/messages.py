@@ -1,13 +1,18 @@
 """Control messages between a model worker and an attention worker: tagged structs, in msgpack."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
+
+from vllm_lamina._native import ModelGeometry
 
 PROTOCOL_VERSION = 1
 """Raised whenever a message below changes its meaning; both sides must have the same."""
 
 DType = Literal["float32", "bfloat16", "float16"]
+Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
+Bytes = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
+SpinMicroseconds = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 
 
 class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -29,22 +34,114 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Softmax scale of each layer.
     """
 
-    num_layers: int
-    block_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
+    num_layers: Positive
+    block_size: Positive
+    num_heads: Positive
+    num_kv_heads: Positive
+    head_size: Positive
     dtype: DType
     scales: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if len(self.scales) != self.num_layers:
+            raise ValueError(f"scales has {len(self.scales)} entries for {self.num_layers} layers")
 
-class WorkerStats(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
+    def to_native(self) -> ModelGeometry:
+        """Return the same geometry for native code."""
+        return ModelGeometry(
+            block_size=self.block_size,
+            num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=self.head_size,
+            dtype=self.dtype,
+            scales=list(self.scales),
+        )
+
+
+class Hello(msgspec.Struct, frozen=True, tag="hello"):
+    """First message of a model worker. Any version may send it, so it takes unknown fields and never changes."""
+
+    software_version: str
+    protocol_version: int
+
+
+class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
+    """Answer to `Hello`; takes unknown fields, so that versions that differ can still say so.
+
+    Attributes
+    ----------
+    pool_bytes
+        Memory for KV blocks.
+    cpus
+        The CPUs the threads are pinned to; empty if they are not.
+    data_socket
+        Abstract-namespace name of the unix socket that takes data channels.
+    """
+
+    software_version: str
+    protocol_version: int
+    pool_bytes: int
+    num_threads: int
+    cpus: list[int]
+    pid: int
+    data_socket: str
+
+
+class BlockBytesRequest(msgspec.Struct, frozen=True, tag="block_bytes", forbid_unknown_fields=True):
+    """Asks how many bytes of the pool one KV block takes over all layers."""
+
+    geometry: Geometry
+
+
+class BlockBytesReply(msgspec.Struct, frozen=True, tag="block_bytes_are", forbid_unknown_fields=True):
+    """Answer to `BlockBytesRequest`."""
+
+    num_bytes: int
+
+
+class Configure(msgspec.Struct, frozen=True, tag="configure", forbid_unknown_fields=True):
+    """Asks for a pool of KV blocks.
+
+    Attributes
+    ----------
+    spin_us
+        How long the worker polls for a frame before it sleeps.
+    """
+
+    geometry: Geometry
+    num_blocks: Positive
+    spin_us: SpinMicroseconds
+
+
+class Configured(msgspec.Struct, frozen=True, tag="configured", forbid_unknown_fields=True):
+    """The pool is there.
+
+    Attributes
+    ----------
+    token
+        Opens the data channel, once, within a few seconds.
+    isa
+        Kernel variant in use.
+    """
+
+    used_bytes: int
+    token: bytes
+    isa: str
+
+
+class StatsRequest(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_fields=True):
+    """Asks for `WorkerStats`."""
+
+
+class WorkerStats(msgspec.Struct, frozen=True, tag="stats_are", forbid_unknown_fields=True):
     """Counters of an attention worker since its current engine connected; times are nanoseconds.
 
     Attributes
     ----------
     connected
         Whether an engine is connected; without one all counters are zero.
+    isa
+        Kernel variant in use, empty without an engine.
     ns_waiting
         Between the frames of a step in flight.
     ns_idle
@@ -53,15 +150,38 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="stats", forbid_unknown_field
 
     connected: bool
     pool_bytes: int
-    used_bytes: int
-    num_blocks: int
-    steps: int
-    messages: int
-    bytes_in: int
-    bytes_out: int
-    tokens_appended: int
-    ns_attending: int
-    ns_appending: int
-    ns_waiting: int
-    ns_idle: int
-    rejected_frames: int
+    used_bytes: int = 0
+    num_blocks: int = 0
+    isa: str = ""
+    steps: int = 0
+    messages: int = 0
+    bytes_in: int = 0
+    bytes_out: int = 0
+    tokens_appended: int = 0
+    ns_attending: int = 0
+    ns_appending: int = 0
+    ns_waiting: int = 0
+    ns_idle: int = 0
+    rejected_frames: int = 0
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", forbid_unknown_fields=True):
+    """Asks an embedded worker to end."""
+
+
+class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", forbid_unknown_fields=True):
+    """Answer to `Shutdown`."""
+
+
+class Refused(msgspec.Struct, frozen=True, tag="refused"):
+    """The request was understood or not, and is not served; takes unknown fields, like `Welcome`."""
+
+    reason: str
+
+
+Request = Hello | BlockBytesRequest | Configure | StatsRequest | Shutdown
+Reply = Welcome | BlockBytesReply | Configured | WorkerStats | Goodbye | Refused
+
+encode = msgspec.msgpack.Encoder().encode
+decode_request = msgspec.msgpack.Decoder(Request).decode
+decode_reply = msgspec.msgpack.Decoder(Reply).decode

@@ -1,1 +1,1 @@
-"""The two workers: the model worker inside vLLM, and the attention worker, a process without vLLM and torch."""
+"""The two workers: the model worker inside vLLM, and the attention worker, a process without vLLM."""

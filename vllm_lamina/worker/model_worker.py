@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import torch
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
@@ -95,6 +96,19 @@ class _LaminaWorker(Worker):
             kv_cache_config.num_blocks * geometry.block_size,
             format_bytes(local),
         )
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention worker."""
+        zero, copies = scheduler_output.new_block_ids_to_zero, scheduler_output.kv_cache_block_copies
+        if zero:
+            self.exchange.client.zero_blocks(np.asarray(zero, np.int32), self.exchange.timeout)
+        if copies:
+            self.exchange.client.copy_blocks(np.asarray(copies, np.int32), self.exchange.timeout)
+        if zero or copies:
+            scheduler_output = dataclasses.replace(
+                scheduler_output, new_block_ids_to_zero=None, kv_cache_block_copies=None
+            )
+        return super().execute_model(scheduler_output)
 
     def attention_worker_stats(self) -> WorkerStats:
         """Counters of the attention worker."""

@@ -1,0 +1,168 @@
+// Attention with AMX: bfloat16 tiles for both products, float32 sums and softmax.
+#include <immintrin.h>
+
+#include "kernel/isa/avx512_lanes.h"
+#include "kernel/isa/prefetch.h"
+#include "kernel/isa/softmax.h"
+#include "kernel/isa/variants.h"
+
+namespace lamina {
+namespace {
+
+constexpr int kTileBytes = 1024, kTileLines = 16;
+constexpr int kTileRows = 16;                 // query rows of one tile
+constexpr int kRowStep = 2 * kTileRows;       // two row tiles share every K and V tile that is loaded
+constexpr int kPairTokens = 32;               // tokens of a pair of K tiles, and of one V tile
+
+// Tile registers: 0..3 sums (row tile * 2 + column tile), 4..5 rows, 6..7 K or V.
+struct alignas(64) TileConfig {
+  uint8_t palette = 1;
+  uint8_t start_row = 0;
+  uint8_t reserved[14] = {};
+  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+
+// The compiler does not see what the tile instructions read (GCC's intrinsics are assembly without a memory operand):
+// everything written through `p` has to be in memory before the first of them.
+inline void finish_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
+
+// A tile of few rows (decode) is configured with just these: the sums take less to load and store.
+void begin(const RowTile& tile) {
+  TileConfig config;
+  if (tile.rows < kTileRows)
+    for (int i : {0, 1, 4}) config.rows[i] = static_cast<uint8_t>(tile.rows);
+  finish_stores(&config);
+  _tile_loadconfig(&config);
+}
+
+void end() { _tile_release(); }
+
+// Sums of one or two row tiles against two K or V tiles side by side, over the whole reduction axis.
+template <int RowTiles, bool Prefetch>
+inline void multiply(const std::byte* rows, size_t row_bytes, const std::byte* tiles, int pairs,
+                     Prefetcher& prefetch) {
+  for (int i = 0; i < pairs; ++i) {
+    const std::byte* column = tiles + i * 2 * kTileBytes;
+    _tile_loadd(4, rows + i * 64, row_bytes);
+    if (RowTiles == 2) _tile_loadd(5, rows + kTileRows * row_bytes + i * 64, row_bytes);
+    _tile_loadd(6, column, 64);
+    if (Prefetch) prefetch.advance<kTileLines>();
+    _tile_dpbf16ps(0, 4, 6);
+    if (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
+    _tile_loadd(7, column + kTileBytes, 64);
+    if (Prefetch) prefetch.advance<kTileLines>();
+    _tile_dpbf16ps(1, 4, 7);
+    if (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+}
+
+template <int RowTiles>
+inline void store_sums(float* to, size_t row_floats) {
+  _tile_stored(0, to, row_floats * sizeof(float));
+  _tile_stored(1, to + 16, row_floats * sizeof(float));
+  if (RowTiles == 2) {
+    _tile_stored(2, to + kTileRows * row_floats, row_floats * sizeof(float));
+    _tile_stored(3, to + kTileRows * row_floats + 16, row_floats * sizeof(float));
+  }
+}
+
+template <int RowTiles>
+inline void load_sums(const float* from, size_t row_floats) {
+  _tile_loadd(0, from, row_floats * sizeof(float));
+  _tile_loadd(1, from + 16, row_floats * sizeof(float));
+  if (RowTiles == 2) {
+    _tile_loadd(2, from + kTileRows * row_floats, row_floats * sizeof(float));
+    _tile_loadd(3, from + kTileRows * row_floats + 16, row_floats * sizeof(float));
+  }
+}
+
+// Rows first .. first + 16 * RowTiles - 1 against one block.
+template <int RowTiles, bool Prefetch>
+void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens, Prefetcher& prefetch) {
+  const size_t head_size = tile.head_size, block_size = tile.block_size;
+  const int dim_pairs = tile.head_size / 32, token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
+  const auto* queries = static_cast<const std::byte*>(tile.queries) + first * head_size * sizeof(BFloat16);
+  float* scores = tile.weights;
+  for (int t = 0; t < token_pairs; ++t) {
+    _tile_zero(0);
+    _tile_zero(1);
+    if (RowTiles == 2) {
+      _tile_zero(2);
+      _tile_zero(3);
+    }
+    multiply<RowTiles, Prefetch>(queries, head_size * sizeof(BFloat16), region + t * dim_pairs * 2 * kTileBytes,
+                                 dim_pairs, prefetch);
+    store_sums<RowTiles>(scores + t * kPairTokens, block_size);
+  }
+
+  auto* weights = reinterpret_cast<std::byte*>(scores + kRowStep * block_size);
+  const size_t weight_bytes = block_size * sizeof(BFloat16);
+  const int rows = tile.rows - first < RowTiles * kTileRows ? tile.rows - first : RowTiles * kTileRows;
+  for (int r = 0; r < rows; ++r) {
+    std::byte* row = weights + r * weight_bytes;
+    softmax_step<Avx512Lanes>(tile, first + r, scores + r * block_size, tile.scale_log2, num_tokens,
+                              [row](int i, __m512 x) {
+                                const __m256bh narrow = _mm512_cvtneps_pbh(x);
+                                _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i * sizeof(BFloat16)),
+                                                    reinterpret_cast<const __m256i&>(narrow));
+                              });
+    // A V tile takes 32 tokens, the softmax steps by 16: the other half of the last tile has no weight.
+    if (num_tokens % kPairTokens != 0 && num_tokens % kPairTokens <= 16)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + (token_pairs * kPairTokens - 16) * sizeof(BFloat16)),
+                          _mm256_setzero_si256());
+  }
+  finish_stores(weights);
+
+  const std::byte* values = region + block_size * head_size * sizeof(BFloat16);
+  for (int d = 0; d < dim_pairs; ++d) {
+    float* out = tile.out + first * head_size + d * 32;
+    load_sums<RowTiles>(out, head_size);
+    multiply<RowTiles, Prefetch>(weights, weight_bytes, values + d * block_size / kPairTokens * 2 * kTileBytes,
+                                 token_pairs, prefetch);
+    store_sums<RowTiles>(out, head_size);
+  }
+}
+
+void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next, int32_t num_tokens) {
+  Prefetcher prefetch(region, tile.region_bytes, next);
+  if (tile.rows <= kTileRows) return attend_rows<1, true>(tile, 0, region, num_tokens, prefetch);
+  attend_rows<2, true>(tile, 0, region, num_tokens, prefetch);
+  int first = kRowStep;
+  for (; first + kTileRows < tile.rows; first += kRowStep)
+    attend_rows<2, false>(tile, first, region, num_tokens, prefetch);
+  if (first < tile.rows) attend_rows<1, false>(tile, first, region, num_tokens, prefetch);
+}
+
+void pack_row(const void* q, int32_t head_size, float, void* packed) {
+  auto* to = static_cast<BFloat16*>(packed);
+  __builtin_memcpy(to, q, head_size * sizeof(BFloat16));
+  // K is padded with zeros, but 0 * NaN is NaN.
+  if (head_size % 32 != 0) __builtin_memset(to + head_size, 0, 16 * sizeof(BFloat16));
+}
+
+void store_row(const float* row, int32_t head_size, float factor, void* out) {
+  auto* to = static_cast<BFloat16*>(out);
+  for (int d = 0; d < head_size; d += 16)
+    Avx512Lanes::store(to + d, _mm512_mul_ps(_mm512_loadu_ps(row + d), _mm512_set1_ps(factor)));
+}
+
+// Scores in float32, then weights in bfloat16.
+size_t weights_bytes(int32_t block_size) { return (sizeof(float) + sizeof(BFloat16)) * kRowStep * block_size; }
+
+constexpr RowOps kOps{.row_granule = kTileRows,
+                      .max_rows = 256,
+                      .head_granule = 32,
+                      .query_bytes = sizeof(BFloat16),
+                      .weights_bytes = weights_bytes,
+                      .pack_row = pack_row,
+                      .store_row = store_row,
+                      .begin = begin,
+                      .end = end,
+                      .attend_block = attend_block};
+
+}  // namespace
+
+const RowOps& amx_row_ops() { return kOps; }
+
+}  // namespace lamina

@@ -1,0 +1,139 @@
+// Attention over the panel layout for any vector unit: float32 arithmetic, KV converted in registers.
+//
+// `Lanes` is sixteen float32 lanes of one instruction set. It and everything here live in unnamed namespaces, so that
+// each file in isa/ has its own copy, compiled with its own flags.
+#pragma once
+
+#include "kernel/attention.h"
+#include "kernel/isa/elements.h"
+#include "kernel/isa/prefetch.h"
+#include "kernel/isa/softmax.h"
+#include "kernel/row_ops.h"
+
+namespace lamina {
+namespace {
+
+// Rows that are taken through a block together: their weights stay in the L1 cache beside a panel.
+constexpr int kRowStep = 32;
+
+template <class Lanes, class Element>
+struct PanelAttention {
+  using Vec = typename Lanes::Vec;
+  static constexpr int kLinesPerTwo = 2 * 16 * sizeof(Element) / 64;
+
+  // c[r][0..16) (+)= sum over i < depth of a[r][i] * panel[i][0..16), for R rows that stay in registers.
+  template <int R, bool Accumulate, bool Prefetch>
+  static void multiply_rows(const float* a, size_t a_stride, const Element* panel, int depth, float* c,
+                            size_t c_stride, Prefetcher& prefetch) {
+    // Few rows do not cover the latency of an FMA: even and odd i get accumulators of their own.
+    constexpr bool kSplit = R <= 4;
+    Vec even[R], odd[R];
+    for (int r = 0; r < R; ++r) {
+      even[r] = Accumulate ? Lanes::load(c + r * c_stride) : Lanes::broadcast(0.0f);
+      if (kSplit) odd[r] = Lanes::broadcast(0.0f);
+    }
+    int i = 0;
+    for (; i + 1 < depth; i += 2) {
+      if (Prefetch) prefetch.advance<kLinesPerTwo>();
+      const Vec b0 = Lanes::load(panel + i * 16), b1 = Lanes::load(panel + i * 16 + 16);
+      for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b0, even[r]);
+      for (int r = 0; r < R; ++r) {
+        Vec& sum = kSplit ? odd[r] : even[r];
+        sum = Lanes::fma(Lanes::broadcast(a[r * a_stride + i + 1]), b1, sum);
+      }
+    }
+    if (i < depth) {
+      const Vec b = Lanes::load(panel + i * 16);
+      for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b, even[r]);
+    }
+    for (int r = 0; r < R; ++r) Lanes::store(c + r * c_stride, kSplit ? Lanes::add(even[r], odd[r]) : even[r]);
+  }
+
+  // The same for 1 <= rows <= R: picks the function with exactly that many.
+  template <int R, bool Accumulate, bool Prefetch>
+  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, int depth, float* c,
+                             size_t c_stride, Prefetcher& prefetch) {
+    if constexpr (R > 1) {
+      if (rows < R)
+        return multiply_up_to<R - 1, Accumulate, Prefetch>(rows, a, a_stride, panel, depth, c, c_stride, prefetch);
+    }
+    multiply_rows<R, Accumulate, Prefetch>(a, a_stride, panel, depth, c, c_stride, prefetch);
+  }
+
+  // All rows against one panel. Only the first rows bring the panel into the cache.
+  template <bool Accumulate>
+  static void multiply_panel(bool cold, int rows, const float* a, size_t a_stride, const Element* panel, int depth,
+                             float* c, size_t c_stride, Prefetcher& prefetch) {
+    constexpr int R = Lanes::kRows;
+    for (int r = 0; r < rows; r += R) {
+      const float* a_rows = a + r * a_stride;
+      float* c_rows = c + r * c_stride;
+      if (cold && r == 0)
+        multiply_up_to<R, Accumulate, true>(rows, a_rows, a_stride, panel, depth, c_rows, c_stride, prefetch);
+      else
+        multiply_up_to<R, Accumulate, false>(rows - r, a_rows, a_stride, panel, depth, c_rows, c_stride, prefetch);
+    }
+  }
+
+  static void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next, int32_t num_tokens) {
+    const size_t head_size = tile.head_size, block_size = tile.block_size;
+    const auto* keys = reinterpret_cast<const Element*>(region);
+    const auto* values = keys + head_size * block_size;
+    Prefetcher prefetch(region, tile.region_bytes, next);
+    for (int first = 0; first < tile.rows; first += kRowStep) {
+      const int rows = tile.rows - first < kRowStep ? tile.rows - first : kRowStep;
+      const float* queries = static_cast<const float*>(tile.queries) + first * head_size;
+      for (int t = 0; t < num_tokens; t += 16)
+        multiply_panel<false>(first == 0, rows, queries, head_size, keys + t * head_size, tile.head_size,
+                              tile.weights + t, block_size, prefetch);
+      for (int r = 0; r < rows; ++r) {
+        float* weights = tile.weights + r * block_size;
+        softmax_step<Lanes>(tile, first + r, weights, 1.0f, num_tokens,
+                            [weights](int i, Vec x) { Lanes::store(weights + i, x); });
+      }
+      for (size_t d = 0; d < head_size; d += 16)
+        multiply_panel<true>(first == 0, rows, tile.weights, block_size, values + d * block_size, num_tokens,
+                             tile.out + first * head_size + d, head_size, prefetch);
+    }
+  }
+
+  static void pack_row(const void* q, int32_t head_size, float scale_log2, void* packed) {
+    const auto* from = static_cast<const Element*>(q);
+    auto* to = static_cast<float*>(packed);
+    for (int d = 0; d < head_size; d += 16)
+      Lanes::store(to + d, Lanes::mul(Lanes::load(from + d), Lanes::broadcast(scale_log2)));
+  }
+
+  static void store_row(const float* row, int32_t head_size, float factor, void* out) {
+    auto* to = static_cast<Element*>(out);
+    for (int d = 0; d < head_size; d += 16)
+      Lanes::store(to + d, Lanes::mul(Lanes::load(row + d), Lanes::broadcast(factor)));
+  }
+
+  static size_t weights_bytes(int32_t block_size) { return sizeof(float) * kRowStep * block_size; }
+  static void no_tile_state(const RowTile&) {}
+  static void no_state() {}
+
+  static constexpr RowOps kOps{.row_granule = 1,
+                               .max_rows = 2 * kRowStep,
+                               .head_granule = 16,
+                               .query_bytes = sizeof(float),
+                               .weights_bytes = weights_bytes,
+                               .pack_row = pack_row,
+                               .store_row = store_row,
+                               .begin = no_tile_state,
+                               .end = no_state,
+                               .attend_block = attend_block};
+};
+
+template <class Lanes>
+const RowOps& panel_row_ops(DType dtype) {
+  switch (dtype) {
+    case DType::kBFloat16: return PanelAttention<Lanes, BFloat16>::kOps;
+    case DType::kFloat16: return PanelAttention<Lanes, Float16>::kOps;
+    default: return PanelAttention<Lanes, float>::kOps;
+  }
+}
+
+}  // namespace
+}  // namespace lamina

@@ -1,0 +1,61 @@
+// A reliable, ordered, two-way channel of frames between a model worker and an attention worker.
+//
+// Frames are written and read in place: the sender fills the span that reserve() returns, the receiver works on the
+// span that receive() returns. One thread at a time may send (reserve, post) and one, the same or another, may receive
+// (receive, release). At most one frame is reserved and one received at a time.
+//
+// Every wait ends at its deadline, and soon after the peer is gone.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <span>
+#include <stdexcept>
+
+namespace lamina {
+
+using Clock = std::chrono::steady_clock;
+using Deadline = Clock::time_point;
+
+struct ChannelError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+// The deadline passed; the channel is still usable.
+struct ChannelTimeout : ChannelError {
+  using ChannelError::ChannelError;
+};
+// The peer closed the channel or died, or broke the channel's rules.
+struct ChannelClosed : ChannelError {
+  using ChannelError::ChannelError;
+};
+// The frame can never fit; the text says which capacity to raise.
+struct FrameTooLarge : ChannelError {
+  using ChannelError::ChannelError;
+};
+
+// Alignment of every frame's first byte.
+inline constexpr size_t kFrameAlignment = 64;
+
+class Channel {
+ public:
+  virtual ~Channel() = default;
+
+  // Contiguous, kFrameAlignment-aligned room for one frame of `bytes`, the caller's until post(). A reservation that is
+  // not posted is dropped by the next reserve(). Throws ChannelTimeout, ChannelClosed, FrameTooLarge.
+  virtual std::span<std::byte> reserve(size_t bytes, Deadline deadline) = 0;
+  // Sends the reserved frame.
+  virtual void post() = 0;
+
+  // The oldest frame, readable until release(). Frames posted before the peer left are still delivered.
+  // Throws ChannelTimeout, ChannelClosed.
+  virtual std::span<const std::byte> receive(Deadline deadline) = 0;
+  // Gives the received frame's memory back to the sender.
+  virtual void release() = 0;
+
+  virtual size_t max_frame_bytes() const = 0;
+  virtual bool peer_closed() const = 0;
+  // Tells the peer, and every wait on this side, that the channel is closed.
+  virtual void close() = 0;
+};
+
+}  // namespace lamina

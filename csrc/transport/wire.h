@@ -1,0 +1,90 @@
+// Frames between a model worker and an attention worker: one fixed header, then a payload by type. Little endian.
+//
+// STEP         StepCounts, query_len int32 [R], context_len int32 [R], block ids int32 [sum of the requests' blocks],
+//              padding to 8, slot_mapping int64 [T]. Requests that decode come first. Opens the lane's next step.
+// ATTEND       q [rows, heads, head size], k and v [T, KV heads, head size], each at a multiple of 64 bytes: one layer
+//              of the lane's step. Rows of q: the decode tokens, then the tokens of prefill chunks with context.
+// OUTPUT       out [rows, heads, head size], then at a multiple of 64 bytes LSE float32 [prefill rows, heads]. Answers an
+//              ATTEND that has q rows and echoes its header fields.
+// ZERO_BLOCKS  block ids int32 [n]; in all layers.
+// COPY_BLOCKS  (source, destination) int32 [n, 2]; in all layers, in order.
+// ERROR        text, UTF-8: why a frame of this lane was dropped.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <span>
+
+namespace lamina {
+
+static_assert(std::endian::native == std::endian::little, "frames are little endian");
+
+inline constexpr uint32_t kFrameMagic = 0x414e4d4c;  // "LMNA"
+inline constexpr uint16_t kWireVersion = 1;
+inline constexpr uint32_t kMaxLanes = 8;
+
+enum class FrameType : uint16_t {
+  kStep = 1,
+  kAttend = 2,
+  kOutput = 3,
+  kZeroBlocks = 4,
+  kCopyBlocks = 5,
+  kError = 6,
+};
+
+struct FrameHeader {
+  uint32_t magic = kFrameMagic;
+  uint16_t version = kWireVersion;
+  FrameType type{};
+  uint64_t generation = 0;  // of the model worker's state; replies echo it, stale ones are dropped
+  uint64_t step = 0;        // counts up per lane
+  uint64_t payload_bytes = 0;
+  uint32_t lane = 0;
+  uint32_t layer = 0;
+  uint8_t reserved[24] = {};
+};
+static_assert(sizeof(FrameHeader) == 64);
+
+struct StepCounts {
+  uint32_t num_requests;
+  uint32_t num_decodes;
+  uint32_t num_tokens;
+  uint32_t num_block_ids;
+};
+static_assert(sizeof(StepCounts) == 16);
+
+constexpr size_t align_to(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
+
+// Byte offsets within an ATTEND payload.
+struct AttendLayout {
+  size_t k, v, bytes;
+  AttendLayout(size_t q_bytes, size_t kv_bytes)
+      : k(align_to(q_bytes, 64)), v(k + align_to(kv_bytes, 64)), bytes(v + kv_bytes) {}
+};
+
+// Byte offsets within an OUTPUT payload.
+struct OutputLayout {
+  size_t lse, bytes;
+  OutputLayout(size_t out_bytes, size_t lse_bytes) : lse(align_to(out_bytes, 64)), bytes(lse + lse_bytes) {}
+};
+
+// Header of a frame, or nothing if the frame is not one of this version or shorter than it says. The header is copied
+// out: the sender may still write into shared memory, so what was checked must not be read again.
+inline std::optional<FrameHeader> read_header(std::span<const std::byte> frame) {
+  if (frame.size() < sizeof(FrameHeader)) return std::nullopt;
+  FrameHeader header;
+  std::memcpy(&header, frame.data(), sizeof header);
+  if (header.magic != kFrameMagic || header.version != kWireVersion) return std::nullopt;
+  if (header.payload_bytes > frame.size() - sizeof header) return std::nullopt;
+  return header;
+}
+
+inline std::byte* write_header(std::span<std::byte> frame, const FrameHeader& header) {
+  std::memcpy(frame.data(), &header, sizeof header);
+  return frame.data() + sizeof header;
+}
+
+}  // namespace lamina

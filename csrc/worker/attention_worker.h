@@ -1,0 +1,108 @@
+// The attention worker's serving loop: takes frames off a channel, keeps the KV pool, and answers with attention.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernel/arena.h"
+#include "kernel/attention.h"
+#include "kernel/thread_pool.h"
+#include "transport/channel.h"
+#include "transport/wire.h"
+#include "worker/model_geometry.h"
+#include "worker/step.h"
+
+namespace lamina {
+
+// Bytes of the pool that one KV block takes over all layers. Throws std::invalid_argument for a geometry that no kernel
+// supports, naming the value and the limit.
+size_t kv_block_bytes(const ModelGeometry& geometry);
+
+// Written by the serving thread only, read by any; times are nanoseconds.
+struct WorkerCounters {
+  std::atomic<uint64_t> steps{0};
+  std::atomic<uint64_t> messages{0};
+  std::atomic<uint64_t> bytes_in{0};
+  std::atomic<uint64_t> bytes_out{0};
+  std::atomic<uint64_t> tokens_appended{0};
+  std::atomic<uint64_t> ns_attending{0};
+  std::atomic<uint64_t> ns_appending{0};
+  std::atomic<uint64_t> ns_waiting{0};  // between the frames of a step in flight
+  std::atomic<uint64_t> ns_idle{0};     // with no step in flight
+  std::atomic<uint64_t> rejected_frames{0};
+};
+
+// Serves one engine: the pool lives as long as this object, so the next engine begins with a clean one.
+class AttentionWorker {
+ public:
+  // Maps the pool. cpus: one per thread, or empty to leave the threads unpinned. Throws std::invalid_argument for an
+  // unsupported geometry, std::bad_alloc where the system refuses the memory.
+  AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus, int spin_us);
+  ~AttentionWorker();
+  AttentionWorker(const AttentionWorker&) = delete;
+  AttentionWorker& operator=(const AttentionWorker&) = delete;
+
+  // Starts the serving thread on `channel`; at most once. The thread ends, and closes the channel, when the peer leaves
+  // or stop() is called.
+  void serve(std::unique_ptr<Channel> channel);
+  // Ends the serving thread after the frame in hand.
+  void stop();
+
+  const WorkerCounters& counters() const { return counters_; }
+  size_t used_bytes() const { return arena_.size(); }
+  Isa isa() const { return kernel_->isa(); }
+
+ private:
+  struct Lane {
+    Step step;
+    uint64_t id = 0;
+    uint64_t generation = 0;
+    bool known = false;      // the step was accepted
+    bool in_flight = false;  // and its last layer is still to come
+  };
+
+  void run();
+  void loop(ThreadPool& threads);
+  void handle(std::span<const std::byte> frame, ThreadPool& threads);
+  void begin_step(const FrameHeader& header, std::span<const std::byte> payload);
+  void attend(const FrameHeader& header, std::span<const std::byte> payload, ThreadPool& threads);
+  void zero_blocks(std::span<const std::byte> payload);
+  void copy_blocks(std::span<const std::byte> payload);
+  std::vector<int32_t> read_block_ids(std::span<const std::byte> payload) const;
+
+  std::span<std::byte> reserve_reply(size_t bytes);
+  void send_error(const FrameHeader& header, const std::string& reason);
+  void reject(const std::string& reason);
+  void release();
+  bool any_in_flight() const;
+  std::byte* layer_data(uint32_t layer) {
+    return arena_.data() + layer * static_cast<size_t>(num_blocks_) * kernel_->block_bytes();
+  }
+
+  const ModelGeometry geometry_;
+  const int32_t num_blocks_;
+  const int num_threads_;
+  const std::vector<int> cpus_;
+  const int spin_us_;
+  std::unique_ptr<AttentionKernel> kernel_;
+  Arena arena_;
+
+  std::unique_ptr<Channel> channel_;
+  std::thread thread_;
+  std::atomic<bool> stopping_{false};
+  WorkerCounters counters_;
+
+  // The serving thread's own.
+  std::array<Lane, kMaxLanes> lanes_;
+  std::vector<float> lse_;
+  bool received_ = false;
+  uint64_t rejected_unlogged_ = 0;
+  std::optional<Clock::time_point> last_rejected_log_;
+};
+
+}  // namespace lamina

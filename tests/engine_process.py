@@ -1,0 +1,118 @@
+"""Runs jobs of `jobs.py` in vLLM, each in a forked process of its own, so that no state of one engine reaches another.
+
+Importing vLLM takes much longer than starting a small engine. This program imports it once, single-threaded, and
+forks for every job that it reads from its standard input: one line `JOB_FILE RESULT_FILE LOG_FILE` each. It answers
+each with a line holding the process id of the fork, and one with its exit status.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from jobs import Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+
+# Modules that every fork would otherwise import for itself.
+INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+
+
+def main() -> None:
+    for module in INHERITED:
+        importlib.import_module(module)
+
+    for line in sys.stdin:
+        job_file, result_file, log_file = line.split()
+        pid = os.fork()
+        if pid == 0:
+            os.setpgid(0, 0)
+            _redirect(log_file)
+            Path(result_file).write_text(run(Job.from_json(Path(job_file).read_text())).to_json())
+            sys.exit()
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _redirect(log_file: str) -> None:
+    """Sends all output of this process and its children to the log; leaves the line protocol to the parent."""
+    log = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for source, target in ((null, 0), (log, 1), (log, 2)):
+        os.dup2(source, target)
+
+
+def run(job: Job) -> JobResult:
+    """Starts the engine, runs the job's phases one after the other, and shuts the engine down."""
+    from vllm import LLM
+
+    pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
+    if job.executor is not None:
+        pool = {"executor": job.executor, "lamina_memory": f"{job.kv_memory_mib}MiB"}
+    llm = LLM(job.model, disable_log_stats=False, **pool, **job.engine)
+    try:
+        return JobResult([_run_phase(llm, phase) for phase in job.phases])
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+
+
+def _run_phase(llm: Any, phase: Phase) -> PhaseResult:
+    from vllm import SamplingParams
+
+    engine = llm.llm_engine
+    before = _counters(llm)
+    waiting = sorted(enumerate(phase.requests), key=lambda item: item[1].after_step)
+    results = [RequestResult([], []) for _ in phase.requests]
+    aborted: set[str] = set()
+    step = 0
+    while waiting or engine.has_unfinished_requests():
+        while waiting and (waiting[0][1].after_step <= step or not engine.has_unfinished_requests()):
+            index, request = waiting.pop(0)
+            prompt = {"prompt_token_ids": request.prompt}
+            engine.add_request(f"{phase.name}-{index}", prompt, SamplingParams(**request.params))
+        outputs = engine.step()
+        step += 1
+        for output in outputs:
+            if output.request_id in aborted:
+                continue
+            index = int(output.request_id.rpartition("-")[2])
+            _record(results[index], output)
+            if _abort_is_due(phase.requests[index], results[index]):
+                engine.abort_request([output.request_id])
+                aborted.add(output.request_id)
+    gained = {name: value - before[name] for name, value in _counters(llm).items()}
+    return PhaseResult(phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"])
+
+
+def _record(result: RequestResult, output: Any) -> None:
+    """Puts vLLM's cumulative output in the place of what is known of the request."""
+    for sequence in output.outputs:
+        while len(result.completions) <= sequence.index:
+            result.completions.append(Completion([], [], "", None))
+        result.completions[sequence.index] = Completion(
+            token_ids=list(sequence.token_ids),
+            logprobs=[_values(position) for position in sequence.logprobs or []],
+            text=sequence.text,
+            finish_reason=sequence.finish_reason,
+        )
+    if output.prompt_logprobs:
+        result.prompt_logprobs[:] = [_values(position) for position in output.prompt_logprobs]
+
+
+def _values(position: dict[int, Any] | None) -> dict[int, float]:
+    """Token id -> log-probability; the first prompt token has none."""
+    return {token: entry.logprob for token, entry in (position or {}).items()}
+
+
+def _abort_is_due(request: Request, result: RequestResult) -> bool:
+    return request.abort_after is not None and len(result.completions[0].token_ids) >= request.abort_after
+
+
+def _counters(llm: Any) -> dict[str, int]:
+    names = ("vllm:num_preemptions", "vllm:prefix_cache_hits")
+    return {metric.name: int(metric.value) for metric in llm.get_metrics() if metric.name in names}
+
+
+if __name__ == "__main__":
+    main()

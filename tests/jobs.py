@@ -1,0 +1,117 @@
+"""What an engine is asked to do in a test, and what came out of it: plain data that crosses processes as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of a phase.
+
+    `params` are the fields of vLLM's SamplingParams. The request arrives once `after_step` engine steps of its phase
+    are done, and is aborted as soon as it has `abort_after` output tokens.
+    """
+
+    prompt: list[int]
+    params: dict[str, Any]
+    after_step: int = 0
+    abort_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Requests that run together. The next phase begins when all are done, with the prefix cache as they left it."""
+
+    name: str
+    requests: list[Request]
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that one engine does in its life.
+
+    `engine` are the keyword arguments of vLLM's LLM; `executor` is None for stock vLLM; `kv_memory_mib` is the size of
+    the KV pool, wherever it is. Equal jobs give equal results, which is what makes them cacheable.
+    """
+
+    model: str
+    phases: list[Phase]
+    engine: dict[str, Any] = field(default_factory=dict)
+    executor: str | None = None
+    kv_memory_mib: int = 256
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        data = json.loads(text)
+        phases = [
+            Phase(phase["name"], [Request(**request) for request in phase["requests"]])
+            for phase in data.pop("phases")
+        ]
+        return cls(phases=phases, **data)
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sequence. `logprobs` holds, for each output token, those of the likeliest tokens and of the one chosen."""
+
+    token_ids: list[int]
+    logprobs: list[dict[int, float]]
+    text: str
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class RequestResult:
+    completions: list[Completion]
+    prompt_logprobs: list[dict[int, float]]
+
+
+@dataclass(frozen=True)
+class PhaseResult:
+    """Results in the order of the phase's requests, and what the engine's counters gained in the phase."""
+
+    name: str
+    requests: list[RequestResult]
+    preemptions: int
+    prefix_cache_hits: int
+
+
+@dataclass(frozen=True)
+class JobResult:
+    phases: list[PhaseResult]
+
+    def phase(self, name: str) -> PhaseResult:
+        return next(phase for phase in self.phases if phase.name == name)
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        return cls([_phase_result(phase) for phase in json.loads(text)["phases"]])
+
+
+def _phase_result(data: dict[str, Any]) -> PhaseResult:
+    requests = [
+        RequestResult(
+            completions=[
+                Completion(**(completion | {"logprobs": _int_keys(completion["logprobs"])}))
+                for completion in request["completions"]
+            ],
+            prompt_logprobs=_int_keys(request["prompt_logprobs"]),
+        )
+        for request in data["requests"]
+    ]
+    return PhaseResult(**(data | {"requests": requests}))
+
+
+def _int_keys(positions: list[dict[str, float]]) -> list[dict[int, float]]:
+    """JSON's keys are strings; token ids are not."""
+    return [{int(token): value for token, value in position.items()} for position in positions]

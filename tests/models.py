@@ -1,0 +1,238 @@
+"""Small random models in Hugging Face format: one per attention variant that Lamina runs, or must refuse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+VOCAB_SIZE = 1024
+NUM_SPECIAL_TOKENS = 4  # <pad> <s> </s> <unk>
+MAX_POSITION = 8192
+
+# Standard deviation of every weight. At hidden size 256 it gives logits a standard deviation of about 1.6, hence
+# typical top-2 margins of a few tenths, and attention scores one of about 2.5, hence attention that is not uniform.
+_WEIGHT_STD = 0.1
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to create: the transformers classes' name stem and the configuration's fields."""
+
+    config_class: str
+    config: dict[str, Any]
+    model_class: str = "AutoModelForCausalLM"
+
+
+def _decoder(**config: Any) -> dict[str, Any]:
+    """Fields that the Llama-like configurations share."""
+    return {
+        "hidden_size": 256,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "max_position_embeddings": MAX_POSITION,
+    } | config
+
+
+# The supported families. The head sizes cover 32 to 256, the group sizes (query heads per KV head) 1 to 8.
+SUPPORTED: dict[str, ModelSpec] = {
+    "llama": ModelSpec("LlamaConfig", _decoder(num_attention_heads=8, num_key_value_heads=2, head_dim=32)),
+    "qwen2": ModelSpec(
+        "Qwen2Config", _decoder(num_attention_heads=4, num_key_value_heads=2, use_sliding_window=False)
+    ),
+    "qwen3": ModelSpec("Qwen3Config", _decoder(num_attention_heads=4, num_key_value_heads=1, head_dim=256)),
+    "mistral": ModelSpec(
+        "MistralConfig",
+        _decoder(num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=None),
+    ),
+    "phi3": ModelSpec(
+        "Phi3Config",
+        _decoder(
+            hidden_size=192,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            original_max_position_embeddings=MAX_POSITION,
+            sliding_window=None,
+        ),
+    ),
+    "mixtral": ModelSpec(
+        "MixtralConfig",
+        _decoder(
+            num_attention_heads=4,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=None,
+        ),
+    ),
+    "gpt2": ModelSpec("GPT2Config", {"n_embd": 160, "n_layer": 3, "n_head": 2, "n_positions": MAX_POSITION}),
+    "falcon": ModelSpec(
+        "FalconConfig",
+        {
+            "hidden_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "parallel_attn": True,
+            "alibi": False,
+            "bias": False,
+            "max_position_embeddings": MAX_POSITION,
+        },
+    ),
+}
+
+# Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
+UNSUPPORTED: dict[str, ModelSpec] = {
+    "soft_cap": ModelSpec(
+        "Gemma2Config",
+        _decoder(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            attn_logit_softcapping=50.0,
+        ),
+    ),
+    "sliding_window": ModelSpec(
+        "MistralConfig",
+        _decoder(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            sliding_window=256,
+        ),
+    ),
+    "mla": ModelSpec(
+        "DeepseekV2Config",
+        _decoder(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            kv_lora_rank=64,
+            q_lora_rank=None,
+            qk_nope_head_dim=32,
+            qk_rope_head_dim=32,
+            v_head_dim=64,
+            first_k_dense_replace=2,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
+    "sinks": ModelSpec(
+        "GptOssConfig",
+        _decoder(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            layer_types=["full_attention", "full_attention"],
+        ),
+    ),
+    "alibi": ModelSpec("BloomConfig", {"hidden_size": 256, "n_layer": 2, "n_head": 4}),
+    "encoder_only": ModelSpec(
+        "BertConfig",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 512,
+        },
+        model_class="AutoModel",
+    ),
+    "encoder_decoder": ModelSpec(
+        "WhisperConfig",
+        {
+            "d_model": 128,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 256,
+            "decoder_ffn_dim": 256,
+            "max_source_positions": 1500,
+            "max_target_positions": 448,
+            "decoder_start_token_id": 1,
+            "begin_suppress_tokens": None,
+            "suppress_tokens": None,
+        },
+        model_class="AutoModelForSpeechSeq2Seq",
+    ),
+}
+
+
+def create_model(spec: ModelSpec, directory: Path, seed: int = 0, **overrides: Any) -> Path:
+    """Writes the model with random float32 weights, and a tokenizer, to `directory`.
+
+    `overrides` replace fields of the configuration. Returns `directory`. The weights depend on `seed` and the
+    configuration alone.
+    """
+    import torch
+    import transformers
+
+    torch.manual_seed(seed)
+    config = getattr(transformers, spec.config_class)(
+        vocab_size=VOCAB_SIZE,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+        initializer_range=_WEIGHT_STD,
+        **(spec.config | overrides),
+    )
+    model = getattr(transformers, spec.model_class).from_config(config, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers initialises these to zero, which would hide a forgotten bias
+            torch.nn.init.normal_(parameter, std=_WEIGHT_STD)
+    model.save_pretrained(directory)
+    create_tokenizer(directory)
+    if spec.config_class == "WhisperConfig":
+        transformers.WhisperFeatureExtractor().save_pretrained(directory)
+    return directory
+
+
+def create_tokenizer(directory: Path) -> None:
+    """Writes a tokenizer of `VOCAB_SIZE` tokens: special tokens, one per byte, and made-up words for the rest.
+
+    Encoding yields byte tokens only; the words give random token ids a text.
+    """
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    from tokenizers.models import BPE
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    tokens = special + sorted(pre_tokenizers.ByteLevel.alphabet())
+    syllables = [consonant + vowel for consonant in "bdfghklmnprstvwz" for vowel in "aeiou"]
+    words = (f"Ġ{first}{second}" for first in syllables for second in syllables)
+    tokens += [next(words) for _ in range(VOCAB_SIZE - len(tokens))]
+
+    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=special[0],
+        bos_token=special[1],
+        eos_token=special[2],
+        unk_token=special[3],
+    ).save_pretrained(directory)
+
+
+class ModelZoo:
+    """Creates each model once, on first use, below one directory."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def __call__(self, name: str) -> str:
+        """The directory of the model called `name` in `SUPPORTED` or `UNSUPPORTED`."""
+        directory = self._root / name
+        if not (directory / "tokenizer.json").exists():
+            create_model((SUPPORTED | UNSUPPORTED)[name], directory)
+        return str(directory)

@@ -15,7 +15,7 @@ from vllm_lamina.planner.efficiency import Array
 from vllm_lamina.planner.models import Model
 
 if TYPE_CHECKING:
-    from paper import Cell
+    from paper_model import Cell
 
 DPI = 90
 

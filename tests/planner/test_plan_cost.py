@@ -76,6 +76,9 @@ def test_wire_time_by_hand() -> None:
     # q, and the output, are 20,000 bytes a token, k and v together as much; 0.5 GB/s; ten round trips.
     assert wire.busy_time(100) == pytest.approx(100 * 40_000 / 0.5e9)
     assert wire.exposed_time(100) == pytest.approx(100 * 60_000 / 0.5e9 + 10e-3)
+    # Three replicas have three times the NICs, and send 20,000 bytes of hidden state beside.
+    rotating = Wire(MODEL, transport, 1e9, 2e9, 4, "head", replicas=3)
+    assert rotating.busy_time(100) == pytest.approx(100 * max(60_000 / 1.5e9, 40_000 / 1e9))
     split_contexts = Wire(MODEL, transport, 1e9, 4e9, 4, "sequence")
     assert split_contexts.busy_time(100) == pytest.approx(100 * (4 * 20_000 + 20_000) / 0.5e9)
 

@@ -11,9 +11,10 @@ from planner_examples import device, example_baseline, example_lamina
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment, lamina
 from vllm_lamina.planner.devices import default_catalogue
+from vllm_lamina.planner.engine_options import EngineOptions, Failure
 from vllm_lamina.planner.models import builtin_models
 from vllm_lamina.planner.pipeline import steady_state
-from vllm_lamina.planner.simulator import EngineOptions, simulate
+from vllm_lamina.planner.simulator import simulate
 from vllm_lamina.planner.traces import Trace, load_trace
 
 
@@ -104,6 +105,31 @@ def test_request_partition_waits_for_the_fullest_worker() -> None:
     # The long request's worker has 20,000 tokens to read, its neighbour 2,000; five share 22,000.
     assert two_by_request.tbt.p50 == pytest.approx(0.1 + 20_011 * 20e-6, rel=0.01)
     assert by_head.tbt.p50 == pytest.approx(0.1 + 22_022 * 4e-6, rel=0.01)
+
+
+def test_a_model_worker_that_fails_costs_its_downtime() -> None:
+    requests = trace([100] * 4, [50] * 4)
+    deployment = example_lamina(lanes=2)
+    calm = simulate(deployment, requests)
+    failed = simulate(deployment, requests, failures=[Failure(time=2.0, downtime=5.0)])
+    assert failed.tokens == calm.tokens == 200
+    assert failed.preemptions == 0
+    assert failed.duration == pytest.approx(calm.duration + 5.0, abs=0.3)
+
+
+def test_an_attention_worker_that_fails_costs_its_requests_kv() -> None:
+    requests = trace([5_000] * 6, [100] * 6)
+    deployment = example_lamina(lanes=2, workers=3, partition="request")
+    options = EngineOptions(recompute=True)
+    calm = simulate(deployment, requests, options)
+    failed = simulate(deployment, requests, options, [Failure(time=2.0, downtime=5.0, shards=(0,))])
+    everything = simulate(deployment, requests, options, [Failure(time=2.0, downtime=5.0, shards=(0, 1, 2))])
+    assert failed.tokens == everything.tokens == calm.tokens == 600
+    # Two of six requests are on each shard. The others go on; all lost, all wait for the replacement.
+    assert failed.preemptions == 2
+    assert everything.preemptions == 6
+    assert failed.duration > calm.duration + 5.0
+    assert everything.duration > calm.duration + 5.0
 
 
 DEPLOYMENTS = st.one_of(

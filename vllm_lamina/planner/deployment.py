@@ -217,7 +217,7 @@ class Lamina(Deployment):
 
     @cached_property
     def wire(self) -> Wire:
-        """The network as one batch sees it: all NICs of one replica, all NICs of the attention workers."""
+        """The network between all replicas and all attention workers."""
         return Wire(
             model=self.model,
             transport=self.transport,
@@ -225,7 +225,7 @@ class Lamina(Deployment):
             attention_bandwidth=self.attention_workers * self.attention_device.network_bandwidth,
             attention_workers=self.attention_workers,
             partition=self.partition,
-            carries_residual=self.replicas > 1,
+            replicas=self.replicas,
         )
 
     def stages(self, max_tokens: int) -> Stages:

@@ -118,6 +118,13 @@ class Lane:
             self._order = [entry for entry in self._order if entry[1].ticket == entry[0]]
         return finished
 
+    def preempt_shard(self, shard: int) -> list[Request]:
+        """Take all requests of a shard out, whose KV is lost."""
+        lost = []
+        while self.sequences[shard]:
+            lost.append(self._preempt_last(shard))
+        return lost
+
     def _preempt_last(self, shard: int) -> Request:
         for index in range(len(self._order) - 1, -1, -1):
             ticket, request = self._order[index]

@@ -24,11 +24,12 @@ class Wire:
     transport
         Latency and utilisation.
     model_bandwidth, attention_bandwidth
-        Bytes/s, one way, of all NICs of each side; the smaller binds.
+        Bytes/s, one way, of all NICs of one model replica and of all attention workers.
     attention_workers, partition
         A sequence partition sends q to, and gets a partial output from, every worker.
-    carries_residual
-        Whether the hidden state moves to another model replica after each layer (rotation over several replicas).
+    replicas
+        Model replicas that share the attention workers. With several, the hidden state moves to the next replica
+        after each layer.
     """
 
     model: Model
@@ -37,11 +38,11 @@ class Wire:
     attention_bandwidth: float
     attention_workers: int
     partition: str
-    carries_residual: bool = False
+    replicas: int = 1
 
     @property
     def rate(self) -> float:
-        """Bytes/s that large messages reach, one way."""
+        """Bytes/s, one way, of one batch's large messages."""
         return min(self.model_bandwidth, self.attention_bandwidth) * self.transport.utilisation
 
     @property
@@ -57,7 +58,8 @@ class Wire:
     def residual_bytes(self) -> float:
         """Bytes of hidden state of one token that move between model replicas, all layers."""
         model = self.model
-        return float(model.layers * model.hidden * model.bytes_per_element) if self.carries_residual else 0.0
+        moved = model.layers * model.hidden * model.bytes_per_element
+        return float(moved) if self.replicas > 1 else 0.0
 
     def query_time(self, tokens: ArrayLike) -> Array:
         """Seconds that q, or the output, of so many tokens takes, all layers."""
@@ -68,13 +70,14 @@ class Wire:
         return np.asarray(tokens, dtype=np.float64) * self.model.kv_bytes_per_token / self.rate
 
     def busy_time(self, tokens: ArrayLike) -> Array:
-        """Seconds of the busier direction: q, k, v (and the hidden state) one way, the output the other."""
-        residual = (
-            np.asarray(tokens, dtype=np.float64)
-            * self.residual_bytes
-            / (self.model_bandwidth * self.transport.utilisation)
-        )
-        return self.query_time(tokens) + self.key_value_time(tokens) + residual
+        """Seconds that one batch occupies the busier side's NICs, in the busier direction.
+
+        q, k and v leave the replicas, beside the hidden state, and enter the attention workers.
+        """
+        sent = self.query_bytes + self.model.kv_bytes_per_token
+        replicas = (sent + self.residual_bytes) / (self.replicas * self.model_bandwidth)
+        workers = sent / self.attention_bandwidth
+        return np.asarray(tokens, dtype=np.float64) * (max(replicas, workers) / self.transport.utilisation)
 
     def exposed_time(self, tokens: ArrayLike) -> Array:
         """Seconds that one batch waits for the wire if nothing overlaps.

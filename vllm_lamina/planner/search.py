@@ -10,10 +10,11 @@ from itertools import product
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment, Lamina, baseline, lamina
 from vllm_lamina.planner.devices import Catalogue, Device
+from vllm_lamina.planner.engine_options import WATERMARK, EngineOptions
 from vllm_lamina.planner.models import Model
 from vllm_lamina.planner.pipeline import SteadyState, steady_state
 from vllm_lamina.planner.results import SimulationResult
-from vllm_lamina.planner.simulator import WATERMARK, EngineOptions, simulate
+from vllm_lamina.planner.simulator import simulate
 from vllm_lamina.planner.traces import Trace
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)

@@ -3,43 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Sequence
 from heapq import heappop, heappush
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment
 from vllm_lamina.planner.lane import BlockPool, Lane, Request
+from vllm_lamina.planner.engine_options import WATERMARK, EngineOptions, Failure
 from vllm_lamina.planner.results import Recorder, SimulationResult
 from vllm_lamina.planner.traces import Trace
 
-WATERMARK = 0.01
-"""Fraction of the KV blocks that admission leaves free, so that running requests can grow."""
 
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How the engine schedules.
-
-    Attributes
-    ----------
-    prefill
-        Whether prompts are computed here (chunked, together with decoding), or, as in the paper's evaluation,
-        elsewhere: a request then arrives with the KV of its prompt, and recomputing after preemption is free too.
-    max_sequences
-        Requests in flight at most; None leaves it to memory.
-    token_budget
-        Prompt and output tokens of one step at most, when prefill is computed here.
-    block_size
-        Tokens of a KV block.
-    """
-
-    prefill: bool = False
-    max_sequences: int | None = None
-    token_budget: int = 8192
-    block_size: int = 16
-
-
-def simulate(deployment: Deployment, trace: Trace, options: EngineOptions | None = None) -> SimulationResult:
+def simulate(
+    deployment: Deployment,
+    trace: Trace,
+    options: EngineOptions | None = None,
+    failures: Sequence[Failure] = (),
+) -> SimulationResult:
     """Serve all requests of a trace.
 
     A lane's step takes as long as its own stages one after the other, and longer if a shared stage (the model replicas,
@@ -51,7 +31,7 @@ def simulate(deployment: Deployment, trace: Trace, options: EngineOptions | None
     ConfigError
         No request of the trace fits into the KV cache.
     """
-    return _Engine(deployment, trace, options or EngineOptions()).run()
+    return _Engine(deployment, trace, options or EngineOptions(), failures).run()
 
 
 class _Step:
@@ -68,8 +48,11 @@ class _Step:
 
 
 class _Engine:
-    def __init__(self, deployment: Deployment, trace: Trace, options: EngineOptions) -> None:
+    def __init__(
+        self, deployment: Deployment, trace: Trace, options: EngineOptions, failures: Sequence[Failure]
+    ) -> None:
         self.deployment, self.options = deployment, options
+        self.failures = list(failures)
         self.pools = [
             BlockPool(deployment.shard_tokens, options.block_size) for _ in range(deployment.shards)
         ]
@@ -85,7 +68,9 @@ class _Engine:
         self.started = [False] * len(self.lanes)
         blocks = sum(pool.total for pool in self.pools)
         self.max_sequences = options.max_sequences or min(len(self.requests), blocks)
-        stages = deployment.stages(self.max_sequences + (options.token_budget if options.prefill else 0))
+        stages = deployment.stages(
+            self.max_sequences + (options.token_budget if options.prefill or options.recompute else 0)
+        )
         self.model_time = stages.model.tolist()
         self.attention_time = stages.attention.tolist()
         self.wire_time = stages.wire.tolist()
@@ -94,6 +79,8 @@ class _Engine:
         self.prompt_wire = stages.prompt_wire
         self.model_free = self.wire_free = 0.0
         self.shard_free = [0.0] * len(self.pools)
+        self.shard_up = [0.0] * len(self.pools)
+        self.lost_shards: list[list[int]] = [[] for _ in self.lanes]
         self.events: list[tuple[float, int]] = []
         self.recorder = Recorder(self.requests[0].arrival, len(trace) - len(self.requests))
 
@@ -116,14 +103,21 @@ class _Engine:
     def run(self) -> SimulationResult:
         now = self.requests[0].arrival
         self._arrive(now)
+        self._admit(now)
         # Lane i starts one model stage after lane i - 1 (on n - 1 replicas: t_m / (n - 1) apart).
         stagger = self.model_time[len(self.joining[0])] / self.deployment.replicas
         for index in range(len(self.lanes)):
             heappush(self.events, (now + index * stagger, index))
+        for number, failure in enumerate(self.failures):
+            heappush(self.events, (failure.time, _FAILURE - number))
         while self.events:
             now, index = heappop(self.events)
-            if index == _ARRIVAL:
-                self._arrive(now)
+            if index < 0:
+                if index == _ARRIVAL:
+                    self._arrive(now)
+                elif index <= _FAILURE:
+                    self._fail(self.failures[_FAILURE - index], now)
+                self._admit(now)
                 self._wake(now)
                 continue
             self.started[index] = True
@@ -143,14 +137,16 @@ class _Engine:
             self.next_arrival += 1
         if self.next_arrival < len(requests):
             heappush(self.events, (requests[self.next_arrival].arrival, _ARRIVAL))
-        self._admit(now)
 
     def _admit(self, now: float) -> None:
         """Give waiting requests blocks, in order of arrival, and put each into the smallest lane."""
         while self.waiting and self.running < self.max_sequences:
             request = self.waiting[0]
             request.cached = request.prompt + request.generated
-            request.shard = max(range(len(self.pools)), key=lambda shard: self.pools[shard].free)
+            up = [shard for shard, since in enumerate(self.shard_up) if since <= now]
+            if not up:
+                return
+            request.shard = max(up, key=lambda shard: self.pools[shard].free)
             pool = self.pools[request.shard]
             need = pool.blocks(request.cached)
             if need > pool.free - self.reserve:
@@ -161,7 +157,7 @@ class _Engine:
             if request.generated == 0:
                 self.recorder.last_admission = now
             index = min(range(len(self.lanes)), key=self._load)
-            if self.options.prefill:
+            if self.options.prefill or (self.options.recompute and request.preempted >= 0.0):
                 self.prefilling[index].append((request, request.cached))
             else:
                 self.joining[index].append(request)
@@ -180,11 +176,12 @@ class _Engine:
         self.joining[index] = []
         for request in fresh:
             lane.join(request)
+        for shard in self.lost_shards[index]:
+            for request in lane.preempt_shard(shard):
+                self._wait_again(request, now)
+        self.lost_shards[index] = []
         for request in lane.grow():
-            self.running -= 1
-            self.recorder.preemptions += 1
-            request.preempted = now
-            self.waiting.appendleft(request)
+            self._wait_again(request, now)
         step = _Step(now, len(lane), [request for request in fresh if request.ticket], [])
         chunk, prefill_time = self._take_prefill(index, step)
         if step.batch + chunk == 0:
@@ -207,6 +204,24 @@ class _Engine:
         step.end = end
         self.steps[index] = step
         heappush(self.events, (end, index))
+
+    def _wait_again(self, request: Request, now: float) -> None:
+        """Put a request that lost its blocks at the head of the queue."""
+        self.running -= 1
+        self.recorder.preemptions += 1
+        request.preempted = now
+        self.waiting.appendleft(request)
+
+    def _fail(self, failure: Failure, now: float) -> None:
+        """Lose shards, each lane at the end of its step, or the time of one model replica, until they are replaced."""
+        for shard in failure.shards:
+            self.shard_up[shard] = now + failure.downtime
+            for lost in self.lost_shards:
+                lost.append(shard)
+        if failure.shards:
+            heappush(self.events, (now + failure.downtime, _WAKE))
+        else:
+            self.model_free = max(self.model_free, now) + failure.downtime / self.deployment.replicas
 
     def _take_prefill(self, index: int, step: _Step) -> tuple[int, float]:
         """Take prompt chunks up to the token budget; return their tokens and their attention's seconds."""
@@ -254,4 +269,5 @@ class _Engine:
         return False
 
 
-_ARRIVAL = -1
+# Events that belong to no lane; failure i is _FAILURE - i.
+_ARRIVAL, _WAKE, _FAILURE = -1, -2, -3

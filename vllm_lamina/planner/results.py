@@ -46,6 +46,10 @@ class SimulationResult:
         Seconds until the last token.
     tokens
         Tokens generated in all.
+    model_seconds
+        Seconds of work of the model replicas, in all, over the whole run.
+    longest_wait
+        Longest time between two tokens of one request, seconds.
     """
 
     throughput: float
@@ -59,6 +63,8 @@ class SimulationResult:
     preemptions: int
     duration: float
     tokens: int
+    model_seconds: float
+    longest_wait: float
 
     def tokens_per_dollar(self, dollars_per_hour: float) -> float:
         """Tokens generated for one US dollar."""
@@ -123,6 +129,8 @@ class Recorder:
             preemptions=self.preemptions,
             duration=finish - self.start,
             tokens=round(tokens.sum()),
+            model_seconds=float(model.sum()),
+            longest_wait=float(max([*self._gaps, (ends - starts)[regular > 0].max(initial=0.0)])),
         )
 
 

@@ -8,8 +8,8 @@ from heapq import heappop, heappush
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment
-from vllm_lamina.planner.lane import BlockPool, Lane, Request
 from vllm_lamina.planner.engine_options import WATERMARK, EngineOptions, Failure
+from vllm_lamina.planner.lane import BlockPool, Lane, Request
 from vllm_lamina.planner.results import Recorder, SimulationResult
 from vllm_lamina.planner.traces import Trace
 

@@ -139,7 +139,7 @@ def failure_table() -> list[str]:
         ("attention worker of (8,16), split by requests", (8, 16), 5, "request", (0,)),
     ]
     lines = [
-        "| What fails | Down s | Requests that lose their KV | Longest wait s | Engine-seconds lost | Of a day | For good |",
+        "| What fails | Down s | Requests losing KV | Longest wait s | Engine-seconds lost | Of a day | For good |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for label, dop, batches, partition, shards in cases:
@@ -183,7 +183,7 @@ def draw(path: Path, points: list[tuple[int, float, float]]) -> None:
     axes.plot([100 * load for load in loads], waits, "o-")
     for count, load, wait in zip(engines, loads, waits, strict=True):
         axes.annotate(
-            f"{count} engines",
+            str(count),
             (100 * load, wait),
             xytext=(-6, 6),
             textcoords="offset points",
@@ -194,7 +194,7 @@ def draw(path: Path, points: list[tuple[int, float, float]]) -> None:
         xlabel="load, % of what a saturated fleet serves",
         ylabel="time to first token, p99, s",
         yscale="log",
-        title=f"{FLEET_RATE:,.0f} requests/s of Azure-Conv on (2,4) engines",
+        title=f"{FLEET_RATE:,.0f} requests/s of Azure-Conv; numbers: (2,4) engines",
     )
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=90)

@@ -57,7 +57,9 @@ def verdict(answer: Answer) -> tuple[bool, list[str]]:
         f"vLLM by {bottleneck(plain)}",
     ]
     reasons += _price_of_bandwidth(best, plain, question.price_set)
-    if gain < WORTH_IT:
+    if 1.0 <= gain < WORTH_IT:
+        reasons.append(f"a gain below {WORTH_IT:.2f} x is less than what such a model can tell apart")
+    elif gain < 1.0:
         reasons += _why_not(best, plain)
     return gain >= WORTH_IT, reasons
 
@@ -144,13 +146,13 @@ def _table(answer: Answer, show: int) -> list[str]:
     )
     rows = [header, "-" * (len(header) + 20)]
     for candidate in _shown(answer, show):
-        gain, result = answer.gain(candidate), candidate.result
+        gain, result, need = answer.gain(candidate), candidate.result, network_need(candidate)
         name = candidate.deployment.name + (f" x {candidate.copies}" if candidate.copies > 1 else "")
         tbt = f"{1e3 * result.tbt.p50:.1f}/{1e3 * result.tbt.p99:.1f}" if result else "-"
         rows.append(
             f"{name:<34}{candidate.cost * candidate.copies:>8.2f}{candidate.throughput:>10,.0f}"
             f"{candidate.tokens_per_dollar / 1e6:>10.2f}{f'{gain:.2f}x' if gain else '-':>7}"
-            f"{_batch(candidate):>7.0f}{tbt:>16}{network_need(candidate) or '-':>10.3}  {bottleneck(candidate)}"
+            f"{_batch(candidate):>7.0f}{tbt:>16}{f'{need:.1f}' if need else '-':>10}  {bottleneck(candidate)}"
         )
     return rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -282,7 +283,8 @@ def _simulated(question: Question, candidate: Candidate) -> Candidate | None:
                 candidate,
                 result=result,
                 estimate=estimate,
-                max_sequences=limit or candidate.max_sequences,
+                # Without an objective memory is the limit, and the engine's must not come before it.
+                max_sequences=limit or max(candidate.max_sequences, math.ceil(1.25 * result.mean_batch)),
             )
         limit = int(limit * min(0.95, slo / result.tbt.p99))
         if limit < 1:

@@ -29,6 +29,7 @@ from vllm_lamina.planner.models import Model, load_model
 from vllm_lamina.planner.pipeline import steady_state
 
 STEPS = 24
+REPEATS = 2
 CASES = [
     Case(batch, context)
     for context, batches in ((256, (1, 4, 16)), (1024, (1, 4, 16)), (4096, (1, 4)), (7680, (1,)))
@@ -94,15 +95,17 @@ def compare(path: Path, catalogue: Catalogue, cpus: tuple[str, str], systems: li
         ]
         measured = measure_steps(
             path,
-            CASES,
+            CASES * REPEATS,
             lamina=system == "Lamina",
             model_cpus=cpus[0],
             worker_cpus=cpus[1],
             steps=STEPS,
             random_weights=not any(path.glob("*.safetensors")),
-            deadline=1800.0,
+            deadline=2400.0,
         )
-        for predicted, m in zip(predictions, measured, strict=True):
+        for index, predicted in enumerate(predictions):
+            # The better of the repeats: other work on this machine only ever adds time.
+            m = min(measured[index :: len(CASES)], key=lambda repeat: repeat.quartile)
             found.append(Comparison(model.name, system, m.batch, m.context, predicted, m.quartile, m.median))
             print(
                 f"{model.name} {system} {m.batch} x {m.context}: {predicted:.4f} s, measured {m.quartile:.4f} s"
@@ -114,7 +117,7 @@ def markdown(found: list[Comparison], cpus: tuple[str, str]) -> str:
     """The table of docs/planner.md, with the median error of each system and model."""
     lines = [
         f"Measured on {date.today().isoformat()}, model worker on CPUs {cpus[0]}, attention worker on CPUs {cpus[1]}; "
-        f"TBT in ms, lower quartile of {STEPS} steps (median in brackets).",
+        f"TBT in ms, lower quartile of {STEPS} steps (median in brackets), the better of {REPEATS} runs.",
         "",
         "| Model | Batch x context | vLLM predicted | measured | error | Lamina predicted | measured | error |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -7,8 +7,9 @@ import pytest
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.devices import default_catalogue
 from vllm_lamina.planner.models import builtin_models
+from vllm_lamina.planner.question import Question
 from vllm_lamina.planner.report import format_answer, network_need, verdict
-from vllm_lamina.planner.search import Question, answer
+from vllm_lamina.planner.search import answer
 from vllm_lamina.planner.traces import load_trace
 
 CATALOGUE = default_catalogue()
@@ -72,6 +73,22 @@ def test_budget_buys_copies() -> None:
         assert (candidate.copies + 1) * candidate.cost > 45.0
     throughputs = [candidate.throughput for candidate in found.ranked]
     assert throughputs == sorted(throughputs, reverse=True)
+
+
+def test_a_rate_is_served_by_as_many_engines_as_it_takes() -> None:
+    found = answer(question(rate=60.0))
+    costs = [candidate.total_cost for candidate in found.ranked]
+    assert costs == sorted(costs)
+    for candidate in found.ranked:
+        need = 60.0 * found.question.trace.outputs.mean()
+        assert candidate.throughput >= need
+        one_less = candidate.throughput * (candidate.copies - 1) / candidate.copies
+        assert one_less < need / 0.9
+        # Below saturation nobody waits long for a first token.
+        assert candidate.served.ttft.p99 < 5.0
+    assert "TTFT" in format_answer(found, "llama-33b")
+    with pytest.raises(ConfigError, match=r"serves 60 requests per second for 30.00 USD per hour"):
+        answer(question(rate=60.0, budget=30.0))
 
 
 def test_latency_objective_is_met() -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from vllm_lamina.errors import ConfigError, LaminaError
 from vllm_lamina.planner.devices import PRICE_SETS, Catalogue, read_catalogue
 from vllm_lamina.planner.models import load_model
+from vllm_lamina.planner.question import Candidate, Question
 from vllm_lamina.planner.report import answer_as_json, format_answer
-from vllm_lamina.planner.search import Candidate, Progress, Question, answer
+from vllm_lamina.planner.search import Progress, answer
 from vllm_lamina.planner.traces import load_trace
 
 _EXAMPLES = """examples:
@@ -60,7 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--transport", default="nccl", help="network between the workers: nccl, fhbn, ideal (%(default)s)")
     option("--prefill", action="store_true", help="compute prompts on the same devices (default: elsewhere)")
     option(
-        "--rate", type=float, metavar="REQ/S", help="requests per second (default: all wait from the start)"
+        "--rate",
+        type=float,
+        metavar="REQ/S",
+        help="requests per second to serve (default: compare engines saturated)",
     )
     option(
         "--requests", type=int, default=3000, help="requests of the trace to simulate, at least (%(default)s)"
@@ -121,7 +125,8 @@ def _question(args: argparse.Namespace) -> Question:
     catalogue.transport(args.transport)
     return Question(
         model=load_model(args.model),
-        trace=trace.at_rate(args.rate) if args.rate else trace.saturating(),
+        trace=trace.saturating(),
+        rate=args.rate,
         devices=devices,
         catalogue=catalogue,
         transport=args.transport,
@@ -145,6 +150,16 @@ def _progress_bar(*, quiet: bool) -> Progress:
         return bar
 
     return progress
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _dollars(text: str) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.devices import Collective, Device
 from vllm_lamina.planner.efficiency import Array
 from vllm_lamina.planner.models import Model
@@ -89,6 +90,34 @@ class ComputeGroup:
     def memory_for_kv(self) -> float:
         """Bytes that the weights leave for a KV cache; negative if the weights do not fit."""
         return MEMORY_UTILISATION * self.tensor_parallel * self.device.memory_bytes - self.model.weight_bytes
+
+    def check_tensor_parallel(self) -> None:
+        """Refuse a tensor-parallel size that the model or the device's links cannot do.
+
+        Raises
+        ------
+        ConfigError
+            The heads do not divide, or the device has no link to its neighbours.
+        """
+        size, model, device = self.tensor_parallel, self.model, self.device
+        if size < 1 or model.heads % size or (model.kv_heads % size and size % model.kv_heads):
+            raise ConfigError(
+                f"tensor parallel size {size} does not divide the {model.heads} heads ({model.kv_heads} KV heads) of "
+                f"{model.name}"
+            )
+        if size > 1 and device.link_bandwidth <= 0:
+            raise ConfigError(
+                f"{device.key} ({device.name}) has no link for tensor parallelism; set link_gbs"
+            )
+
+    def why_it_does_not_fit(self) -> str:
+        """Say how much memory the weights need, and have."""
+        usable = MEMORY_UTILISATION * self.device.memory_bytes
+        return (
+            f"the weights of {self.model.name} ({self.model.weight_bytes / 1e9:.1f} GB) do not fit on "
+            f"{self.tensor_parallel} x {self.device.name} ({self.tensor_parallel * usable / 1e9:.0f} GB usable); "
+            f"it takes at least {int(-(-self.model.weight_bytes // usable))}"
+        )
 
 
 def attention_time_per_token(model: Model, device: Device, workers: int, sequences: ArrayLike) -> Array:

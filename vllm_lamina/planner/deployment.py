@@ -104,9 +104,9 @@ class Baseline(Deployment):
     attention_on_model_worker = True
 
     def __post_init__(self) -> None:
-        check_tensor_parallel(self.compute)
+        self.compute.check_tensor_parallel()
         if self.compute.memory_for_kv < self.compute.model.kv_bytes_per_token:
-            raise ConfigError(_does_not_fit(self.compute))
+            raise ConfigError(self.compute.why_it_does_not_fit())
 
     @property
     def model(self) -> Model:  # type: ignore[override]
@@ -170,7 +170,7 @@ class Lamina(Deployment):
 
     def __post_init__(self) -> None:
         model, workers = self.compute.model, self.attention_workers
-        check_tensor_parallel(self.compute)
+        self.compute.check_tensor_parallel()
         if self.partition not in PARTITIONS:
             raise ConfigError(f"partition must be one of {', '.join(PARTITIONS)}, not {self.partition!r}")
         if workers < 1 or self.lanes < 1:
@@ -181,7 +181,7 @@ class Lamina(Deployment):
                 "choose a divisor, or another partition"
             )
         if self.compute.memory_for_kv < 0:
-            raise ConfigError(_does_not_fit(self.compute))
+            raise ConfigError(self.compute.why_it_does_not_fit())
         for device in (self.compute.device, self.attention_device):
             if device.network_bandwidth <= 0:
                 raise ConfigError(
@@ -250,34 +250,6 @@ class Lamina(Deployment):
             (self.compute.device, self.model_workers),
             (self.attention_device, self.attention_workers),
         )
-
-
-def check_tensor_parallel(compute: ComputeGroup) -> None:
-    """Refuse a tensor-parallel size that the model or the device's links cannot do.
-
-    Raises
-    ------
-    ConfigError
-        The heads do not divide, or the device has no link to its neighbours.
-    """
-    size, model, device = compute.tensor_parallel, compute.model, compute.device
-    if size < 1 or model.heads % size or (model.kv_heads % size and size % model.kv_heads):
-        raise ConfigError(
-            f"tensor parallel size {size} does not divide the {model.heads} heads ({model.kv_heads} KV heads) of "
-            f"{model.name}"
-        )
-    if size > 1 and device.link_bandwidth <= 0:
-        raise ConfigError(f"{device.key} ({device.name}) has no link for tensor parallelism; set link_gbs")
-
-
-def _does_not_fit(compute: ComputeGroup) -> str:
-    model, device = compute.model, compute.device
-    usable = MEMORY_UTILISATION * device.memory_bytes
-    return (
-        f"the weights of {model.name} ({model.weight_bytes / 1e9:.1f} GB) do not fit on "
-        f"{compute.tensor_parallel} x {device.name} ({compute.tensor_parallel * usable / 1e9:.0f} GB usable); "
-        f"it takes at least {int(-(-model.weight_bytes // usable))}"
-    )
 
 
 def baseline(model: Model, device: Device, count: int, catalogue: Catalogue) -> Baseline:

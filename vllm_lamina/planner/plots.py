@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.search import Answer
+from vllm_lamina.planner.question import Answer
 
 
 def plot_answer(answer: Answer, path: Path) -> None:
@@ -26,14 +26,14 @@ def plot_answer(answer: Answer, path: Path) -> None:
         (answer.baselines, "tab:blue", "s", "vLLM"),
         (answer.laminas, "tab:orange", "o", "Lamina"),
     ):
-        costs = [c.cost * c.copies for c in candidates]
+        costs = [c.total_cost for c in candidates]
         axes.scatter(
             costs, [c.throughput for c in candidates], c=colour, marker=marker, label=label, zorder=3
         )
     named = [candidates[0] for candidates in (answer.baselines, answer.laminas) if candidates]
-    right = 1.15 * max(c.cost * c.copies for c in answer.ranked)
+    right = 1.15 * max(c.total_cost for c in answer.ranked)
     for candidate, style in zip(named, ("--", "-"), strict=False):
-        cost = candidate.cost * candidate.copies
+        cost = candidate.total_cost
         axes.annotate(
             candidate.deployment.name,
             (cost, candidate.throughput),

@@ -7,7 +7,7 @@ from typing import Any
 from vllm_lamina.planner.deployment import Baseline, Lamina
 from vllm_lamina.planner.launch import commands, limits
 from vllm_lamina.planner.pipeline import SteadyState
-from vllm_lamina.planner.search import Answer, Candidate
+from vllm_lamina.planner.question import Answer, Candidate
 
 WORTH_IT = 1.05
 """Gain over the best baseline from which disaggregation is recommended; less drowns in the model's errors."""
@@ -48,12 +48,11 @@ def verdict(answer: Answer) -> tuple[bool, list[str]]:
     if not answer.baselines:
         return True, ["vLLM alone cannot serve this model and trace on these devices; the split can"]
     plain, gain = answer.baselines[0], answer.gain(best) or 0.0
-    metric = "tokens per second within the budget" if question.budget else "tokens per dollar"
     reasons = [
-        f"{best.deployment.name} gives {gain:.2f} x the {metric} of {plain.deployment.name} "
-        f"({best.throughput:,.0f} tokens/s for {best.cost * best.copies:.2f} USD/h against "
-        f"{plain.throughput:,.0f} for {plain.cost * plain.copies:.2f})",
-        f"batch {_batch(best):.0f} against {_batch(plain):.0f}; held back by {bottleneck(best)}, "
+        f"{best.deployment.name} gives {gain:.2f} x the {answer.metric} of {plain.deployment.name} "
+        f"({best.throughput:,.0f} tokens/s for {best.total_cost:.2f} USD/h against "
+        f"{plain.throughput:,.0f} for {plain.total_cost:.2f})",
+        f"batch {best.served.mean_batch:.0f} against {plain.served.mean_batch:.0f}; held back by {bottleneck(best)}, "
         f"vLLM by {bottleneck(plain)}",
     ]
     reasons += _price_of_bandwidth(best, plain, question.price_set)
@@ -62,10 +61,6 @@ def verdict(answer: Answer) -> tuple[bool, list[str]]:
     elif gain < 1.0:
         reasons += _why_not(best, plain)
     return gain >= WORTH_IT, reasons
-
-
-def _batch(candidate: Candidate) -> float:
-    return candidate.result.mean_batch if candidate.result else float(candidate.estimate.batch)
 
 
 def _price_of_bandwidth(best: Candidate, plain: Candidate, price_set: str) -> list[str]:
@@ -140,19 +135,21 @@ def format_answer(answer: Answer, model_argument: str, show: int = 8) -> str:
 
 
 def _table(answer: Answer, show: int) -> list[str]:
+    with_rate = answer.question.rate is not None
     header = (
-        f"{'deployment':<34}{'USD/h':>8}{'tokens/s':>10}{'Mtok/USD':>10}{'gain':>7}{'batch':>7}"
-        f"{'TBT p50/p99 ms':>16}{'Gb/s/NIC':>10}  bottleneck"
+        f"{'deployment':<34}{'USD/h':>8}{'tokens/s':>10}{'Mtok/USD':>10}{'gain':>7}{'batch':>7}{'TBT p50/p99 ms':>16}"
+        f"{'TTFT p99 s' if with_rate else '':>{12 * with_rate}}{'Gb/s/NIC':>10}  bottleneck"
     )
     rows = [header, "-" * (len(header) + 20)]
     for candidate in _shown(answer, show):
-        gain, result, need = answer.gain(candidate), candidate.result, network_need(candidate)
+        gain, need, served = answer.gain(candidate), network_need(candidate), candidate.served
         name = candidate.deployment.name + (f" x {candidate.copies}" if candidate.copies > 1 else "")
-        tbt = f"{1e3 * result.tbt.p50:.1f}/{1e3 * result.tbt.p99:.1f}" if result else "-"
+        tbt = f"{1e3 * served.tbt.p50:.1f}/{1e3 * served.tbt.p99:.1f}"
+        ttft = f"{served.ttft.p99:>12.2f}" if with_rate else ""
         rows.append(
-            f"{name:<34}{candidate.cost * candidate.copies:>8.2f}{candidate.throughput:>10,.0f}"
+            f"{name:<34}{candidate.total_cost:>8.2f}{candidate.throughput:>10,.0f}"
             f"{candidate.tokens_per_dollar / 1e6:>10.2f}{f'{gain:.2f}x' if gain else '-':>7}"
-            f"{_batch(candidate):>7.0f}{tbt:>16}{f'{need:.1f}' if need else '-':>10}  {bottleneck(candidate)}"
+            f"{served.mean_batch:>7.0f}{tbt:>16}{ttft}{f'{need:.1f}' if need else '-':>10}  {bottleneck(candidate)}"
         )
     return rows
 
@@ -189,13 +186,12 @@ def answer_as_json(answer: Answer, model_argument: str) -> dict[str, Any]:
 
 
 def _as_json(answer: Answer, candidate: Candidate, model_argument: str) -> dict[str, Any]:
-    result = candidate.result
-    assert result is not None
+    result = candidate.served
     return {
         "deployment": candidate.deployment.name,
         "lamina": candidate.is_lamina,
         "copies": candidate.copies,
-        "usd_per_hour": candidate.cost * candidate.copies,
+        "usd_per_hour": candidate.total_cost,
         "tokens_per_second": candidate.throughput,
         "tokens_per_dollar": candidate.tokens_per_dollar,
         "gain": answer.gain(candidate),

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.deployment import Deployment, Lamina, baseline, lamina
-from vllm_lamina.planner.devices import Catalogue, Device
+from vllm_lamina.planner.deployment import Deployment, baseline, lamina
 from vllm_lamina.planner.engine_options import WATERMARK, EngineOptions
-from vllm_lamina.planner.models import Model
-from vllm_lamina.planner.pipeline import SteadyState, steady_state
-from vllm_lamina.planner.results import SimulationResult
+from vllm_lamina.planner.pipeline import steady_state
+from vllm_lamina.planner.question import Answer, Candidate, Question
 from vllm_lamina.planner.simulator import simulate
-from vllm_lamina.planner.traces import Trace
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 ATTENTION_WORKERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -24,118 +21,8 @@ BATCHES_IN_FLIGHT = (1, 2, 3, 4)
 _GENERATIONS = 6
 REJECTED_AT_MOST = 0.01
 """Share of a trace's requests that a deployment may be too small for and still be offered."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """What the user asks.
-
-    Attributes
-    ----------
-    model, trace, devices, catalogue
-        What to serve, for whom, on what.
-    transport
-        Name of the network between model and attention workers.
-    price_set
-        ``latest`` or ``paper``.
-    budget
-        US dollars per hour at most, or None.
-    tbt_slo
-        Seconds that 99% of the times between tokens stay under, or None.
-    prefill
-        Whether prompts are computed on the same devices.
-    requests
-        Requests of the trace to simulate, unless batches are so large that a simulation needs more to settle.
-    max_model_workers, max_attention_workers
-        Devices of one engine at most.
-    """
-
-    model: Model
-    trace: Trace
-    devices: tuple[Device, ...]
-    catalogue: Catalogue
-    transport: str = "nccl"
-    price_set: str = "latest"
-    budget: float | None = None
-    tbt_slo: float | None = None
-    prefill: bool = False
-    requests: int = 3000
-    max_model_workers: int = 8
-    max_attention_workers: int = 16
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One engine that could be rented.
-
-    Attributes
-    ----------
-    deployment, cost
-        What, and its US dollars per hour.
-    copies
-        Engines that the budget pays for; 1 without a budget.
-    max_sequences
-        Sequences in flight that memory and the TBT objective allow.
-    estimate
-        Steady state with that batch.
-    result
-        Simulation, for the best candidates only.
-    """
-
-    deployment: Deployment
-    cost: float
-    copies: int
-    max_sequences: int
-    estimate: SteadyState
-    result: SimulationResult | None = None
-
-    @property
-    def throughput(self) -> float:
-        """Tokens per second of all copies: simulated if it was, else estimated."""
-        return self.copies * (self.result.throughput if self.result else self.estimate.throughput)
-
-    @property
-    def tokens_per_dollar(self) -> float:
-        """Tokens generated for one US dollar."""
-        return self.throughput * 3600.0 / (self.cost * self.copies)
-
-    @property
-    def is_lamina(self) -> bool:
-        """Whether attention is on devices of its own."""
-        return isinstance(self.deployment, Lamina)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """Candidates of each kind, best first, and how many deployments were looked at.
-
-    Attributes
-    ----------
-    metric
-        What "best" means: tokens per dollar, or tokens per second that the budget buys.
-    reasons
-        Why deployments were left out, each with their number.
-    """
-
-    question: Question
-    baselines: tuple[Candidate, ...]
-    laminas: tuple[Candidate, ...]
-    considered: int
-    reasons: dict[str, int]
-
-    def score(self, candidate: Candidate) -> float:
-        """What candidates are ranked by."""
-        return candidate.throughput if self.question.budget else candidate.tokens_per_dollar
-
-    @property
-    def ranked(self) -> list[Candidate]:
-        """Both kinds together, best first."""
-        return sorted([*self.baselines, *self.laminas], key=self.score, reverse=True)
-
-    def gain(self, candidate: Candidate) -> float | None:
-        """Score relative to the best baseline; None if no baseline is possible."""
-        return self.score(candidate) / self.score(self.baselines[0]) if self.baselines else None
-
+LOAD = 0.9
+"""Share of its saturated throughput that an engine is given when a rate is to be served."""
 
 Progress = Callable[[Iterable[Candidate], int], Iterable[Candidate]]
 
@@ -183,16 +70,22 @@ def answer(question: Question, finalists: int = 6, progress: Progress = _no_prog
         if served is not None:
             simulated.append(served)
     if not simulated:
-        raise ConfigError(
-            f"no deployment keeps 99% of the times between tokens under {_ms(question.tbt_slo)} on this trace; "
-            "allow more, or faster devices"
-        )
+        raise ConfigError(_nothing_serves(question))
     simulated.sort(key=everything.score, reverse=True)
     return replace(
         everything,
         baselines=tuple(c for c in simulated if not c.is_lamina),
         laminas=tuple(c for c in simulated if c.is_lamina),
     )
+
+
+def _nothing_serves(question: Question) -> str:
+    limits = []
+    if question.tbt_slo:
+        limits.append(f"keeps 99% of the times between tokens under {_ms(question.tbt_slo)}")
+    if question.rate and question.budget:
+        limits.append(f"serves {question.rate:g} requests per second for {question.budget:.2f} USD per hour")
+    return f"no deployment {' and '.join(limits)} on this trace; allow more, or other devices"
 
 
 def _finalists(best_first: list[Candidate], count: int) -> list[Candidate]:
@@ -237,7 +130,7 @@ def _makers(question: Question) -> Iterator[Callable[[], Deployment]]:
 def _candidate(question: Question, deployment: Deployment) -> Candidate:
     cost = deployment.cost(question.price_set)
     copies = 1
-    if question.budget is not None:
+    if question.budget is not None and question.rate is None:
         copies = int(question.budget // cost)
         if copies < 1:
             raise ConfigError(f"it costs more than the budget of {question.budget:.2f} USD per hour")
@@ -279,17 +172,34 @@ def _simulated(question: Question, candidate: Candidate) -> Candidate | None:
             estimate = steady_state(
                 candidate.deployment, max(1, round(result.mean_batch)), question.trace.mean_context
             )
-            return replace(
+            served = replace(
                 candidate,
                 result=result,
                 estimate=estimate,
                 # Without an objective memory is the limit, and the engine's must not come before it.
                 max_sequences=limit or max(candidate.max_sequences, math.ceil(1.25 * result.mean_batch)),
             )
+            return _at_rate(question, served, options) if question.rate else served
         limit = int(limit * min(0.95, slo / result.tbt.p99))
         if limit < 1:
             return None
     return None
+
+
+def _at_rate(question: Question, candidate: Candidate, options: EngineOptions) -> Candidate | None:
+    """Take as many engines as the rate needs and simulate one; None if the budget does not pay for them."""
+    assert candidate.result is not None
+    assert question.rate is not None
+    trace = question.trace
+    capacity = candidate.result.throughput / float(trace.outputs.mean())
+    copies = math.ceil(question.rate / (LOAD * capacity))
+    candidate = replace(candidate, copies=copies)
+    if question.budget is not None and candidate.total_cost > question.budget:
+        return None
+    # Each engine sees its share as a Poisson process, long enough for several of its batches to come and go.
+    count = max(question.requests, _GENERATIONS * candidate.max_sequences)
+    arriving = trace.head(count).at_rate(question.rate / copies)
+    return replace(candidate, loaded=simulate(candidate.deployment, arriving, options))
 
 
 def _ms(seconds: float | None) -> str:

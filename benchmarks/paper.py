@@ -177,13 +177,16 @@ def markdown(rows: list[Row], cells: list[Cell], dollars: dict[tuple[str, str], 
     lines += [f"| {label} | {low - 1:+.0%} to {high - 1:+.0%} |" for label, low, high in sensitivity()]
     lines += [
         "",
-        "Million tokens per dollar at the paper's prices, full KV cache:",
+        "Thousand tokens per dollar at the paper's prices, full KV cache, Lamina with two batches:",
         "",
     ]
     names = list(dict.fromkeys(name for found in dollars.values() for name in found))
-    lines += ["| | " + " | ".join(names) + " |", "| --- " * (len(names) + 1) + "|"]
+    lines += [
+        "| | " + " | ".join(name.rsplit(", ", 1)[0] for name in names) + " |",
+        "| --- " * (len(names) + 1) + "|",
+    ]
     for (model_name, trace_name), found in dollars.items():
-        values = [f"{found[name] / 1e6:.2f}" if name in found else "-" for name in names]
+        values = [f"{found[name] / 1e3:,.0f}" if name in found else "-" for name in names]
         lines.append(f"| {model_name}, {trace_name} | " + " | ".join(values) + " |")
     return "\n".join(lines)
 

@@ -155,7 +155,7 @@ def draw_per_dollar(path: Path, dollars: Mapping[tuple[str, str], Mapping[str, f
                 height,
                 label=trace,
             )
-        axes.set_yticks(np.arange(len(names)) + 0.3, [name.split(",")[0] for name in names], fontsize=8)
+        axes.set_yticks(np.arange(len(names)) + 0.3, [name.rsplit(", ", 1)[0] for name in names], fontsize=8)
         axes.axvline(1.0, color="k", linewidth=0.8)
         axes.set(title=model, xlabel="tokens per dollar, best vLLM = 1")
         axes.invert_yaxis()

@@ -1,0 +1,62 @@
+"""Writes the commands that start a deployment, and says what of it this release of vllm-lamina cannot run yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllm_lamina.planner.cost import MEMORY_UTILISATION
+from vllm_lamina.planner.deployment import Deployment, Lamina
+from vllm_lamina.planner.models import Model
+from vllm_lamina.support import REFUSALS
+
+PORT = 7100
+_MODEL_WORKER_KINDS = ("cpu",)
+_ATTENTION_WORKER_KINDS = ("cpu",)
+_MAX_ATTENTION_WORKERS = 1
+_MAX_BATCHES = 1
+
+
+def model_to_serve(argument: str, model: Model) -> str:
+    """What to give `vllm serve`: the directory of a config.json, or the model's name on the hub."""
+    if argument.endswith("config.json"):
+        return str(Path(argument).parent)
+    return model.name if "/" in model.name else argument
+
+
+def commands(deployment: Deployment, model_argument: str, max_sequences: int) -> list[str]:
+    """Return the shell commands, attention workers first, each headed by where to run it."""
+    compute = deployment.compute
+    serve = f"vllm serve {model_to_serve(model_argument, deployment.model)} --max-num-seqs {max_sequences}"
+    if compute.tensor_parallel > 1:
+        serve += f" --tensor-parallel-size {compute.tensor_parallel}"
+    if not isinstance(deployment, Lamina):
+        return [f"# on {compute.tensor_parallel} x {compute.device.name}", serve]
+    memory = int(MEMORY_UTILISATION * deployment.attention_device.memory_bytes / 1e9)
+    hosts = [f"attention-{index}" for index in range(deployment.attention_workers)]
+    return [
+        f"# on each of {hosts[0]} to {hosts[-1]}, with one {deployment.attention_device.name}",
+        f"vllm-lamina worker --listen 0.0.0.0:{PORT} --memory {memory}GB",
+        f"# on {deployment.model_workers} x {compute.device.name}",
+        f"{serve} --executor lamina --lamina-workers {','.join(f'{host}:{PORT}' for host in hosts)}",
+    ]
+
+
+def limits(deployment: Deployment) -> list[str]:
+    """Return what the deployment needs that this release does not do; empty if it can run."""
+    if not isinstance(deployment, Lamina):
+        return []
+    refused = {refusal.feature for refusal in REFUSALS}
+    missing = []
+    if deployment.compute.device.kind not in _MODEL_WORKER_KINDS:
+        missing.append(
+            f"model workers on {deployment.compute.device.key} (CUDA is written and has not been run)"
+        )
+    if deployment.attention_device.kind not in _ATTENTION_WORKER_KINDS:
+        missing.append(f"attention workers on {deployment.attention_device.key} (they run on CPUs)")
+    if deployment.attention_workers > _MAX_ATTENTION_WORKERS:
+        missing.append(f"{deployment.attention_workers} attention workers (one, on the engine's host)")
+    if deployment.compute.tensor_parallel > 1 and "tensor parallelism" in refused:
+        missing.append("tensor parallelism")
+    if deployment.lanes > _MAX_BATCHES:
+        missing.append(f"{deployment.lanes} staggered batches")
+    return missing

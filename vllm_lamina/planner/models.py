@@ -1,0 +1,240 @@
+"""Describes a model by what costs time and memory: its parameters, its KV cache and its traffic per token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from vllm_lamina.errors import ConfigError, UnsupportedError
+from vllm_lamina.planner.catalogue import look_up, package_data
+from vllm_lamina.planner.efficiency import Array
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The routed experts of a mixture-of-experts model.
+
+    Attributes
+    ----------
+    count, per_token
+        Experts of a layer, and how many of them each token visits.
+    params
+        Parameters of one expert of one layer.
+    layers
+        Layers that have routed experts.
+    """
+
+    count: int
+    per_token: int
+    params: int
+    layers: int
+
+    def touched(self, tokens: ArrayLike) -> Array:
+        """Experts of a layer expected to be read by a batch, if the router is uniform and independent.
+
+        Each token leaves a given expert out with probability ``1 - per_token / count``.
+        """
+        miss = 1.0 - self.per_token / self.count
+        return self.count * (1.0 - miss ** np.asarray(tokens, dtype=np.float64))
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder-only model.
+
+    Attributes
+    ----------
+    name
+        For people.
+    layers, hidden, heads, kv_heads, head_size
+        The attention's shape: L, d, query heads, KV heads, elements of one head.
+    dense_params
+        Parameters that every token multiplies with: all but routed experts and the input embedding.
+    embedding_params
+        Input embedding, which occupies memory and is looked up, not multiplied with. 0 if tied to the LM head.
+    experts
+        Routed experts, or None for a dense model.
+    bytes_per_element
+        e: of weights, activations and KV cache alike (2 for 16 bit).
+    source
+        Where the description comes from.
+    """
+
+    name: str
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    dense_params: int
+    embedding_params: int
+    experts: Experts | None = None
+    bytes_per_element: int = 2
+    source: str = ""
+
+    @property
+    def group(self) -> int:
+        """G: query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in memory."""
+        routed = self.experts.count * self.experts.params * self.experts.layers if self.experts else 0
+        return self.bytes_per_element * (self.dense_params + self.embedding_params + routed)
+
+    @property
+    def active_params(self) -> int:
+        """N: parameters that one token multiplies with."""
+        routed = self.experts.per_token * self.experts.params * self.experts.layers if self.experts else 0
+        return self.dense_params + routed
+
+    def streamed_bytes(self, tokens: ArrayLike) -> Array:
+        """Bytes of weights that a step over so many tokens reads from memory."""
+        dense = np.full_like(np.asarray(tokens, dtype=np.float64), self.bytes_per_element * self.dense_params)
+        if self.experts is None:
+            return dense
+        return (
+            dense
+            + self.bytes_per_element
+            * self.experts.params
+            * self.experts.layers
+            * self.experts.touched(tokens)
+        )
+
+    @property
+    def query_bytes(self) -> int:
+        """Bytes of one token's q (or attention output) in one layer: e d where heads * head_size = d."""
+        return self.bytes_per_element * self.heads * self.head_size
+
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of one token's k and v together in one layer: 2 e d / G."""
+        return 2 * self.bytes_per_element * self.kv_heads * self.head_size
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes that one token occupies in the KV cache: 2 e d L / G."""
+        return self.layers * self.key_value_bytes
+
+    @property
+    def wire_bytes_per_token(self) -> int:
+        """Bytes that one token's decode step moves: ``(2 + 2/G) e d L`` (arXiv 2405.01814, section 3)."""
+        return self.layers * (2 * self.query_bytes + self.key_value_bytes)
+
+    @property
+    def attention_flops_per_cached_token(self) -> int:
+        """FLOP of one query token against one cached token, all layers: a product with k and one with v."""
+        return 4 * self.layers * self.heads * self.head_size
+
+    @property
+    def key_value_projection_share(self) -> float:
+        """Fraction of the active parameters that project to k and v."""
+        return self.layers * 2 * self.hidden * self.kv_heads * self.head_size / self.active_params
+
+
+_DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
+
+
+def model_from_config(config: Mapping[str, Any], name: str, source: str = "") -> Model:
+    """Read a Hugging Face ``config.json``: dense or MoE, with multi-head, grouped-query or multi-query attention.
+
+    Raises
+    ------
+    UnsupportedError
+        The attention is not of that kind (multi-head latent attention).
+    ConfigError
+        The configuration lacks a size.
+    """
+    config = {**config, **config.get("text_config", {})}
+    if config.get("kv_lora_rank") is not None or config.get("q_lora_rank") is not None:
+        raise UnsupportedError(
+            f"{name} uses multi-head latent attention (MLA, kv_lora_rank), which Lamina does not move and the "
+            "planner does not describe; serve it without Lamina"
+        )
+    try:
+        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
+        heads, vocabulary = config["num_attention_heads"], config["vocab_size"]
+        intermediate = config["intermediate_size"]
+    except KeyError as error:
+        raise ConfigError(
+            f"the configuration of {name} has no {error}; is it a decoder-only model?"
+        ) from error
+    kv_heads = 1 if config.get("multi_query") else (config.get("num_key_value_heads") or heads)
+    head_size = config.get("head_dim") or hidden // heads
+    attention = 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size
+    # Gated feed-forward networks have three matrices; the older GELU ones (GPT-2, OPT, Falcon's line) two.
+    gated = config.get("hidden_act", "silu") in ("silu", "swiglu", "gelu_pytorch_tanh", "geglu")
+    matrices = 3 if gated else 2
+    experts = _experts(config, hidden, layers, matrices, intermediate)
+    dense_layers = layers - (experts.layers if experts else 0)
+    shared = config.get("shared_expert_intermediate_size") or (
+        (config.get("n_shared_experts") or 0) * (config.get("moe_intermediate_size") or 0)
+    )
+    routers = experts.layers * (hidden * experts.count + matrices * hidden * shared) if experts else 0
+    dense = layers * attention + dense_layers * matrices * hidden * intermediate + routers
+    dtype = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
+    return Model(
+        name=name,
+        layers=layers,
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        dense_params=dense + vocabulary * hidden,
+        embedding_params=0 if config.get("tie_word_embeddings") else vocabulary * hidden,
+        experts=experts,
+        bytes_per_element=look_up("dtype", str(dtype).removeprefix("torch."), _DTYPE_BYTES),
+        source=source,
+    )
+
+
+def _experts(
+    config: Mapping[str, Any], hidden: int, layers: int, matrices: int, intermediate: int
+) -> Experts | None:
+    count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+    if not count:
+        return None
+    per_token = config.get("num_experts_per_tok") or config.get("moe_topk")
+    if not per_token:
+        raise ConfigError("the configuration has experts but no num_experts_per_tok")
+    expert_size = config.get("moe_intermediate_size") or intermediate
+    dense_layers = config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or ())
+    return Experts(count, per_token, matrices * hidden * expert_size, layers - dense_layers)
+
+
+def builtin_models() -> dict[str, Model]:
+    """The models that ship with the planner, by short name."""
+    return {
+        key: model_from_config(table, table["name"], table["source"])
+        for key, table in package_data("models.toml")["model"].items()
+    }
+
+
+def load_model(name: str) -> Model:
+    """Read a model by short name (``llama3-70b``), from a ``config.json``, or from a directory that holds one.
+
+    Raises
+    ------
+    ConfigError
+        It is none of these; the nearest names are given.
+    """
+    path = Path(name)
+    if path.is_dir():
+        path = path / "config.json"
+    if path.suffix == ".json":
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the model's configuration {path}: {error.strerror}") from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        label = path.parent.name if path.name == "config.json" else path.stem.removesuffix("-config")
+        return model_from_config(config, label or path.stem, str(path))
+    return look_up("model", name, builtin_models())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -54,14 +56,33 @@ class _LaminaExecutor(Executor):
             model_on_cpu=device_type == "cpu",
         )
         self._stagger(self.lamina_config.batches)
-        self._init_model_workers(self.placement)
-        try:
+        with self._ending_on_failure():
+            self._init_model_workers(self.placement)
             self.collective_rpc(
                 "attach_attention_worker", args=(self._attention_worker_address(), self.placement.shared)
             )
+
+    @contextlib.contextmanager
+    def _ending_on_failure(self) -> Iterator[None]:
+        """Give back what was taken if the engine does not get ready: vLLM forgets such an engine, but this process,
+        and with it the attention worker, may live on.
+        """
+        try:
+            yield
         except BaseException:
             self.shutdown()
             raise
+
+    def determine_available_memory(self) -> list[int]:
+        """Bytes of KV cache of each model worker, as vLLM counts them."""
+        with self._ending_on_failure():
+            available: list[int] = super().determine_available_memory()
+            return available
+
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+        """Let the attention worker allocate the KV cache."""
+        with self._ending_on_failure():
+            super().initialize_from_config(kv_cache_configs)
 
     def _stagger(self, num_batches: int) -> None:
         if num_batches == 1:
@@ -152,6 +173,7 @@ class LaminaUniProcExecutor(_LaminaExecutor, UniProcExecutor):
     def shutdown(self) -> None:
         """End the workers and give this process its CPUs back."""
         super().shutdown()
+        self.driver_worker = None  # it would take its backend from the next engine if it were ended again
         if self._process_on is not None:
             self._process_on.restore()
             self._process_on = None

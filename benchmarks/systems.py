@@ -26,16 +26,17 @@ class System:
         return {"kv_cache_memory_bytes": size}
 
 
-def _threads(cpus: str, count: int) -> dict[str, str]:
+def threads(cpus: str, count: int) -> dict[str, str]:
+    """The environment that gives the model worker `count` threads on `cpus`."""
     return {"VLLM_CPU_OMP_THREADS_BIND": cpus, "OMP_NUM_THREADS": str(count)}
 
 
 def two_core_systems() -> list[System]:
     """Lamina with one core for the model and one for attention, beside stock vLLM on both cores and on one."""
     return [
-        System("lamina", _threads("0", 1), {"executor": "lamina", "lamina_worker_cpus": "1"}),
-        System("stock, 2 cores", _threads("0-1", 2)),
-        System("stock, 1 core", _threads("0", 1)),
+        System("lamina", threads("0", 1), {"executor": "lamina", "lamina_worker_cpus": "1"}),
+        System("stock, 2 cores", threads("0-1", 2)),
+        System("stock, 1 core", threads("0", 1)),
     ]
 
 

@@ -1,0 +1,22 @@
+"""Ends the engine's process when the API server is killed: vLLM's would go on, and keep all of its workers' memory."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from multiprocessing.connection import wait
+
+
+def end_with_parent() -> None:
+    """Let this process, if another one started it for itself, get SIGTERM when that one is gone."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, name="lamina-parent-watch", daemon=True).start()

@@ -1,6 +1,8 @@
 // The extension module vllm_lamina._native: one bind function per package of csrc/.
 #include <nanobind/nanobind.h>
 
+namespace nb = nanobind;
+
 namespace lamina {
 void bind_kernel(nanobind::module_& m);
 void bind_transport(nanobind::module_& m);
@@ -8,6 +10,8 @@ void bind_worker(nanobind::module_& m);
 }  // namespace lamina
 
 NB_MODULE(_native, m) {
+  // vLLM ends its worker processes without tearing their objects down; that is no leak worth a page of warnings.
+  nb::set_leak_warnings(false);
   m.doc() = "Native part of vllm-lamina: attention kernel, channels, attention worker.";
   lamina::bind_kernel(m);
   lamina::bind_transport(m);

@@ -50,9 +50,12 @@ def run(job: Job) -> JobResult:
     pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
     if job.executor is not None:
         pool = {"executor": job.executor, "lamina_memory": f"{job.kv_memory_mib}MiB"}
+        # Two batches in flight wherever there are two requests, also where these small models gain nothing by it.
+        pool["lamina_stagger"] = "always"
     llm = LLM(job.model, disable_log_stats=False, **pool, **job.engine)
     try:
-        return JobResult([_run_phase(llm, phase) for phase in job.phases])
+        executor = type(llm.llm_engine.model_executor).__name__
+        return JobResult(executor, [_run_phase(llm, phase) for phase in job.phases])
     finally:
         llm.llm_engine.engine_core.shutdown()
 

@@ -63,7 +63,10 @@ class Engines:
 
     def pair(self, job: Job, deadline: float = 180.0) -> tuple[JobResult, JobResult]:
         """The results of stock vLLM and of Lamina for the same job."""
-        return self.run(job, deadline), self.run(replace(job, executor="lamina"), deadline)
+        stock, lamina = self.run(job, deadline), self.run(replace(job, executor="lamina"), deadline)
+        assert "Lamina" in lamina.executor, lamina.executor
+        assert "Lamina" not in stock.executor, stock.executor
+        return stock, lamina
 
     def _run(self, job: str, deadline: float) -> JobResult:
         stem = self._directory / f"job-{len(list(self._directory.glob('*.log')))}"

@@ -85,6 +85,9 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class JobResult:
+    """The phases' results, and the name of the class of the executor that ran them."""
+
+    executor: str
     phases: list[PhaseResult]
 
     def phase(self, name: str) -> PhaseResult:
@@ -95,7 +98,8 @@ class JobResult:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        return cls([_phase_result(phase) for phase in json.loads(text)["phases"]])
+        data = json.loads(text)
+        return cls(data["executor"], [_phase_result(phase) for phase in data["phases"]])
 
 
 def _phase_result(data: dict[str, Any]) -> PhaseResult:

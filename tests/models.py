@@ -92,6 +92,7 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             num_key_value_heads=2,
             head_dim=64,
             attn_logit_softcapping=50.0,
+            layer_types=["full_attention", "full_attention"],
         ),
     ),
     "sliding_window": ModelSpec(

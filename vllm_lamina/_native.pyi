@@ -61,6 +61,9 @@ class AttentionKernel:
     def copy_block(self, layer: Any, source: int, destination: int) -> None: ...
     def zero_block(self, layer: Any, block: int) -> None: ...
 
+def linear_read(memory: Any, threads: ThreadPool) -> int:
+    """Read the memory, uint8, front to back and return a checksum."""
+
 def available_isas() -> list[str]:
     """Return the names of the kernel variants this CPU can run, best last."""
 
@@ -150,6 +153,12 @@ class AttentionWorker:
     def used_bytes(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    def start_trace(self) -> None:
+        """Record every STEP and ATTEND frame until `take_trace`."""
+    def take_trace(self) -> bytes:
+        """End the recording; returns it as uint64 [events, 8]: frame type, lane, layer, tokens, and the times, in
+        nanoseconds of the steady clock, at which the model worker began and posted it, and at which it was received and
+        done."""
     def counters(self) -> dict[str, int]:
         """Return the counters, by the names of `messages.WorkerStats`."""
 
@@ -159,9 +168,9 @@ class AttentionWorkerError(RuntimeError):
 class AttentionClient:
     """The model worker's side of the data channel; see `AttentionWorkerConnection.configure`.
 
-    Pointers are addresses (`tensor.data_ptr()`), strides are bytes from token to token, timeouts are seconds. Each
-    lane may be used by a thread of its own. All methods raise ChannelClosed if the worker is gone, ChannelTimeout if
-    it does not keep up.
+    Pointers are addresses (`tensor.data_ptr()`), strides are bytes from token to token, timeouts are seconds.
+    Each lane may be used by a thread of its own. All methods raise ChannelClosed if the worker is gone,
+    ChannelTimeout if it does not keep up.
 
     Attributes
     ----------
@@ -173,6 +182,14 @@ class AttentionClient:
     def __init__(
         self, geometry: ModelGeometry, memory_fd: int, liveness_fd: int, spin_us: int = 100
     ) -> None: ...
+    def step_times(self, lane: int) -> tuple[float, float]:
+        """Seconds of the lane's last step: those spent in `collect`, and those that the attention worker spent."""
+    def join_turn(self, lane: int) -> None:
+        """Say that the lane's next step begins after all that joined before it."""
+    def begin_turn(self, lane: int, timeout: float = 60.0) -> None:
+        """Wait for the lane's turn on the compute device; `collect` then gives it away and takes it back."""
+    def end_turn(self, lane: int) -> None:
+        """Leave the rotation of lanes."""
     def begin_step(
         self,
         lane: int,
@@ -194,8 +211,8 @@ class AttentionClient:
         query_lens, context_lens
             [num_requests], int32: new tokens, and tokens already in the cache.
         block_table
-            [>= num_requests, max_blocks], int32, rows may be strided; only the blocks that a request's context
-            and query fill are read.
+            [>= num_requests, max_blocks], int32, rows may be strided; only the blocks that a request's
+            context and query fill are read.
         slot_mapping
             [num_tokens], int64; -1 for a token that is not stored.
 
@@ -226,8 +243,8 @@ class AttentionClient:
     ) -> None:
         """Send one layer's q rows and all k, v; they may be overwritten when this returns.
 
-        q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; the rows of prefill chunks without
-        context are not read from q.
+        q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; the rows of prefill chunks
+        without context are not read from q.
         """
     def collect(
         self,
@@ -276,5 +293,7 @@ class AttentionClient:
         """`post` and `collect` in one call: the fast path of a decode step."""
     def zero_blocks(self, block_ids: Any, timeout: float = 60.0) -> None:
         """Zero blocks in all layers. block_ids: [n], int32."""
+    def close(self) -> None:
+        """Leave the worker; every wait ends with ChannelClosed."""
     def copy_blocks(self, pairs: Any, timeout: float = 60.0) -> None:
         """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination)."""

@@ -12,6 +12,7 @@ from vllm_lamina.errors import ConfigError
 from vllm_lamina.units import parse_bytes, parse_cpus
 
 AUTO = "auto"
+ALWAYS = "always"
 
 
 def _option(default: Any, help_text: str) -> Any:
@@ -46,6 +47,16 @@ class LaminaConfig:
         "CPUs of the embedded attention worker, such as 8-15 or 1,3; one thread runs on each. `auto` takes CPUs that "
         "the model worker does not use.",
     )
+    batches: int = _option(
+        2,
+        "Batches in flight: with 2 the model worker computes one while the attention worker attends the other; 1 turns "
+        "that off.",
+    )
+    stagger: str = _option(
+        AUTO,
+        "When two batches are in flight: `auto`, where they are faster than one by what the steps so far have cost, or "
+        "`always`, with two requests or more.",
+    )
     timeout: float = _option(
         300.0,
         "Seconds that one exchange with an attention worker may take before the engine gives up on it.",
@@ -62,6 +73,10 @@ class LaminaConfig:
             raise ConfigError(
                 f"lamina option 'timeout' must be a number of seconds above 0, not {self.timeout!r}"
             )
+        if self.batches not in (1, 2):
+            raise ConfigError(f"lamina option 'batches' must be 1 or 2, not {self.batches!r}")
+        if self.stagger not in (AUTO, ALWAYS):
+            raise ConfigError(f"lamina option 'stagger' must be {AUTO!r} or {ALWAYS!r}, not {self.stagger!r}")
         if self.workers and (self.memory != AUTO or self.worker_cpus != AUTO):
             raise ConfigError(
                 "lamina options 'memory' and 'worker_cpus' describe the embedded attention worker; with "

@@ -144,6 +144,7 @@ REFUSALS: tuple[Refusal, ...] = (
             c.cache_config.block_size is not None and c.cache_config.block_size % BLOCK_SIZE_MULTIPLE != 0
         ),
     ),
+    Refusal("LoRA adapters", "remove --enable-lora", lambda c: c.lora_config is not None),
     Refusal(
         "speculative decoding", "remove --speculative-config", lambda c: c.speculative_config is not None
     ),

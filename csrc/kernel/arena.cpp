@@ -20,7 +20,8 @@ Arena::Arena(size_t bytes) : data_(nullptr), size_(round_up(bytes)) {
   if (size_ == 0) return;
   // mmap aligns to 4 KiB only: take one huge page more and give the ends back.
   const size_t mapped = size_ + kHugePage;
-  void* base = mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* base =
+      mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base == MAP_FAILED) throw std::bad_alloc();
   const auto start = reinterpret_cast<uintptr_t>(base);
   const uintptr_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;

@@ -1,4 +1,4 @@
-// Divides one attend call evenly over the threads: split-KV for decode, row tiles for prefill over context.
+// Divides one attend call over the threads: split-KV for decode, row tiles for prefill over context.
 #include "kernel/attend_plan.h"
 
 #include <algorithm>
@@ -6,36 +6,76 @@
 namespace lamina {
 namespace {
 
-// Reading a block costs about as much as computing this many rows of it (measured: a float32 row is dearer, a bf16
-// row on AMX cheaper). Only the balance between threads depends on it.
+// Reading a block costs about as much as computing this many rows of it; only the balance depends on it.
 constexpr int64_t kRowsPerBlockRead = 16;
+// KV heads are taken together only while this many blocks remain for each thread to share.
+constexpr int64_t kBlocksPerThread = 8;
+// Every round gives each thread a piece and leaves half of the work; the last takes the rest. The state of a
+// partial item has to be kept until the merge, so wide items are cut into fewer pieces.
+constexpr int kRounds = 5, kRoundsWide = 2;
+constexpr int32_t kWideRows = 128;
+
+int32_t round_up(int32_t value, int32_t granule) { return (value + granule - 1) / granule * granule; }
 
 }  // namespace
 
 AttendPlan::AttendPlan(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests,
-                       int32_t max_rows) {
+                       int num_threads, int32_t max_rows, int32_t row_granule) {
+  add_items(geometry, requests, num_requests, num_threads, max_rows, row_granule);
+  cut(num_threads);
+}
+
+void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendRequest* requests,
+                           int32_t num_requests, int num_threads, int32_t max_rows, int32_t row_granule) {
   const int32_t group = geometry.num_heads / geometry.num_kv_heads;
+  const auto blocks_of = [&](const AttendRequest& request) {
+    return (request.kv_len + geometry.block_size - 1) / geometry.block_size;
+  };
+  int64_t all_blocks = 0;
+  for (int32_t r = 0; r < num_requests; ++r) all_blocks += blocks_of(requests[r]);
+  const int64_t wanted = kBlocksPerThread * num_threads;
+  const int64_t divisor =
+      num_threads == 1 ? 1 : std::max<int64_t>(1, wanted / std::max<int64_t>(1, all_blocks));
+  const int32_t most_heads = std::max<int32_t>(1, geometry.num_kv_heads / divisor);
+
   for (int32_t r = 0; r < num_requests; ++r) {
     const AttendRequest& request = requests[r];
     if (request.kv_len <= 0) continue;
-    const int32_t num_blocks = (request.kv_len + geometry.block_size - 1) / geometry.block_size;
     const int32_t rows = request.query_len * group;
-    for (int32_t head = 0; head < geometry.num_kv_heads; ++head) {
-      for (int32_t begin = 0; begin < rows; begin += max_rows) {
-        const int32_t tile = std::min(max_rows, rows - begin);
-        const int64_t cost = kRowsPerBlockRead + tile;
-        items_.push_back({r, head, begin, tile, num_blocks, cost, total_cost_});
-        total_cost_ += cost * num_blocks;
-        widest_tile_ = std::max(widest_tile_, tile);
+    const int32_t tile_rows = std::min(rows, max_rows), padded = round_up(tile_rows, row_granule);
+    const int32_t heads = std::clamp(max_rows / padded, 1, most_heads);
+    widest_item_ = std::max(widest_item_, heads * padded);
+    for (int32_t head = 0; head < geometry.num_kv_heads; head += heads) {
+      for (int32_t begin = 0; begin < rows; begin += tile_rows) {
+        const int32_t item_heads = std::min(heads, geometry.num_kv_heads - head);
+        const int32_t item_rows = std::min(tile_rows, rows - begin);
+        const int64_t cost = item_heads * (kRowsPerBlockRead + item_rows);
+        items_.push_back({r, head, item_heads, begin, item_rows, blocks_of(request), cost, total_cost_});
+        total_cost_ += cost * blocks_of(request);
       }
     }
   }
 }
 
-void AttendPlan::slices(int thread, int num_threads, std::vector<WorkSlice>& out) const {
+void AttendPlan::cut(int num_threads) {
+  piece_begin_.push_back(0);
+  if (num_threads > 1) {
+    int64_t left = total_cost_;
+    for (int round = widest_item_ > kWideRows ? kRoundsWide : kRounds; round > 1; --round) {
+      const int64_t size = left / (2 * num_threads);
+      for (int thread = 0; thread < num_threads; ++thread) piece_begin_.push_back(piece_begin_.back() + size);
+      left -= size * num_threads;
+    }
+    for (int thread = 1; thread < num_threads; ++thread)
+      piece_begin_.push_back(piece_begin_.back() + left / num_threads);
+  }
+  piece_begin_.push_back(total_cost_);
+}
+
+void AttendPlan::slices(int32_t piece, std::vector<WorkSlice>& out) const {
   out.clear();
-  const int64_t begin = total_cost_ * thread / num_threads, end = total_cost_ * (thread + 1) / num_threads;
-  // A block belongs to the thread in whose range its first unit of cost lies.
+  const int64_t begin = piece_begin_[piece], end = piece_begin_[piece + 1];
+  // A block belongs to the piece in whose range its first unit of cost lies.
   const auto first_block_from = [](const RowItem& item, int64_t cost) {
     const int64_t block = (cost - item.cost_begin + item.block_cost - 1) / item.block_cost;
     return static_cast<int32_t>(std::clamp<int64_t>(block, 0, item.num_blocks));

@@ -1,10 +1,11 @@
 // What does not depend on the variant: its choice for this CPU and geometry, and whole-block operations.
+#include "kernel/attention.h"
+
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
 #include <string>
 
-#include "kernel/attention.h"
 #include "kernel/cpu_features.h"
 #include "kernel/isa/variants.h"
 #include "kernel/paged_attention.h"
@@ -19,8 +20,8 @@ void check(const AttentionGeometry& g) {
     refuse("unknown KV dtype code " + std::to_string(static_cast<int>(g.dtype)) +
            ": use 0 (float32), 1 (bfloat16) or 2 (float16)");
   if (g.num_kv_heads < 1 || g.num_heads < g.num_kv_heads || g.num_heads % g.num_kv_heads != 0)
-    refuse("num_heads = " + std::to_string(g.num_heads) + " must be a positive multiple of num_kv_heads = " +
-           std::to_string(g.num_kv_heads));
+    refuse("num_heads = " + std::to_string(g.num_heads) +
+           " must be a positive multiple of num_kv_heads = " + std::to_string(g.num_kv_heads));
   if (g.head_size < 32 || g.head_size > 256 || g.head_size % 16 != 0)
     refuse("head_size = " + std::to_string(g.head_size) + " must be a multiple of 16 from 32 to 256");
   if (g.block_size < 32 || g.block_size % 32 != 0)
@@ -68,14 +69,17 @@ std::string_view isa_name(Isa isa) {
   return "unknown";
 }
 
-std::unique_ptr<AttentionKernel> make_attention_kernel(const AttentionGeometry& geometry, std::optional<Isa> isa) {
+std::unique_ptr<AttentionKernel> make_attention_kernel(const AttentionGeometry& geometry,
+                                                       std::optional<Isa> isa) {
   check(geometry);
   std::vector<Isa> usable = available_isas();
   if (geometry.dtype != DType::kBFloat16) std::erase(usable, Isa::kAmx);
   const Isa chosen = isa.value_or(usable.back());
   if (std::find(usable.begin(), usable.end(), chosen) == usable.end())
-    refuse("the " + std::string(isa_name(chosen)) + " kernel is not available for this dtype on this CPU in this build; "
-           "available: " + names(usable));
+    refuse("the " + std::string(isa_name(chosen)) +
+           " kernel is not available for this dtype on this CPU in this build; "
+           "available: " +
+           names(usable));
   const auto make = [&](BlockLayout layout, const RowOps& ops) {
     return std::make_unique<PagedAttention>(geometry, chosen, layout, ops);
   };

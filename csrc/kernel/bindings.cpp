@@ -11,6 +11,7 @@
 
 #include "kernel/arena.h"
 #include "kernel/attention.h"
+#include "kernel/linear_read.h"
 #include "kernel/thread_pool.h"
 
 namespace nb = nanobind;
@@ -92,13 +93,14 @@ class CheckedKernel {
     kernel_->zero_block(reinterpret_cast<std::byte*>(layer.data()), block);
   }
 
-  void attend(const ConstBytes& layer, const ConstTokens& q, const Lengths& query_start_loc, const Lengths& kv_lens,
-              const BlockTables& block_tables, float scale, const Tokens& out, const std::optional<Lse>& lse,
-              ThreadPool& threads) const {
+  void attend(const ConstBytes& layer, const ConstTokens& q, const Lengths& query_start_loc,
+              const Lengths& kv_lens, const BlockTables& block_tables, float scale, const Tokens& out,
+              const std::optional<Lse>& lse, ThreadPool& threads) const {
     check_tokens("q", q, geometry_.num_heads);
     check_tokens("out", out, geometry_.num_heads);
     require(out.shape(0) == q.shape(0), "q and out must hold the same number of tokens");
-    require(!lse || (lse->shape(0) == q.shape(0) && lse->shape(1) == q.shape(1)), "lse must be [tokens, heads]");
+    require(!lse || (lse->shape(0) == q.shape(0) && lse->shape(1) == q.shape(1)),
+            "lse must be [tokens, heads]");
     const size_t num_requests = kv_lens.shape(0);
     require(query_start_loc.shape(0) == num_requests + 1 && block_tables.shape(0) == num_requests,
             "query_start_loc needs one entry more than kv_lens, block_tables one row for each of them");
@@ -116,7 +118,8 @@ class CheckedKernel {
     }
     nb::gil_scoped_release release;
     kernel_->attend(reinterpret_cast<const std::byte*>(layer.data()), q.data(), requests.data(),
-                    static_cast<int32_t>(num_requests), scale, out.data(), lse ? lse->data() : nullptr, threads);
+                    static_cast<int32_t>(num_requests), scale, out.data(), lse ? lse->data() : nullptr,
+                    threads);
   }
 
  private:
@@ -136,7 +139,8 @@ class CheckedKernel {
   void check_tokens(const char* name, const Array& array, int32_t heads) const {
     require(array.dtype() == array_dtype(geometry_.dtype),
             std::string(name) + " must have the kernel's dtype (bfloat16 as uint16)");
-    require(array.shape(1) == static_cast<size_t>(heads) && array.shape(2) == static_cast<size_t>(geometry_.head_size),
+    require(array.shape(1) == static_cast<size_t>(heads) &&
+                array.shape(2) == static_cast<size_t>(geometry_.head_size),
             std::string(name) + " must be [tokens, " + std::to_string(heads) + ", " +
                 std::to_string(geometry_.head_size) + "]");
   }
@@ -155,25 +159,38 @@ void bind_kernel(nb::module_& m) {
       .def(
           "array",
           [](Arena& arena) {
-            return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(arena.data(), {arena.size()}, nb::find(arena));
+            return nb::ndarray<nb::numpy, uint8_t, nb::ndim<1>>(arena.data(), {arena.size()},
+                                                                nb::find(arena));
           },
           "The memory as a uint8 array that keeps the arena alive.");
 
   nb::class_<ThreadPool>(m, "ThreadPool", "The threads a kernel call runs on, the caller's included.")
-      .def(nb::init<int, std::vector<int>, int>(), "num_threads"_a, "cpus"_a = std::vector<int>(), "spin_us"_a = 100)
+      .def(nb::init<int, std::vector<int>, int>(), "num_threads"_a, "cpus"_a = std::vector<int>(),
+           "spin_us"_a = 100)
       .def_prop_ro("size", &ThreadPool::size)
       .def("pin_caller", &ThreadPool::pin_caller, "Pins the calling thread to cpus[0].");
 
+  // noconvert: what the kernel writes to must not be a converted copy.
   nb::class_<CheckedKernel>(m, "AttentionKernel", "Paged attention of one geometry on one instruction set.")
-      .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t, const std::optional<std::string>&>(),
+      .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t,
+                    const std::optional<std::string>&>(),
            "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "block_size"_a, "isa"_a = nb::none())
       .def_prop_ro("isa", &CheckedKernel::isa)
       .def_prop_ro("block_bytes", &CheckedKernel::block_bytes)
-      .def("append", &CheckedKernel::append, "layer"_a, "k"_a, "v"_a, "slot_mapping"_a, "threads"_a)
-      .def("attend", &CheckedKernel::attend, "layer"_a, "q"_a, "query_start_loc"_a, "kv_lens"_a, "block_tables"_a,
-           "scale"_a, "out"_a, "lse"_a.none(), "threads"_a)
-      .def("copy_block", &CheckedKernel::copy_block, "layer"_a, "source"_a, "destination"_a)
-      .def("zero_block", &CheckedKernel::zero_block, "layer"_a, "block"_a);
+      .def("append", &CheckedKernel::append, "layer"_a.noconvert(), "k"_a, "v"_a, "slot_mapping"_a,
+           "threads"_a)
+      .def("attend", &CheckedKernel::attend, "layer"_a.noconvert(), "q"_a, "query_start_loc"_a, "kv_lens"_a,
+           "block_tables"_a, "scale"_a, "out"_a.noconvert(), "lse"_a.none().noconvert(), "threads"_a)
+      .def("copy_block", &CheckedKernel::copy_block, "layer"_a.noconvert(), "source"_a, "destination"_a)
+      .def("zero_block", &CheckedKernel::zero_block, "layer"_a.noconvert(), "block"_a);
+
+  m.def(
+      "linear_read",
+      [](const ConstBytes& memory, ThreadPool& threads) {
+        nb::gil_scoped_release release;
+        return linear_read(reinterpret_cast<const std::byte*>(memory.data()), memory.size(), threads);
+      },
+      "memory"_a, "threads"_a, "Reads the memory front to back and returns a checksum.");
 
   m.def(
       "available_isas",

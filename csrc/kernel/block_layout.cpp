@@ -7,7 +7,8 @@
 namespace lamina {
 namespace {
 
-// dst[i][column + t] = src[t][i] for t < tokens: a [length][16] panel from tokens that are `stride` bytes apart.
+// dst[i][column + t] = src[t][i] for t < tokens: a [length][16] panel from tokens that are `stride` bytes
+// apart.
 template <class Element>
 void store_columns(Element* panel, int32_t column, int32_t tokens, const std::byte* src, size_t stride,
                    int32_t length) {
@@ -29,15 +30,15 @@ void store_columns(Element* panel, int32_t column, int32_t tokens, const std::by
 }
 
 template <class Element>
-void store_panels(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, const std::byte* k,
-                  const std::byte* v, size_t stride) {
+void store_panels(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
+                  const std::byte* k, const std::byte* v, size_t stride) {
   const int32_t head_size = shape.head_size, block_size = shape.block_size;
   auto* keys = reinterpret_cast<Element*>(region);
   auto* values = keys + static_cast<size_t>(head_size) * block_size;
   for (int32_t t = 0; t < num_tokens;) {
     const int32_t column = (offset + t) % 16, count = std::min(16 - column, num_tokens - t);
-    store_columns(keys + static_cast<size_t>(offset + t - column) * head_size, column, count, k + t * stride, stride,
-                  head_size);
+    store_columns(keys + static_cast<size_t>(offset + t - column) * head_size, column, count, k + t * stride,
+                  stride, head_size);
     t += count;
   }
   for (int32_t t = 0; t < num_tokens; ++t)
@@ -46,8 +47,8 @@ void store_panels(const BlockShape& shape, std::byte* region, int32_t offset, in
                   v + t * stride + d * sizeof(Element), 16 * sizeof(Element));
 }
 
-void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, const std::byte* k,
-                 const std::byte* v, size_t stride) {
+void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
+                 const std::byte* k, const std::byte* v, size_t stride) {
   constexpr int32_t kTileDwords = 256;
   const int32_t padded = shape.stored_head_size, pairs = shape.head_size / 2;
   auto* keys = reinterpret_cast<uint32_t*>(region);
@@ -55,8 +56,8 @@ void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int
     const int32_t token = offset + t, column = token % 16, count = std::min(16 - column, num_tokens - t);
     for (int32_t pair = 0; pair < pairs; pair += 16) {
       const int32_t tile = (token / 32 * (padded / 32) + pair / 16) * 2 + token / 16 % 2;
-      store_columns(keys + tile * kTileDwords, column, count, k + t * stride + pair * sizeof(uint32_t), stride,
-                    std::min(16, pairs - pair));
+      store_columns(keys + tile * kTileDwords, column, count, k + t * stride + pair * sizeof(uint32_t),
+                    stride, std::min(16, pairs - pair));
     }
     t += count;
   }
@@ -85,8 +86,8 @@ void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int
 
 }  // namespace
 
-void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, const std::byte* k,
-                  const std::byte* v, size_t token_stride) {
+void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
+                  const std::byte* k, const std::byte* v, size_t token_stride) {
   if (shape.layout == BlockLayout::kTiles)
     store_tiles(shape, region, offset, num_tokens, k, v, token_stride);
   else if (shape.element_size == 4)

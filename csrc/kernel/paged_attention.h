@@ -1,4 +1,4 @@
-// The paged driver that all variants share: addresses blocks, divides the work, merges partial results by LSE.
+// The paged driver of all variants: addresses blocks, divides the work, merges partial results by LSE.
 #pragma once
 
 #include "kernel/attention.h"
@@ -16,8 +16,8 @@ class PagedAttention final : public AttentionKernel {
   size_t block_bytes() const override { return shape_.region_bytes() * geometry_.num_kv_heads; }
   void append(std::byte* layer, const void* k, const void* v, const int64_t* slot_mapping, int32_t num_tokens,
               ThreadPool& threads) const override;
-  void attend(const std::byte* layer, const void* q, const AttendRequest* requests, int32_t num_requests, float scale,
-              void* out, float* lse, ThreadPool& threads) const override;
+  void attend(const std::byte* layer, const void* q, const AttendRequest* requests, int32_t num_requests,
+              float scale, void* out, float* lse, ThreadPool& threads) const override;
 
  private:
   const AttentionGeometry geometry_;

@@ -1,7 +1,8 @@
-// The seam between the paged driver and the instruction sets: what one variant does to query rows and one KV block.
+// The seam between the paged driver and an instruction set: what a variant does to rows and one KV block.
 //
-// Plain data and function pointers only: the files in isa/ are compiled with flags of their own, and any inline
-// function or template with external linkage that they shared with the rest could be the copy that the linker keeps.
+// Plain data and function pointers only: the files in isa/ are compiled with flags of their own, and any
+// inline function or template with external linkage that they shared with the rest could be the copy that the
+// linker keeps.
 #pragma once
 
 #include <cstddef>
@@ -9,26 +10,27 @@
 
 namespace lamina {
 
-// Query rows of one KV head on their way over the KV blocks. A row is one (query token, query head of the group).
-// The running maximum and everything derived from it is in units of log2, so that exponentials are powers of two.
+// Query rows of one KV head on their way over the KV blocks. A row is one (query token, query head of the
+// group). The running maximum and everything derived from it is in units of log2, so that exponentials are
+// powers of two.
 struct RowTile {
   int32_t rows;
-  int32_t head_size;   // as stored: padded where the variant pads
+  int32_t head_size;  // as stored: padded where the variant pads
   int32_t block_size;
-  float scale_log2;    // softmax scale * log2(e), where the variant does not put it into the packed rows
+  float scale_log2;     // softmax scale * log2(e), where the variant does not put it into the packed rows
   size_t region_bytes;  // of one (block, KV head)
-  void* queries;       // [rows rounded up to row_granule, head_size], packed by the variant
-  float* weights;      // scratch of weights_bytes()
-  float* out;          // [rows rounded up to row_granule, head_size], not normalised
-  float* max;          // [rows]
-  float* sum;          // [rows], softmax denominator relative to max
+  void* queries;        // [rows rounded up to row_granule, head_size], packed by the variant
+  float* weights;       // scratch of weights_bytes()
+  float* out;           // [rows rounded up to row_granule, head_size], not normalised
+  float* max;           // [rows]
+  float* sum;           // [rows], softmax denominator relative to max
 };
 
 struct RowOps {
-  int32_t row_granule;     // rows are allocated in multiples of this
-  int32_t max_rows;        // most rows of one tile: its state and one KV block stay in the L2 cache
-  int32_t head_granule;    // head size is padded to a multiple of this
-  size_t query_bytes;      // of one element of a packed row
+  int32_t row_granule;   // rows are allocated in multiples of this
+  int32_t max_rows;      // most rows of one tile: its state and one KV block stay in the L2 cache
+  int32_t head_granule;  // head size is padded to a multiple of this
+  size_t query_bytes;    // of one element of a packed row
   size_t (*weights_bytes)(int32_t block_size);
   // Packs one row of q ([head_size] in the KV dtype), padding included.
   void (*pack_row)(const void* q, int32_t head_size, float scale_log2, void* packed);
@@ -37,9 +39,10 @@ struct RowOps {
   // Bracket all attend_block calls of one tile on one thread.
   void (*begin)(const RowTile& tile);
   void (*end)();
-  // Folds the first num_tokens (>= 1) tokens of a block into the tile. `next` is the region that follows on this
-  // thread, for prefetching.
-  void (*attend_block)(const RowTile& tile, const std::byte* region, const std::byte* next, int32_t num_tokens);
+  // Folds the first num_tokens (>= 1) tokens of a block into the tile. `next` is the region that follows on
+  // this thread, for prefetching.
+  void (*attend_block)(const RowTile& tile, const std::byte* region, const std::byte* next,
+                       int32_t num_tokens);
 };
 
 }  // namespace lamina

@@ -73,12 +73,13 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us) : state_(std::make_unique<State>()) {
+ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us)
+    : state_(std::make_unique<State>()) {
   if (num_threads < 1)
     throw std::invalid_argument("a thread pool needs at least 1 thread, not " + std::to_string(num_threads));
   if (!cpus.empty() && cpus.size() != static_cast<size_t>(num_threads))
-    throw std::invalid_argument("name one CPU per thread or none: " + std::to_string(cpus.size()) + " CPUs for " +
-                                std::to_string(num_threads) + " threads");
+    throw std::invalid_argument("name one CPU per thread or none: " + std::to_string(cpus.size()) +
+                                " CPUs for " + std::to_string(num_threads) + " threads");
   state_->spin = std::chrono::microseconds(spin_us);
   state_->cpus = std::move(cpus);
   State* const state = state_.get();

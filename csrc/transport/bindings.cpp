@@ -13,10 +13,6 @@ using namespace nb::literals;
 namespace lamina {
 namespace {
 
-Deadline deadline_after(double seconds) {
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
-}
-
 void send_bytes(ShmChannel& channel, nb::bytes payload, double timeout) {
   const char* data = payload.c_str();
   const size_t size = payload.size();
@@ -55,8 +51,9 @@ void bind_transport(nb::module_& m) {
       .def_prop_ro("peer_closed", &ShmChannel::peer_closed)
       .def_prop_ro("max_frame_bytes", &ShmChannel::max_frame_bytes)
       .def_prop_ro("num_bad_descriptors", &ShmChannel::num_bad_descriptors)
-      .def("echo_until_closed", [](ShmChannel& channel) { echo_until_closed(channel); },
-           nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "echo_until_closed", [](ShmChannel& channel) { echo_until_closed(channel); },
+          nb::call_guard<nb::gil_scoped_release>())
       .def(
           "ping_pong",
           [](ShmChannel& channel, size_t bytes, int count, double timeout) {

@@ -1,14 +1,16 @@
 // A reliable, ordered, two-way channel of frames between a model worker and an attention worker.
 //
-// Frames are written and read in place: the sender fills the span that reserve() returns, the receiver works on the
-// span that receive() returns. One thread at a time may send (reserve, post) and one, the same or another, may receive
-// (receive, release). At most one frame is reserved and one received at a time.
+// Frames are written and read in place: the sender fills the span that reserve() returns, the receiver works
+// on the span that receive() returns. One thread at a time may send (reserve, post) and one, the same or
+// another, may receive (receive, release). At most one frame is reserved and one received at a time.
 //
 // Every wait ends at its deadline, and soon after the peer is gone.
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <stdexcept>
 
@@ -16,6 +18,12 @@ namespace lamina {
 
 using Clock = std::chrono::steady_clock;
 using Deadline = Clock::time_point;
+
+// Timeouts beyond 30 years, infinity too, mean the same.
+inline Deadline deadline_after(double seconds) {
+  const std::chrono::duration<double> timeout(std::clamp(seconds, 0.0, 1e9));
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(timeout);
+}
 
 struct ChannelError : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -40,8 +48,9 @@ class Channel {
  public:
   virtual ~Channel() = default;
 
-  // Contiguous, kFrameAlignment-aligned room for one frame of `bytes`, the caller's until post(). A reservation that is
-  // not posted is dropped by the next reserve(). Throws ChannelTimeout, ChannelClosed, FrameTooLarge.
+  // Contiguous, kFrameAlignment-aligned room for one frame of `bytes`, the caller's until post(). A
+  // reservation that is not posted is dropped by the next reserve(). Throws ChannelTimeout, ChannelClosed,
+  // FrameTooLarge.
   virtual std::span<std::byte> reserve(size_t bytes, Deadline deadline) = 0;
   // Sends the reserved frame.
   virtual void post() = 0;
@@ -53,6 +62,8 @@ class Channel {
   virtual void release() = 0;
 
   virtual size_t max_frame_bytes() const = 0;
+  // Frames that receive() skipped because the peer described them wrongly.
+  virtual uint64_t num_bad_descriptors() const = 0;
   virtual bool peer_closed() const = 0;
   // Tells the peer, and every wait on this side, that the channel is closed.
   virtual void close() = 0;

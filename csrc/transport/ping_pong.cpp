@@ -23,7 +23,8 @@ void echo_until_closed(Channel& channel) {
       const auto frame = channel.receive(Clock::now() + std::chrono::hours(1));
       const uint64_t sum = sum_words(frame);
       const size_t bytes = frame.size();
-      // Given back before the answer is posted, so that the peer finds its ring empty and reuses the same memory.
+      // Given back before the answer is posted, so that the peer finds its ring empty and reuses the same
+      // memory.
       channel.release();
       const auto answer = channel.reserve(bytes, Clock::now() + std::chrono::minutes(1));
       std::memset(answer.data(), static_cast<int>(sum & 0xff), bytes);

@@ -29,10 +29,11 @@ using std::chrono::nanoseconds;
 
 constexpr uint64_t kMagic = 0x314d4853414e4d4cULL;  // "LMNASHM1"
 constexpr size_t kSlots = 64;                       // frames in flight per direction
-constexpr size_t kControlBytes = 16384;             // header and both rings' control, before the frames' memory
+constexpr size_t kControlBytes = 16384;  // header and both rings' control, before the frames' memory
 constexpr int kPausesPerClockRead = 16;
 constexpr int kPausesPerYield = 256;
-// Longest sleep before the peer's liveness is looked at again: half of the 50 ms in which a dead peer is noticed.
+// Longest sleep before the peer's liveness is looked at again: half of the 50 ms in which a dead peer is
+// noticed.
 constexpr milliseconds kLivenessInterval{25};
 
 struct alignas(64) Header {
@@ -40,8 +41,8 @@ struct alignas(64) Header {
   uint64_t ring_bytes;
 };
 
-// Where a frame lies, and the word that publishes it, in one cache line: the receiver polls `sequence`, so one line
-// moves between the cores per frame besides the frame itself.
+// Where a frame lies, and the word that publishes it, in one cache line: the receiver polls `sequence`, so
+// one line moves between the cores per frame besides the frame itself.
 struct alignas(64) Slot {
   std::atomic<uint64_t> sequence;  // n + 1 once frame n is here
   std::atomic<uint64_t> offset;
@@ -70,8 +71,8 @@ void futex_wait(std::atomic<uint32_t>& word, uint32_t expected, nanoseconds time
 }
 
 // Wakes the peer if it sleeps on `waiting`. The fence orders the caller's publishing store before the load of
-// `waiting`; wait() has the mirror image (store `waiting`, fence, load what is published), so at least one of the two
-// sees the other and no wake-up is lost.
+// `waiting`; wait() has the mirror image (store `waiting`, fence, load what is published), so at least one of
+// the two sees the other and no wake-up is lost.
 void wake(std::atomic<uint32_t>& waiting) {
   std::atomic_thread_fence(std::memory_order_seq_cst);
   if (waiting.load(std::memory_order_relaxed) == 0) return;
@@ -84,7 +85,8 @@ static_assert(std::atomic<uint64_t>::is_always_lock_free && std::atomic<uint32_t
 
 }  // namespace
 
-// Control words of one direction. Each word that one side polls while the other writes has a cache line of its own.
+// Control words of one direction. Each word that one side polls while the other writes has a cache line of
+// its own.
 struct ShmChannel::Ring {
   alignas(64) std::atomic<uint64_t> consumed;  // frames the receiver gave back
   alignas(64) std::atomic<uint32_t> receiver_waiting;
@@ -97,8 +99,8 @@ int create_shm_memory(size_t ring_bytes) {
   const int fd = memfd_create("vllm-lamina channel", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (fd < 0) throw system_error("memfd_create");
   const Header header{kMagic, ring_bytes};
-  // A new memfd reads as zeros, which is the empty state of both rings. Sealed, so that neither side can shrink it
-  // under the other's feet (SIGBUS).
+  // A new memfd reads as zeros, which is the empty state of both rings. Sealed, so that neither side can
+  // shrink it under the other's feet (SIGBUS).
   if (ftruncate(fd, static_cast<off_t>(kControlBytes + 2 * ring_bytes)) != 0 ||
       pwrite(fd, &header, sizeof header, 0) != static_cast<ssize_t>(sizeof header) ||
       fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
@@ -112,7 +114,7 @@ int create_shm_memory(size_t ring_bytes) {
 ShmChannel::ShmChannel(int memory_fd, int liveness_fd, ShmEnd end, int spin_us) : spin_(spin_us) {
   static_assert(sizeof(Header) + 2 * sizeof(Ring) <= kControlBytes);
   Header header{};
-  struct stat status {};
+  struct stat status{};
   const int seals = fcntl(memory_fd, F_GET_SEALS);
   if (fstat(memory_fd, &status) != 0 || seals < 0 || (seals & F_SEAL_SHRINK) == 0 ||
       pread(memory_fd, &header, sizeof header, 0) != static_cast<ssize_t>(sizeof header) ||
@@ -192,8 +194,8 @@ void ShmChannel::wait(std::atomic<uint32_t>& waiting, Deadline deadline, Ready r
   waiting.store(0, std::memory_order_relaxed);
 }
 
-// Forgets the frames that the receiver gave back. The acquire pairs with the release in release(): the receiver's
-// reads of a frame come before our writes into the same memory.
+// Forgets the frames that the receiver gave back. The acquire pairs with the release in release(): the
+// receiver's reads of a frame come before our writes into the same memory.
 void ShmChannel::reclaim() {
   const uint64_t consumed = send_ring_->consumed.load(std::memory_order_acquire);
   if (consumed < reclaimed_ || consumed > posted_) {
@@ -202,9 +204,9 @@ void ShmChannel::reclaim() {
   for (; reclaimed_ < consumed; ++reclaimed_) in_flight_.pop_front();
 }
 
-// Finds contiguous room. Frames are freed in the order they were sent, so the room is one gap or, while no frame lies
-// before the oldest one, two. An empty ring starts over at offset 0: frames that travel one at a time then use the
-// same, cache-hot memory.
+// Finds contiguous room. Frames are freed in the order they were sent, so the room is one gap or, while no
+// frame lies before the oldest one, two. An empty ring starts over at offset 0: frames that travel one at a
+// time then use the same, cache-hot memory.
 bool ShmChannel::place(size_t bytes, Extent& extent) const {
   if (in_flight_.size() == kSlots) return false;
   if (in_flight_.empty()) {
@@ -228,7 +230,8 @@ bool ShmChannel::place(size_t bytes, Extent& extent) const {
 std::span<std::byte> ShmChannel::reserve(size_t bytes, Deadline deadline) {
   if (bytes == 0 || bytes > ring_bytes_) {
     throw FrameTooLarge("a frame of " + std::to_string(bytes) + " bytes does not fit the channel's ring of " +
-                        std::to_string(ring_bytes_) + " bytes; raise ring_bytes or send fewer tokens per step");
+                        std::to_string(ring_bytes_) +
+                        " bytes; raise ring_bytes or send fewer tokens per step");
   }
   reserved_bytes_ = 0;
   const size_t padded = round_up(bytes, kFrameAlignment);

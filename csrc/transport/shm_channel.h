@@ -1,4 +1,5 @@
-// Channel over shared memory, between two processes of one host: one ring per direction, polling then sleeping.
+// Channel over shared memory, between two processes of one host: one ring per direction, polling then
+// sleeping.
 #pragma once
 
 #include <atomic>
@@ -13,15 +14,16 @@ namespace lamina {
 // The two ends differ only in which ring they send into.
 enum class ShmEnd { kClient, kWorker };
 
-// Makes the memory of a channel: a memfd, which vanishes with its last user whatever happens to either process. Each
-// direction can hold `ring_bytes` of frames; pages are taken as frames touch them. The caller owns the descriptor.
+// Makes the memory of a channel: a memfd, which vanishes with its last user whatever happens to either
+// process. Each direction can hold `ring_bytes` of frames; pages are taken as frames touch them. The caller
+// owns the descriptor.
 int create_shm_memory(size_t ring_bytes);
 
 class ShmChannel final : public Channel {
  public:
-  // Maps `memory_fd` (borrowed). `liveness_fd` (duplicated) is a connected stream socket whose hang-up means that the
-  // peer is gone. Polls `spin_us` before it sleeps; use 0 where threads outnumber CPUs. Throws ChannelError for memory
-  // that does not hold a channel.
+  // Maps `memory_fd` (borrowed). `liveness_fd` (duplicated) is a connected stream socket whose hang-up means
+  // that the peer is gone. Polls `spin_us` before it sleeps; use 0 where threads outnumber CPUs. Throws
+  // ChannelError for memory that does not hold a channel.
   ShmChannel(int memory_fd, int liveness_fd, ShmEnd end, int spin_us);
   ~ShmChannel() override;
   ShmChannel(const ShmChannel&) = delete;
@@ -35,8 +37,9 @@ class ShmChannel final : public Channel {
   bool peer_closed() const override;
   void close() override;
 
-  // Frames whose place in the ring the peer described wrongly; they were skipped.
-  uint64_t num_bad_descriptors() const { return num_bad_descriptors_.load(std::memory_order_relaxed); }
+  uint64_t num_bad_descriptors() const override {
+    return num_bad_descriptors_.load(std::memory_order_relaxed);
+  }
 
  private:
   struct Ring;

@@ -1,14 +1,17 @@
-// Frames between a model worker and an attention worker: one fixed header, then a payload by type. Little endian.
+// Frames between a model worker and an attention worker: a fixed header, then a payload by type; little
+// endian.
 //
-// STEP         StepCounts, query_len int32 [R], context_len int32 [R], block ids int32 [sum of the requests' blocks],
-//              padding to 8, slot_mapping int64 [T]. Requests that decode come first. Opens the lane's next step.
-// ATTEND       q [rows, heads, head size], k and v [T, KV heads, head size], each at a multiple of 64 bytes: one layer
-//              of the lane's step. Rows of q: the decode tokens, then the tokens of prefill chunks with context.
-// OUTPUT       out [rows, heads, head size], then at a multiple of 64 bytes LSE float32 [prefill rows, heads]. Answers an
-//              ATTEND that has q rows and echoes its header fields.
-// ZERO_BLOCKS  block ids int32 [n]; in all layers.
-// COPY_BLOCKS  (source, destination) int32 [n, 2]; in all layers, in order.
-// ERROR        text, UTF-8: why a frame of this lane was dropped.
+// STEP         StepCounts; query_len int32 [R]; context_len int32 [R]; block ids int32 [B], request after
+//              request; padding to 8; slot_mapping int64 [T]. Requests that decode come first. Opens the
+//              lane's next step.
+// ATTEND       One layer of the lane's step: q [rows, heads, head size], k and v [T, KV heads, head size],
+//              each at a multiple of 64 bytes. Rows of q: the decode tokens, then the tokens of prefill
+//              chunks with context.
+// OUTPUT       Answers an ATTEND that has q rows, and echoes its header: out [rows, heads, head size], then
+//              at a multiple of 64 bytes LSE float32 [prefill rows, heads].
+// ZERO_BLOCKS  Block ids int32 [n], to be zeroed in all layers.
+// COPY_BLOCKS  Pairs (source, destination) int32 [n, 2], to be copied in all layers, in order.
+// ERROR        Text, UTF-8: why a frame of this lane was dropped.
 #pragma once
 
 #include <bit>
@@ -44,7 +47,11 @@ struct FrameHeader {
   uint64_t payload_bytes = 0;
   uint32_t lane = 0;
   uint32_t layer = 0;
-  uint8_t reserved[24] = {};
+  uint64_t service_ns = 0;  // of an OUTPUT: what the attention worker spent on the frame that it answers
+  // For tracing, nanoseconds of the steady clock, which the processes of one host share. An ATTEND: when the model worker
+  // began to compute what led to it, and when it was sent. A STEP: the same of what followed the last step's layers.
+  uint64_t began_ns = 0;
+  uint64_t posted_ns = 0;
 };
 static_assert(sizeof(FrameHeader) == 64);
 
@@ -56,7 +63,9 @@ struct StepCounts {
 };
 static_assert(sizeof(StepCounts) == 16);
 
-constexpr size_t align_to(size_t bytes, size_t alignment) { return (bytes + alignment - 1) / alignment * alignment; }
+constexpr size_t align_to(size_t bytes, size_t alignment) {
+  return (bytes + alignment - 1) / alignment * alignment;
+}
 
 // Byte offsets within an ATTEND payload.
 struct AttendLayout {
@@ -71,8 +80,8 @@ struct OutputLayout {
   OutputLayout(size_t out_bytes, size_t lse_bytes) : lse(align_to(out_bytes, 64)), bytes(lse + lse_bytes) {}
 };
 
-// Header of a frame, or nothing if the frame is not one of this version or shorter than it says. The header is copied
-// out: the sender may still write into shared memory, so what was checked must not be read again.
+// Header of a frame, or nothing if the frame is not one of this version or shorter than it says. The header
+// is copied out: the sender may still write into shared memory, so what was checked must not be read again.
 inline std::optional<FrameHeader> read_header(std::span<const std::byte> frame) {
   if (frame.size() < sizeof(FrameHeader)) return std::nullopt;
   FrameHeader header;

@@ -9,11 +9,18 @@ namespace lamina {
 namespace {
 
 using std::chrono::milliseconds;
+using std::chrono::nanoseconds;
 using std::chrono::seconds;
 
 // How soon a sleeping loop notices stop().
 constexpr milliseconds kStopInterval{100};
 constexpr seconds kRejectedLogInterval{1};
+constexpr size_t kMaxTraceEvents = 1 << 18;
+
+uint64_t steady_now() {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<nanoseconds>(Clock::now().time_since_epoch()).count());
+}
 
 // Adds the time since construction.
 class Timer {
@@ -31,7 +38,9 @@ class Timer {
   Clock::time_point begin_;
 };
 
-void add(std::atomic<uint64_t>& counter, uint64_t value) { counter.fetch_add(value, std::memory_order_relaxed); }
+void add(std::atomic<uint64_t>& counter, uint64_t value) {
+  counter.fetch_add(value, std::memory_order_relaxed);
+}
 
 }  // namespace
 
@@ -39,12 +48,13 @@ size_t kv_block_bytes(const ModelGeometry& geometry) {
   return make_attention_kernel(geometry.attention)->block_bytes() * geometry.scales.size();
 }
 
-AttentionWorker::AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus,
-                                 int spin_us)
+AttentionWorker::AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads,
+                                 std::vector<int> cpus, int spin_us)
     : geometry_(std::move(geometry)),
-      num_blocks_(num_blocks > 0 && !geometry_.scales.empty()
-                      ? num_blocks
-                      : throw std::invalid_argument("an attention worker needs at least one layer and one block")),
+      num_blocks_(
+          num_blocks > 0 && !geometry_.scales.empty()
+              ? num_blocks
+              : throw std::invalid_argument("an attention worker needs at least one layer and one block")),
       num_threads_(num_threads),
       cpus_(std::move(cpus)),
       spin_us_(spin_us),
@@ -87,6 +97,9 @@ void AttentionWorker::loop(ThreadPool& threads) {
       continue;
     }
     received_ = true;
+    for (; bad_descriptors_ < channel_->num_bad_descriptors(); ++bad_descriptors_) {
+      reject("a frame is said to lie outside the channel");
+    }
     add(counters_.messages, 1);
     add(counters_.bytes_in, frame.size());
     handle(frame, threads);
@@ -94,17 +107,45 @@ void AttentionWorker::loop(ThreadPool& threads) {
   }
 }
 
+void AttentionWorker::start_trace() {
+  const std::lock_guard lock(trace_mutex_);
+  trace_.clear();
+  trace_.reserve(kMaxTraceEvents);
+  tracing_.store(true, std::memory_order_relaxed);
+}
+
+std::vector<TraceEvent> AttentionWorker::take_trace() {
+  tracing_.store(false, std::memory_order_relaxed);
+  const std::lock_guard lock(trace_mutex_);
+  return std::exchange(trace_, {});
+}
+
+void AttentionWorker::record(const FrameHeader& header, uint64_t received) {
+  const std::lock_guard lock(trace_mutex_);
+  if (trace_.size() >= kMaxTraceEvents) return;
+  const auto tokens = static_cast<uint64_t>(lanes_[header.lane].step.num_tokens());
+  trace_.push_back({static_cast<uint64_t>(header.type), header.lane, header.layer, tokens, header.began_ns,
+                    header.posted_ns, received, steady_now()});
+}
+
 void AttentionWorker::handle(std::span<const std::byte> frame, ThreadPool& threads) {
   const auto header = read_header(frame);
   if (!header) return reject("a frame has no valid header");
   const auto payload = frame.subspan(sizeof(FrameHeader), header->payload_bytes);
+  const bool traced = tracing_.load(std::memory_order_relaxed);
+  const uint64_t received = traced ? steady_now() : 0;
   try {
-    if (header->lane >= kMaxLanes) throw MalformedFrame("lane " + std::to_string(header->lane) + " does not exist");
+    if (header->lane >= kMaxLanes)
+      throw MalformedFrame("lane " + std::to_string(header->lane) + " does not exist");
     switch (header->type) {
       case FrameType::kStep:
-        return begin_step(*header, payload);
+        begin_step(*header, payload);
+        if (traced) record(*header, received);
+        return;
       case FrameType::kAttend:
-        return attend(*header, payload, threads);
+        attend(*header, payload, threads);
+        if (traced) record(*header, received);
+        return;
       case FrameType::kZeroBlocks:
         return zero_blocks(payload);
       case FrameType::kCopyBlocks:
@@ -132,7 +173,9 @@ void AttentionWorker::begin_step(const FrameHeader& header, std::span<const std:
   add(counters_.steps, 1);
 }
 
-void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byte> payload, ThreadPool& threads) {
+void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byte> payload,
+                             ThreadPool& threads) {
+  const auto begin = Clock::now();
   Lane& lane = lanes_[header.lane];
   const Step& step = lane.step;
   if (!lane.known || lane.id != header.step || lane.generation != header.generation) {
@@ -148,8 +191,9 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   if (payload.size() != layout.bytes) throw MalformedFrame("an ATTEND's size does not fit its step");
   if (header.layer + 1 == geometry_.scales.size()) lane.in_flight = false;
 
-  // Everything is appended before anything is attended: a request may find, as its cached context, a prefix block that
-  // another request of this very step fills. It also lets a decode attend its own token like any other.
+  // Everything is appended before anything is attended: a request may find, as its cached context, a prefix
+  // block that another request of this very step fills. It also lets a decode attend its own token like any
+  // other.
   std::byte* layer = layer_data(header.layer);
   {
     const Timer timer(counters_.ns_appending);
@@ -167,26 +211,29 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   FrameHeader reply_header = header;
   reply_header.type = FrameType::kOutput;
   reply_header.payload_bytes = output.bytes;
-  std::byte* out = write_header(reply, reply_header);
+  std::byte* out = reply.data() + sizeof(FrameHeader);
   auto* reply_lse = reinterpret_cast<float*>(out + output.lse);
   float* lse = prefill_rows == 0 ? nullptr : reply_lse;
   if (decodes > 0 && prefill_rows > 0) {
-    // The kernel writes LSE of all rows, and one call balances the threads better than two; so the decodes' LSE, which
-    // nobody needs, goes to scratch.
+    // The kernel writes LSE of all rows, and one call balances the threads better than two; so the decodes'
+    // LSE, which nobody needs, goes to scratch.
     lse_.resize(q_rows * heads);
     lse = lse_.data();
   }
   {
     const Timer timer(counters_.ns_attending);
-    kernel_->attend(layer, payload.data(), step.requests().data(), static_cast<int32_t>(step.requests().size()),
-                    geometry_.scales[header.layer], out, lse, threads);
+    kernel_->attend(layer, payload.data(), step.requests().data(),
+                    static_cast<int32_t>(step.requests().size()), geometry_.scales[header.layer], out, lse,
+                    threads);
   }
   if (lse != nullptr && lse != reply_lse) {
     std::memcpy(reply_lse, lse + decodes * heads, prefill_rows * geometry_.lse_row_bytes());
   }
+  reply_header.service_ns = static_cast<uint64_t>(nanoseconds(Clock::now() - begin).count());
+  write_header(reply, reply_header);
   add(counters_.bytes_out, reply.size());
-  // The frame is given back before its answer is sent, so that the model worker, when it has the answer, finds its ring
-  // empty and packs the next layer into the same memory.
+  // The frame is given back before its answer is sent, so that the model worker, when it has the answer,
+  // finds its ring empty and packs the next layer into the same memory.
   release();
   channel_->post();
 }
@@ -196,7 +243,8 @@ std::vector<int32_t> AttentionWorker::read_block_ids(std::span<const std::byte> 
   std::vector<int32_t> ids(payload.size() / sizeof(int32_t));
   if (!ids.empty()) std::memcpy(ids.data(), payload.data(), payload.size());
   for (const int32_t id : ids) {
-    if (id < 0 || id >= num_blocks_) throw MalformedFrame("block " + std::to_string(id) + " is outside the pool");
+    if (id < 0 || id >= num_blocks_)
+      throw MalformedFrame("block " + std::to_string(id) + " is outside the pool");
   }
   return ids;
 }
@@ -218,7 +266,8 @@ void AttentionWorker::copy_blocks(std::span<const std::byte> payload) {
   }
 }
 
-// Waits for room for as long as the model worker lives: it may be slow to collect, but what it asked for is owed.
+// Waits for room for as long as the model worker lives: it may be slow to collect, but what it asked for is
+// owed.
 std::span<std::byte> AttentionWorker::reserve_reply(size_t bytes) {
   while (true) {
     try {
@@ -229,7 +278,8 @@ std::span<std::byte> AttentionWorker::reserve_reply(size_t bytes) {
   }
 }
 
-// An error is not worth waiting for room: a peer that floods us with bad frames does not collect answers either.
+// An error is not worth waiting for room: a peer that floods us with bad frames does not collect answers
+// either.
 void AttentionWorker::send_error(const FrameHeader& header, const std::string& reason) {
   FrameHeader reply_header = header;
   reply_header.type = FrameType::kError;
@@ -253,7 +303,8 @@ void AttentionWorker::reject(const std::string& reason) {
   }
   last_rejected_log_ = now;
   const auto unlogged = std::exchange(rejected_unlogged_, 0);
-  std::fprintf(stderr, "vllm-lamina attention worker: frame dropped: %s (%llu more since the last such line)\n",
+  std::fprintf(stderr,
+               "vllm-lamina attention worker: frame dropped: %s (%llu more since the last such line)\n",
                reason.c_str(), static_cast<unsigned long long>(unlogged));
 }
 

@@ -1,9 +1,11 @@
-// The attention worker's serving loop: takes frames off a channel, keeps the KV pool, and answers with attention.
+// The attention worker's serving loop: takes frames off a channel, keeps the KV pool, and answers with
+// attention.
 #pragma once
 
 #include <array>
 #include <atomic>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <thread>
@@ -19,8 +21,8 @@
 
 namespace lamina {
 
-// Bytes of the pool that one KV block takes over all layers. Throws std::invalid_argument for a geometry that no kernel
-// supports, naming the value and the limit.
+// Bytes of the pool that one KV block takes over all layers. Throws std::invalid_argument for a geometry that
+// no kernel supports, naming the value and the limit.
 size_t kv_block_bytes(const ModelGeometry& geometry);
 
 // Written by the serving thread only, read by any; times are nanoseconds.
@@ -37,21 +39,32 @@ struct WorkerCounters {
   std::atomic<uint64_t> rejected_frames{0};
 };
 
+// One frame in a trace; times are nanoseconds of the steady clock. See wire.h for `began` and `posted`.
+struct TraceEvent {
+  uint64_t type, lane, layer, tokens;
+  uint64_t began, posted, received, done;
+};
+
 // Serves one engine: the pool lives as long as this object, so the next engine begins with a clean one.
 class AttentionWorker {
  public:
-  // Maps the pool. cpus: one per thread, or empty to leave the threads unpinned. Throws std::invalid_argument for an
-  // unsupported geometry, std::bad_alloc where the system refuses the memory.
-  AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus, int spin_us);
+  // Maps the pool. cpus: one per thread, or empty to leave the threads unpinned. Throws std::invalid_argument
+  // for an unsupported geometry, std::bad_alloc where the system refuses the memory.
+  AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus,
+                  int spin_us);
   ~AttentionWorker();
   AttentionWorker(const AttentionWorker&) = delete;
   AttentionWorker& operator=(const AttentionWorker&) = delete;
 
-  // Starts the serving thread on `channel`; at most once. The thread ends, and closes the channel, when the peer leaves
-  // or stop() is called.
+  // Starts the serving thread on `channel`; at most once. The thread ends, and closes the channel, when the
+  // peer leaves or stop() is called.
   void serve(std::unique_ptr<Channel> channel);
   // Ends the serving thread after the frame in hand.
   void stop();
+
+  // Records every STEP and ATTEND until take_trace(), up to kMaxTraceEvents.
+  void start_trace();
+  std::vector<TraceEvent> take_trace();
 
   const WorkerCounters& counters() const { return counters_; }
   size_t used_bytes() const { return arena_.size(); }
@@ -65,6 +78,8 @@ class AttentionWorker {
     bool known = false;      // the step was accepted
     bool in_flight = false;  // and its last layer is still to come
   };
+
+  void record(const FrameHeader& header, uint64_t received);
 
   void run();
   void loop(ThreadPool& threads);
@@ -95,12 +110,16 @@ class AttentionWorker {
   std::unique_ptr<Channel> channel_;
   std::thread thread_;
   std::atomic<bool> stopping_{false};
+  std::atomic<bool> tracing_{false};
+  std::mutex trace_mutex_;
+  std::vector<TraceEvent> trace_;
   WorkerCounters counters_;
 
   // The serving thread's own.
   std::array<Lane, kMaxLanes> lanes_;
   std::vector<float> lse_;
   bool received_ = false;
+  uint64_t bad_descriptors_ = 0;
   uint64_t rejected_unlogged_ = 0;
   std::optional<Clock::time_point> last_rejected_log_;
 };

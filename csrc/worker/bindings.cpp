@@ -20,10 +20,6 @@ using Array = nb::ndarray<const T, Shape, nb::device::cpu, Order...>;
 using Int32s = Array<int32_t, nb::ndim<1>, nb::c_contig>;
 using Int64s = Array<int64_t, nb::ndim<1>, nb::c_contig>;
 
-Deadline deadline_after(double timeout) {
-  return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout));
-}
-
 template <typename T, typename... Args>
 std::span<const T> as_span(const nb::ndarray<const T, Args...>& array) {
   return {array.data(), array.size()};
@@ -37,23 +33,22 @@ DType parse_dtype(const std::string& name) {
 }
 
 // Addresses and strides come as integers: wrapping a tensor costs microseconds, of which a layer has few.
-ConstRows const_rows(uintptr_t address, int64_t stride) { return {reinterpret_cast<const std::byte*>(address), stride}; }
+ConstRows const_rows(uintptr_t address, int64_t stride) {
+  return {reinterpret_cast<const std::byte*>(address), stride};
+}
 Rows rows(uintptr_t address, int64_t stride) { return {reinterpret_cast<std::byte*>(address), stride}; }
 std::byte* pointer(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
 nb::tuple begin_step(AttentionClient& client, uint32_t lane, int32_t num_decodes, const Int32s& query_lens,
                      const Int32s& context_lens, const Array<int32_t, nb::ndim<2>>& block_table,
                      const Int64s& slot_mapping, double timeout) {
-  if (block_table.shape(0) < query_lens.size()) throw std::invalid_argument("block_table has fewer rows than requests");
+  if (block_table.shape(0) < query_lens.size())
+    throw std::invalid_argument("block_table has fewer rows than requests");
   if (block_table.shape(1) > 1 && block_table.stride(1) != 1) {
     throw std::invalid_argument("the rows of block_table must be contiguous");
   }
-  const StepView step{num_decodes,
-                      as_span(query_lens),
-                      as_span(context_lens),
-                      block_table.data(),
-                      block_table.stride(0),
-                      static_cast<int64_t>(block_table.shape(1)),
+  const StepView step{num_decodes,          as_span(query_lens),   as_span(context_lens),
+                      block_table.data(),   block_table.stride(0), static_cast<int64_t>(block_table.shape(1)),
                       as_span(slot_mapping)};
   AttentionClient::StepRows step_rows;
   {
@@ -86,23 +81,40 @@ void bind_client(nb::module_& m) {
   nb::class_<AttentionClient>(m, "AttentionClient")
       .def(
           "__init__",
-          [](AttentionClient* self, const ModelGeometry& geometry, int memory_fd, int liveness_fd, int spin_us) {
+          [](AttentionClient* self, const ModelGeometry& geometry, int memory_fd, int liveness_fd,
+             int spin_us) {
             new (self) AttentionClient(
                 std::make_unique<ShmChannel>(memory_fd, liveness_fd, ShmEnd::kClient, spin_us), geometry);
           },
           "geometry"_a, "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
       .def_prop_rw("generation", &AttentionClient::generation, &AttentionClient::set_generation)
-      .def("begin_step", &begin_step, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a, "block_table"_a,
-           "slot_mapping"_a, "timeout"_a = 60.0)
+      .def(
+          "step_times",
+          [](AttentionClient& client, uint32_t lane) {
+            const auto times = client.step_times(lane);
+            return nb::make_tuple(std::chrono::duration<double>(times.waiting).count(),
+                                  std::chrono::duration<double>(times.attention).count());
+          },
+          "lane"_a)
+      .def("join_turn", &AttentionClient::join_turn, "lane"_a)
+      .def(
+          "begin_turn",
+          [](AttentionClient& client, uint32_t lane, double timeout) {
+            client.begin_turn(lane, deadline_after(timeout));
+          },
+          "lane"_a, "timeout"_a = 60.0, Released())
+      .def("end_turn", &AttentionClient::end_turn, "lane"_a, Released())
+      .def("begin_step", &begin_step, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
+           "block_table"_a, "slot_mapping"_a, "timeout"_a = 60.0)
       .def(
           "post",
-          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride, uintptr_t k,
-             int64_t k_stride, uintptr_t v, int64_t v_stride, double timeout) {
-            client.post(lane, layer, const_rows(q, q_stride), const_rows(k, k_stride), const_rows(v, v_stride),
-                        deadline_after(timeout));
+          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride,
+             uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride, double timeout) {
+            client.post(lane, layer, const_rows(q, q_stride), const_rows(k, k_stride),
+                        const_rows(v, v_stride), deadline_after(timeout));
           },
-          "lane"_a, "layer"_a, "q"_a, "q_stride"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a, "timeout"_a = 60.0,
-          Released())
+          "lane"_a, "layer"_a, "q"_a, "q_stride"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a,
+          "timeout"_a = 60.0, Released())
       .def(
           "collect",
           [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t out, int64_t out_stride,
@@ -110,20 +122,21 @@ void bind_client(nb::module_& m) {
             client.collect(lane, layer, rows(out, out_stride), pointer(context_out), pointer(context_lse),
                            deadline_after(timeout));
           },
-          "lane"_a, "layer"_a, "out"_a, "out_stride"_a, "context_out"_a = 0, "context_lse"_a = 0, "timeout"_a = 60.0,
-          Released())
+          "lane"_a, "layer"_a, "out"_a, "out_stride"_a, "context_out"_a = 0, "context_lse"_a = 0,
+          "timeout"_a = 60.0, Released())
       .def(
           "attend",
-          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride, uintptr_t k,
-             int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t out, int64_t out_stride, uintptr_t context_out,
-             uintptr_t context_lse, double timeout) {
+          [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride,
+             uintptr_t k, int64_t k_stride, uintptr_t v, int64_t v_stride, uintptr_t out, int64_t out_stride,
+             uintptr_t context_out, uintptr_t context_lse, double timeout) {
             const Deadline deadline = deadline_after(timeout);
-            client.post(lane, layer, const_rows(q, q_stride), const_rows(k, k_stride), const_rows(v, v_stride),
-                        deadline);
-            client.collect(lane, layer, rows(out, out_stride), pointer(context_out), pointer(context_lse), deadline);
+            client.post(lane, layer, const_rows(q, q_stride), const_rows(k, k_stride),
+                        const_rows(v, v_stride), deadline);
+            client.collect(lane, layer, rows(out, out_stride), pointer(context_out), pointer(context_lse),
+                           deadline);
           },
-          "lane"_a, "layer"_a, "q"_a, "q_stride"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a, "out"_a, "out_stride"_a,
-          "context_out"_a = 0, "context_lse"_a = 0, "timeout"_a = 60.0, Released())
+          "lane"_a, "layer"_a, "q"_a, "q_stride"_a, "k"_a, "k_stride"_a, "v"_a, "v_stride"_a, "out"_a,
+          "out_stride"_a, "context_out"_a = 0, "context_lse"_a = 0, "timeout"_a = 60.0, Released())
       .def(
           "zero_blocks",
           [](AttentionClient& client, const Int32s& block_ids, double timeout) {
@@ -133,7 +146,8 @@ void bind_client(nb::module_& m) {
           "block_ids"_a, "timeout"_a = 60.0)
       .def(
           "copy_blocks",
-          [](AttentionClient& client, const Array<int32_t, nb::shape<-1, 2>, nb::c_contig>& pairs, double timeout) {
+          [](AttentionClient& client, const Array<int32_t, nb::shape<-1, 2>, nb::c_contig>& pairs,
+             double timeout) {
             nb::gil_scoped_release released;
             client.copy_blocks(as_span(pairs), deadline_after(timeout));
           },
@@ -154,6 +168,12 @@ void bind_server(nb::module_& m) {
       .def("stop", &AttentionWorker::stop, Released())
       .def_prop_ro("used_bytes", &AttentionWorker::used_bytes)
       .def_prop_ro("isa", [](const AttentionWorker& worker) { return std::string(isa_name(worker.isa())); })
+      .def("start_trace", &AttentionWorker::start_trace)
+      .def("take_trace",
+           [](AttentionWorker& worker) {
+             const auto events = worker.take_trace();
+             return nb::bytes(reinterpret_cast<const char*>(events.data()), events.size() * sizeof(TraceEvent));
+           })
       .def("counters", &counters);
 }
 
@@ -164,8 +184,8 @@ void bind_worker(nb::module_& m) {
   nb::class_<ModelGeometry>(m, "ModelGeometry")
       .def(
           "__init__",
-          [](ModelGeometry* self, int32_t block_size, int32_t num_heads, int32_t num_kv_heads, int32_t head_size,
-             const std::string& dtype, std::vector<float> scales) {
+          [](ModelGeometry* self, int32_t block_size, int32_t num_heads, int32_t num_kv_heads,
+             int32_t head_size, const std::string& dtype, std::vector<float> scales) {
             new (self) ModelGeometry{{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size},
                                      std::move(scales)};
           },

@@ -10,7 +10,9 @@
 namespace lamina {
 namespace {
 
-int64_t num_blocks_of(int64_t num_tokens, int32_t block_size) { return (num_tokens + block_size - 1) / block_size; }
+int64_t num_blocks_of(int64_t num_tokens, int32_t block_size) {
+  return (num_tokens + block_size - 1) / block_size;
+}
 
 // Byte offsets within a STEP payload.
 struct StepLayout {
@@ -75,13 +77,15 @@ void StepView::write(std::byte* payload, size_t num_block_ids, int32_t block_siz
                           static_cast<uint32_t>(slot_mapping.size()), static_cast<uint32_t>(num_block_ids)};
   std::memcpy(payload, &counts, sizeof counts);
   std::copy(query_lens.begin(), query_lens.end(), reinterpret_cast<int32_t*>(payload + layout.query_lens));
-  std::copy(context_lens.begin(), context_lens.end(), reinterpret_cast<int32_t*>(payload + layout.context_lens));
+  std::copy(context_lens.begin(), context_lens.end(),
+            reinterpret_cast<int32_t*>(payload + layout.context_lens));
   auto* ids = reinterpret_cast<int32_t*>(payload + layout.block_ids);
   for (size_t i = 0; i < query_lens.size(); ++i) {
     const int64_t blocks = num_blocks_of(static_cast<int64_t>(query_lens[i]) + context_lens[i], block_size);
     ids = std::copy_n(block_table + static_cast<int64_t>(i) * block_table_stride, blocks, ids);
   }
-  std::copy(slot_mapping.begin(), slot_mapping.end(), reinterpret_cast<int64_t*>(payload + layout.slot_mapping));
+  std::copy(slot_mapping.begin(), slot_mapping.end(),
+            reinterpret_cast<int64_t*>(payload + layout.slot_mapping));
 }
 
 void Step::clear() {
@@ -131,8 +135,8 @@ void Step::parse(std::span<const std::byte> payload, int32_t block_size, int32_t
     require(!decodes || query_lens[i] == 1, "a STEP has a decode of more than one token");
     const int64_t blocks = num_blocks_of(length, block_size);
     require(blocks <= blocks_left, "a STEP has too few block ids");
-    // A decode attends its own token too, which is appended first. A prefill chunk attends its context only; the
-    // model worker attends within the chunk.
+    // A decode attends its own token too, which is appended first. A prefill chunk attends its context only;
+    // the model worker attends within the chunk.
     const int32_t kv_len = decodes ? static_cast<int32_t>(length) : context_lens[i];
     if (kv_len > 0) {
       requests_.push_back({static_cast<int32_t>(num_q_rows), query_lens[i], kv_len, table});
@@ -145,7 +149,8 @@ void Step::parse(std::span<const std::byte> payload, int32_t block_size, int32_t
   }
   require(num_tokens == counts.num_tokens, "a STEP's query lengths do not add up to its tokens");
   require(blocks_left == 0, "a STEP has too many block ids");
-  require(std::all_of(block_ids_.begin(), block_ids_.end(), [=](int32_t id) { return id >= 0 && id < num_blocks; }),
+  require(std::all_of(block_ids_.begin(), block_ids_.end(),
+                      [=](int32_t id) { return id >= 0 && id < num_blocks; }),
           "a STEP names a block outside the pool");
   const int64_t num_slots = static_cast<int64_t>(num_blocks) * block_size;
   require(std::all_of(slot_mapping_.begin(), slot_mapping_.end(),

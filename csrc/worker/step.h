@@ -32,8 +32,8 @@ struct StepView {
   void write(std::byte* payload, size_t num_block_ids, int32_t block_size) const;
 };
 
-// The attention worker's copy, checked against the pool. Reused from step to step, so that a step allocates nothing
-// once the vectors have grown.
+// The attention worker's copy, checked against the pool. Reused from step to step, so that a step allocates
+// nothing once the vectors have grown.
 class Step {
  public:
   // Throws MalformedFrame and leaves the step empty.

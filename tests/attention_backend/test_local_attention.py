@@ -59,7 +59,9 @@ def test_merging_with_the_context_gives_the_full_softmax(context_len: int) -> No
     chunk = slice(context_len, None)
     local_out, local_lse = CpuDevice().causal_attention(q[chunk], k[chunk], v[chunk], 0.125)
     # Every query of the chunk sees the whole context.
-    context_out, context_lse = reference(q[chunk], k[:context_len], v[:context_len], 0.125, first_key=context_len)
+    context_out, context_lse = reference(
+        q[chunk], k[:context_len], v[:context_len], 0.125, first_key=context_len
+    )
     merged = merge_by_lse(local_out, local_lse, context_out.float(), context_lse.float())
     expected, _ = reference(q[chunk], k, v, 0.125, first_key=context_len)
     torch.testing.assert_close(merged.double(), expected, atol=2e-6, rtol=2e-6)

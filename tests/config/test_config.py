@@ -32,6 +32,8 @@ def test_a_number_is_accepted_where_text_is_meant() -> None:
         ({"zzz": 1}, "unknown lamina option 'zzz'; did you mean"),
         ({"memory": "lots"}, "lamina option 'memory': 'lots' is not a size"),
         ({"worker_cpus": "3-1"}, "lamina option 'worker_cpus': '3-1' is not a list of CPUs"),
+        ({"batches": 3}, "'batches' must be 1 or 2, not 3"),
+        ({"stagger": "sometimes"}, "'stagger' must be 'auto' or 'always', not 'sometimes'"),
         ({"timeout": 0}, "'timeout' must be a number of seconds above 0, not 0"),
         ({"timeout": "soon"}, "'timeout' must be a number of seconds above 0, not 'soon'"),
         ({"workers": "127.0.0.1:7100", "memory": "1GiB"}, "give them to `vllm-lamina worker` instead"),

@@ -1,9 +1,12 @@
 """Every kernel variant of this machine against the float64 reference."""
 
+import doctest
+
 import numpy as np
 import pytest
 from pool import Geometry, Pool
 
+from vllm_lamina import kernels
 from vllm_lamina.kernels import AttentionKernel, available_isas
 
 # K, V and q are the same rounded values on both sides: what differs is arithmetic and the output's rounding.
@@ -193,3 +196,14 @@ def test_out_of_range_arguments_are_refused() -> None:
     pool.kv_lens[0] = 33
     with pytest.raises(ValueError, match="kv_len 33 does not fit its block table"):
         pool.attend(pool.tokens(1, 4), [1], 1.0)
+
+
+def test_a_copy_is_never_written_instead_of_the_layer() -> None:
+    pool = Pool(Geometry("float32", 4, 2, 64, 32), "portable", [10])
+    tokens = pool.tokens(1, 2)
+    with pytest.raises(TypeError):
+        pool.kernel.append(pool.layer[::2], tokens, tokens, np.array([0]), pool.threads)
+
+
+def test_examples_in_docstrings() -> None:
+    assert doctest.testmod(kernels).failed == 0

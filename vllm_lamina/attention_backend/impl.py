@@ -6,6 +6,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
+from vllm_lamina.compat import forward_context
 from vllm_lamina.support import LayerOptions, check_layer
 
 
@@ -120,7 +121,10 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
 
 
 class _LayerCall:
-    """The tensors of one layer as the native client takes them: addresses, and bytes from token to token."""
+    """The tensors of one layer as the native client takes them: addresses, and bytes from token to token.
+
+    While it waits for the attention worker, another lane may use the compute device.
+    """
 
     def __init__(
         self,
@@ -146,15 +150,23 @@ class _LayerCall:
         self.out = (out.data_ptr(), out.stride(0) * size)
 
     def attend(self) -> None:
-        self.client.attend(*self.where, *self.qkv, *self.out, timeout=self.timeout)
+        context = forward_context.take_aside()
+        try:
+            self.client.attend(*self.where, *self.qkv, *self.out, timeout=self.timeout)
+        finally:
+            forward_context.put_back(context)
 
     def post(self) -> None:
         self.client.post(*self.where, *self.qkv, timeout=self.timeout)
 
     def collect(self, context_out: torch.Tensor, context_lse: torch.Tensor) -> None:
-        self.client.collect(
-            *self.where, *self.out, context_out.data_ptr(), context_lse.data_ptr(), timeout=self.timeout
-        )
+        context = forward_context.take_aside()
+        try:
+            self.client.collect(
+                *self.where, *self.out, context_out.data_ptr(), context_lse.data_ptr(), timeout=self.timeout
+            )
+        finally:
+            forward_context.put_back(context)
 
 
 def merge_by_lse(

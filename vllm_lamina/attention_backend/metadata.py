@@ -57,6 +57,7 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.exchange = Exchange.current()
+        self.lane = 0
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -67,10 +68,9 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
         query_lens = starts.diff()
         context_lens = _on_host(step.seq_lens[: step.num_reqs], torch.int32) - query_lens
 
-        lane = 0
         num_decodes = _count_leading_ones(query_lens.tolist(), context_lens.tolist())
         _, num_context_rows = self.exchange.client.begin_step(
-            lane,
+            self.lane,
             num_decodes,
             query_lens.numpy(),
             context_lens.numpy(),
@@ -79,7 +79,7 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
             self.exchange.timeout,
         )
         chunks = tuple(_prefill_chunks(starts.tolist(), context_lens.tolist(), num_decodes))
-        return LaminaMetadata(self.exchange, lane, num_tokens, chunks, num_context_rows)
+        return LaminaMetadata(self.exchange, self.lane, num_tokens, chunks, num_context_rows)
 
 
 def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

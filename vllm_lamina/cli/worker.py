@@ -5,7 +5,9 @@ import json
 import sys
 from typing import TYPE_CHECKING
 
+from vllm_lamina.transport.address import DEFAULT_ADDRESS
 from vllm_lamina.units import format_bytes
+from vllm_lamina.worker.options import add_arguments
 
 if TYPE_CHECKING:
     from vllm_lamina.transport.messages import WorkerStats
@@ -13,12 +15,9 @@ if TYPE_CHECKING:
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Declare the command."""
-    from vllm_lamina.transport.address import DEFAULT_ADDRESS
-    from vllm_lamina.worker.attention_worker import add_arguments, serve
-
     parser = commands.add_parser("worker", help="run an attention worker, or look at one")
     add_arguments(parser)
-    parser.set_defaults(run=serve)
+    parser.set_defaults(run=run_worker)
 
     stats = parser.add_subparsers(metavar="[stats]").add_parser(
         "stats", help="show a running worker's counters"
@@ -28,6 +27,13 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     )
     stats.add_argument("--json", action="store_true", help="print the counters as JSON")
     stats.set_defaults(run=show_stats)
+
+
+def run_worker(arguments: argparse.Namespace) -> int:
+    """Run an attention worker."""
+    from vllm_lamina.worker.attention_worker import serve
+
+    return serve(arguments)
 
 
 def show_stats(arguments: argparse.Namespace) -> int:
@@ -60,8 +66,9 @@ def format_stats(stats: "WorkerStats") -> str:
     def time_row(nanoseconds: int) -> str:
         return f"{nanoseconds / 1e9:.3f} s ({100 * nanoseconds / total:.0f}%)"
 
+    used, pool = format_bytes(stats.used_bytes), format_bytes(stats.pool_bytes)
     rows = {
-        "pool": f"{format_bytes(stats.used_bytes)} in {stats.num_blocks} KV blocks, of {format_bytes(stats.pool_bytes)}",
+        "pool": f"{used} in {stats.num_blocks} KV blocks, of {pool}",
         "engine": "connected",
         "kernel": stats.isa,
         "steps": f"{stats.steps}",

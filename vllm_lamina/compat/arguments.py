@@ -8,6 +8,7 @@ installed would raise here.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import importlib.abc
 import importlib.machinery
@@ -31,8 +32,11 @@ _PREFIX = "lamina_"
 def install() -> None:
     """Wrap vLLM's engine arguments now, or as soon as they are imported. Calling it again does nothing."""
     module = sys.modules.get(_MODULE)
-    if module is not None and hasattr(module, "AsyncEngineArgs"):
-        _wrap(module)
+    if module is not None:
+        if hasattr(module, "AsyncEngineArgs"):
+            _wrap(module)
+        else:
+            module.__class__ = _WrapOnUse
     elif not any(isinstance(finder, _WrapOnImport) for finder in sys.meta_path):
         sys.meta_path.insert(0, _WrapOnImport())
 
@@ -59,6 +63,19 @@ class _WrapOnImport(importlib.abc.MetaPathFinder):
         return spec
 
 
+class _WrapOnUse(ModuleType):
+    """The module of vLLM's engine arguments while it is being executed, up to the first use of one of its classes.
+
+    Where it is the first of vLLM that a program imports, vLLM asks for its platform in the middle of that import.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("EngineArgs", "AsyncEngineArgs") and "AsyncEngineArgs" in vars(self):
+            self.__class__ = ModuleType  # type: ignore[assignment]
+            _wrap(self)
+        return ModuleType.__getattribute__(self, name)
+
+
 def _wrap(module: ModuleType) -> None:
     engine_args = module.EngineArgs
     if hasattr(engine_args, "lamina_wrapped"):
@@ -75,6 +92,7 @@ def _wrap_flags(engine_args: Any) -> None:
     from_cli_args = engine_args.from_cli_args.__func__
 
     def add_lamina_args(parser: Any) -> Any:
+        _refuse_misspelt_flags(parser)
         parser = add_cli_args(parser)
         group = parser.add_argument_group(
             "Lamina",
@@ -102,6 +120,25 @@ def _wrap_flags(engine_args: Any) -> None:
 
     engine_args.add_cli_args = staticmethod(add_lamina_args)
     engine_args.from_cli_args = classmethod(from_cli_args_with_lamina)
+
+
+def _refuse_misspelt_flags(parser: Any) -> None:
+    """Refuse a misspelt flag of ours here, from the command line or a file: argparse would only say it is unknown."""
+    valid = ["--" + (_PREFIX + field.name).replace("_", "-") for field in dataclasses.fields(LaminaConfig)]
+    parse_known_args = parser.parse_known_args
+
+    def parse(*args: Any, **kwargs: Any) -> Any:
+        namespace, unknown = parse_known_args(*args, **kwargs)
+        for argument in unknown:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--lamina-"):
+                nearest = difflib.get_close_matches(flag, valid, n=1, cutoff=0.0)[0]
+                parser.error(
+                    f"unknown option {flag}; did you mean {nearest}? Valid options: {', '.join(valid)}"
+                )
+        return namespace, unknown
+
+    parser.parse_known_args = parse
 
 
 def _wrap_init(cls: Any) -> None:
@@ -135,9 +172,9 @@ def _wrap_create(engine_args: Any) -> None:
             LaminaConfig.from_additional_config(self.additional_config)
         config = create_engine_config(self, *args, **kwargs)
         if selected:
-            from vllm_lamina.support import check_engine_config
+            from vllm_lamina.executor.preflight import check_before_start
 
-            check_engine_config(config)
+            check_before_start(config)
         return config
 
     engine_args.create_engine_config = create_and_check

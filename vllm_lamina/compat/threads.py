@@ -35,10 +35,15 @@ class ThisProcessOn:
         self._affinity = os.sched_getaffinity(0)
         self._num_threads = torch.get_num_threads()
         os.sched_setaffinity(0, cpus)
-        # vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing; this is the original.
-        torch._C.set_num_threads(len(cpus))
+        set_num_threads(len(cpus))
 
     def restore(self) -> None:
         """Give the thread its CPUs back."""
         os.sched_setaffinity(0, self._affinity)
-        torch._C.set_num_threads(self._num_threads)
+        set_num_threads(self._num_threads)
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Threads of PyTorch's operators, for the calling thread and those that it starts."""
+    # vLLM's CPU worker replaces torch.set_num_threads by a function that does nothing; this is the original.
+    torch._C.set_num_threads(num_threads)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from concurrent.futures import Future
 from typing import Any
 
 import vllm.envs as envs
@@ -10,11 +13,14 @@ from vllm.logger import init_logger
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
+from vllm_lamina.compat.config import with_batches_in_flight
 from vllm_lamina.compat.threads import ThisProcessOn, model_workers_bound_to
 from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import AUTO, LaminaConfig
 from vllm_lamina.device import device_for
+from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
@@ -22,6 +28,8 @@ from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 from vllm_lamina.worker.host import available_memory
 
 logger = init_logger("vllm.lamina")
+
+SCHEDULER = "vllm_lamina.scheduler.staggered.StaggeredScheduler"
 
 SHARE_OF_FREE_MEMORY = 0.7
 """Of the memory free once the model is loaded, what ``--lamina-memory auto`` gives to the KV pool."""
@@ -47,17 +55,59 @@ class _LaminaExecutor(Executor):
             bind=envs.VLLM_CPU_OMP_THREADS_BIND,
             model_on_cpu=device_type == "cpu",
         )
-        self._init_model_workers(self.placement)
-        try:
+        self._stagger(self.lamina_config.batches)
+        with self._ending_on_failure():
+            self._init_model_workers(self.placement)
             self.collective_rpc(
                 "attach_attention_worker", args=(self._attention_worker_address(), self.placement.shared)
             )
+
+    @contextlib.contextmanager
+    def _ending_on_failure(self) -> Iterator[None]:
+        """Give back what was taken if the engine does not get ready: vLLM forgets such an engine, but this process,
+        and with it the attention worker, may live on.
+        """
+        try:
+            yield
         except BaseException:
             self.shutdown()
             raise
 
+    def determine_available_memory(self) -> list[int]:
+        """Bytes of KV cache of each model worker, as vLLM counts them."""
+        with self._ending_on_failure():
+            available: list[int] = super().determine_available_memory()
+            return available
+
+    def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
+        """Let the attention worker allocate the KV cache."""
+        with self._ending_on_failure():
+            super().initialize_from_config(kv_cache_configs)
+
+    def _stagger(self, num_batches: int) -> None:
+        if num_batches == 1:
+            return
+        if self.scheduler_config.scheduler_cls is not None:
+            raise ConfigError(
+                "two batches in flight need Lamina's own scheduler; remove --scheduler-cls or use --lamina-batches 1"
+            )
+        self.scheduler_config.scheduler_cls = SCHEDULER
+        with_batches_in_flight(self.vllm_config, num_batches)
+
     def _init_model_workers(self, placement: Placement) -> None:
         raise NotImplementedError
+
+    def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
+        """Let the model worker run a step; a step in which it has nothing to do does not reach it."""
+        if (
+            scheduler_output.total_num_scheduled_tokens == 0
+            and not scheduler_output.finished_req_ids
+            and non_block
+        ):
+            nothing: Future[Any] = Future()
+            nothing.set_result(EMPTY_MODEL_RUNNER_OUTPUT)
+            return nothing
+        return super().execute_model(scheduler_output, non_block)
 
     def _attention_worker_address(self) -> str:
         if self.lamina_config.workers:
@@ -123,6 +173,7 @@ class LaminaUniProcExecutor(_LaminaExecutor, UniProcExecutor):
     def shutdown(self) -> None:
         """End the workers and give this process its CPUs back."""
         super().shutdown()
+        self.driver_worker = None  # it would take its backend from the next engine if it were ended again
         if self._process_on is not None:
             self._process_on.restore()
             self._process_on = None

@@ -1,8 +1,8 @@
 """Paged attention over a KV pool in the kernel's own block layout: the Python face of ``csrc/kernel``.
 
 The attention worker's loop is native and calls the kernel directly; this face serves tests, benchmarks and
-tools. It needs NumPy only. NumPy has no bfloat16: wherever the KV dtype is ``"bfloat16"`` arrays hold its bits
-as ``uint16``.
+tools. It needs NumPy only. NumPy has no bfloat16: where the KV dtype is ``"bfloat16"``, arrays hold its bits
+in ``uint16``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vllm_lamina import _native
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas"]
+__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas", "linear_read"]
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
 ISA = Literal["portable", "avx2", "avx512", "amx"]
@@ -34,6 +34,22 @@ def available_isas(dtype: KVDtype = "float32") -> list[str]:
         KV dtype; ``"amx"`` is listed for bfloat16 only.
     """
     return [isa for isa in _native.available_isas() if isa != "amx" or dtype == "bfloat16"]
+
+
+def linear_read(memory: npt.NDArray[np.uint8], threads: ThreadPool) -> int:
+    """Read memory front to back, as fast as the threads can: the yardstick for the kernel's bandwidth.
+
+    Parameters
+    ----------
+    memory
+        ``[size]``, uint8. Every thread reads one contiguous share.
+
+    Returns
+    -------
+    int
+        Checksum of what was read.
+    """
+    return int(_native.linear_read(memory, threads._native))
 
 
 class Arena:

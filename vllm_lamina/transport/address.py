@@ -14,7 +14,8 @@ def control_endpoint(address: str) -> str:
     Parameters
     ----------
     address
-        ``HOST:PORT`` or ``tcp://HOST:PORT`` on loopback, or ``ipc://@NAME`` (abstract namespace: nothing on disk).
+        ``HOST:PORT`` or ``tcp://HOST:PORT`` on loopback, or ``ipc://@NAME`` (abstract namespace: nothing on
+        disk).
 
     Raises
     ------

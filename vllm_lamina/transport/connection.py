@@ -1,8 +1,8 @@
 """The model worker's end of an attention worker: control socket, data channel, and how both are opened."""
 
-import contextlib
 import os
 import socket
+import time
 from types import TracebackType
 from typing import TypeVar
 
@@ -26,6 +26,8 @@ from vllm_lamina.transport.messages import (
     Request,
     Shutdown,
     StatsRequest,
+    Trace,
+    TraceRequest,
     Welcome,
     WorkerStats,
     decode_reply,
@@ -37,7 +39,7 @@ DEFAULT_RING_BYTES = 1 << 30
 DATA_CHANNEL_OPEN = b"\x01"
 """What the worker sends on the data socket once it serves the channel."""
 
-ReplyT = TypeVar("ReplyT", Welcome, BlockBytesReply, Configured, WorkerStats, Goodbye)
+ReplyT = TypeVar("ReplyT", Welcome, BlockBytesReply, Configured, WorkerStats, Trace, Goodbye)
 
 
 class AttentionWorkerConnection:
@@ -57,7 +59,8 @@ class AttentionWorkerConnection:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.REQ)
         self._socket.linger = 0
-        # After a timeout the next request may be sent, and a late reply to the old one is not taken for its answer.
+        # After a timeout the next request may be sent, and a late reply to the old one is not taken for its
+        # answer.
         self._socket.setsockopt(zmq.REQ_RELAXED, 1)
         self._socket.setsockopt(zmq.REQ_CORRELATE, 1)
         self._client: AttentionClient | None = None
@@ -66,9 +69,9 @@ class AttentionWorkerConnection:
             self.welcome = self._request(Hello(vllm_lamina.__version__, PROTOCOL_VERSION), Welcome)
             if self.welcome.protocol_version != PROTOCOL_VERSION:
                 raise ProtocolMismatch(
-                    f"the attention worker at {address} runs vllm-lamina {self.welcome.software_version} with protocol "
-                    f"{self.welcome.protocol_version}; this side runs {vllm_lamina.__version__} with protocol "
-                    f"{PROTOCOL_VERSION}: install the same version on both"
+                    f"the attention worker at {address} runs vllm-lamina {self.welcome.software_version} "
+                    f"(protocol {self.welcome.protocol_version}), this side {vllm_lamina.__version__} "
+                    f"(protocol {PROTOCOL_VERSION}): install the same version on both"
                 )
         except ConnectionFailed:
             self.close()
@@ -127,8 +130,8 @@ class AttentionWorkerConnection:
         Parameters
         ----------
         ring_bytes
-            Capacity of the channel in each direction; pages are taken as they are touched. The largest frame is one
-            layer's q, k and v of a whole step.
+            Capacity of the channel in each direction; pages are taken as they are touched. The largest frame
+            is one layer's q, k and v of a whole step.
         spin_us, worker_spin_us
             How long this side and the worker poll before they sleep; 0 where threads outnumber CPUs.
 
@@ -173,12 +176,18 @@ class AttentionWorkerConnection:
         """Ask the worker for its counters."""
         return self._request(StatsRequest(), WorkerStats)
 
+    def trace(self, seconds: float) -> bytes:
+        """Record the frames of ``seconds`` (see ``take_trace``). Raises WorkerRefused without an engine."""
+        self._request(TraceRequest("start"), Trace)
+        time.sleep(seconds)
+        return self._request(TraceRequest("take"), Trace).events
+
     def shutdown(self) -> None:
         """Ask an embedded worker to end. Raises WorkerRefused if it is not an embedded one."""
         self._request(Shutdown(), Goodbye)
 
     def close(self) -> None:
-        """Leave the worker, which drops its pool and waits for the next engine."""
+        """Leave the worker, which drops its pool and waits for the next engine. May be called twice."""
         if self._client is not None:
             self._client.close()
             self._client = None
@@ -196,7 +205,7 @@ class AttentionWorkerConnection:
             reply = decode_reply(self._socket.recv())
         except msgspec.MsgspecError as error:
             raise ProtocolMismatch(
-                f"the answer from {self.address} is not one of vllm-lamina's protocol {PROTOCOL_VERSION}: {error}"
+                f"the answer from {self.address} is not of vllm-lamina's protocol {PROTOCOL_VERSION}: {error}"
             ) from error
         if isinstance(reply, Refused):
             raise WorkerRefused(f"the attention worker at {self.address} refused: {reply.reason}")
@@ -213,5 +222,4 @@ class AttentionWorkerConnection:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
-        with contextlib.suppress(zmq.ZMQError):
-            self.close()
+        self.close()

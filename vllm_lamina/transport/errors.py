@@ -1,7 +1,9 @@
 """What can go wrong between a model worker and an attention worker; every text says what to change."""
 
+from vllm_lamina.errors import LaminaError
 
-class ConnectionFailed(Exception):
+
+class ConnectionFailed(LaminaError):
     """Base of the errors of this package's control plane."""
 
 

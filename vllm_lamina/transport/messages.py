@@ -59,7 +59,7 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
-    """First message of a model worker. Any version may send it, so it takes unknown fields and never changes."""
+    """First message of a model worker. It never changes, so that any version can read it."""
 
     software_version: str
     protocol_version: int
@@ -165,6 +165,18 @@ class WorkerStats(msgspec.Struct, frozen=True, tag="stats_are", forbid_unknown_f
     rejected_frames: int = 0
 
 
+class TraceRequest(msgspec.Struct, frozen=True, tag="trace", forbid_unknown_fields=True):
+    """Begins to record the frames of the engine that is connected, or ends it and asks for them."""
+
+    action: Literal["start", "take"]
+
+
+class Trace(msgspec.Struct, frozen=True, tag="trace_is", forbid_unknown_fields=True):
+    """Answer to `TraceRequest`: what `AttentionWorker.take_trace` returns, empty after a start."""
+
+    events: bytes
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", forbid_unknown_fields=True):
     """Asks an embedded worker to end."""
 
@@ -179,8 +191,8 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     reason: str
 
 
-Request = Hello | BlockBytesRequest | Configure | StatsRequest | Shutdown
-Reply = Welcome | BlockBytesReply | Configured | WorkerStats | Goodbye | Refused
+Request = Hello | BlockBytesRequest | Configure | StatsRequest | TraceRequest | Shutdown
+Reply = Welcome | BlockBytesReply | Configured | WorkerStats | Trace | Goodbye | Refused
 
 encode = msgspec.msgpack.Encoder().encode
 decode_request = msgspec.msgpack.Decoder(Request).decode

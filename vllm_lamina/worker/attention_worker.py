@@ -1,4 +1,4 @@
-"""The attention worker's process: answers control messages, and lets native code serve one engine at a time."""
+"""The attention worker's process: answers control messages, lets native code serve one engine at a time."""
 
 import argparse
 import logging
@@ -7,14 +7,13 @@ import secrets
 import signal
 import socket
 import sys
-from dataclasses import dataclass
 
 import msgspec
 import zmq
 
 import vllm_lamina
 from vllm_lamina._native import kv_block_bytes
-from vllm_lamina.transport.address import DEFAULT_ADDRESS, control_endpoint
+from vllm_lamina.transport.address import control_endpoint
 from vllm_lamina.transport.errors import ConnectionFailed, UnsupportedAddress
 from vllm_lamina.transport.messages import (
     PROTOCOL_VERSION,
@@ -29,49 +28,20 @@ from vllm_lamina.transport.messages import (
     Request,
     Shutdown,
     StatsRequest,
+    TraceRequest,
     Welcome,
     WorkerStats,
     decode_request,
     encode,
 )
-from vllm_lamina.units import format_bytes, format_cpus, parse_bytes, parse_cpus
+from vllm_lamina.units import format_bytes, format_cpus
 from vllm_lamina.worker.engine_session import EngineSession, is_same_user
-from vllm_lamina.worker.host import default_pool_bytes
+from vllm_lamina.worker.options import WorkerOptions, add_arguments
 
 logger = logging.getLogger("vllm_lamina.attention_worker")
 
 MAX_PENDING_CONNECTIONS = 8
 """Connections to the data socket that have not shown a token yet; more are turned away."""
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """Options of an attention worker.
-
-    Attributes
-    ----------
-    address
-        Of the control socket; see `control_endpoint`.
-    pool_bytes
-        Memory for KV blocks.
-    cpus
-        One thread is pinned to each; empty for one unpinned thread per CPU of this process.
-    parent_pid
-        The process without which an embedded worker ends; None if it is on its own.
-    log_prefix
-        Put before each line of the log.
-    """
-
-    address: str
-    pool_bytes: int
-    cpus: list[int]
-    parent_pid: int | None = None
-    log_prefix: str = ""
-
-    @property
-    def num_threads(self) -> int:
-        """Threads of the kernel, the serving thread included."""
-        return len(self.cpus) or len(os.sched_getaffinity(0))
 
 
 class AttentionWorkerProcess:
@@ -116,8 +86,8 @@ class AttentionWorkerProcess:
         """Serve until SIGTERM, SIGINT (unless embedded), the parent's end or a Shutdown."""
         signal.set_wakeup_fd(self._signal_writer.fileno())
         signal.signal(signal.SIGTERM, _leave_to_wakeup_fd)
-        # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent, which may
-        # still finish requests.
+        # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent,
+        # which may still finish requests.
         embedded = self._options.parent_pid is not None
         signal.signal(signal.SIGINT, signal.SIG_IGN if embedded else _leave_to_wakeup_fd)
         cpus = f"CPUs {format_cpus(self._options.cpus)}" if self._options.cpus else "not pinned"
@@ -167,7 +137,8 @@ class AttentionWorkerProcess:
             reply = self._reply(decode_request(payload))
         except msgspec.MsgspecError as error:
             reply = Refused(
-                f"the message is not one of protocol {PROTOCOL_VERSION} (vllm-lamina {vllm_lamina.__version__}): {error}"
+                f"the message is not one of protocol {PROTOCOL_VERSION}, which vllm-lamina "
+                f"{vllm_lamina.__version__} speaks: {error}"
             )
         self._control.send_multipart([*envelope, encode(reply)])
 
@@ -187,6 +158,10 @@ class AttentionWorkerProcess:
                 if self._session is None:
                     return WorkerStats(connected=False, pool_bytes=self._options.pool_bytes)
                 return self._session.stats(self._options.pool_bytes)
+            case TraceRequest():
+                if self._session is None:
+                    return Refused("no engine is connected; send requests to a server that uses this worker")
+                return self._session.trace(request.action)
             case BlockBytesRequest():
                 try:
                     return BlockBytesReply(kv_block_bytes(request.geometry.to_native()))
@@ -279,46 +254,13 @@ def _leave_to_wakeup_fd(signum: int, frame: object) -> None:
     """Do nothing: Python writes the signal to the wake-up descriptor, which the control thread polls."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of an attention worker."""
-    parser.add_argument(
-        "--listen",
-        metavar="HOST:PORT",
-        default=DEFAULT_ADDRESS,
-        help="loopback address to listen on (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--memory",
-        metavar="SIZE",
-        help="memory for KV blocks, for example 200GiB (default: 80%% of the available memory)",
-    )
-    parser.add_argument(
-        "--cpus",
-        metavar="LIST",
-        help="CPUs to pin one thread each to, for example 0-3,6 (default: one thread per CPU, not pinned)",
-    )
-    parser.add_argument("--parent-pid", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--log-prefix", default="", help=argparse.SUPPRESS)
-
-
 def serve(arguments: argparse.Namespace) -> int:
     """Run an attention worker with parsed options; returns the exit status."""
     try:
-        options = WorkerOptions(
-            address=arguments.listen,
-            pool_bytes=parse_bytes(arguments.memory) if arguments.memory else default_pool_bytes(),
-            cpus=parse_cpus(arguments.cpus) if arguments.cpus else [],
-            parent_pid=arguments.parent_pid,
-            log_prefix=arguments.log_prefix,
-        )
-        control_endpoint(options.address)
-        if options.cpus:
-            os.sched_setaffinity(0, options.cpus)
+        options = WorkerOptions.parse(arguments)
+        _stay_on(options.cpus)
     except (UnsupportedAddress, ValueError) as error:
         print(f"vllm-lamina worker: {error}", file=sys.stderr)
-        return 2
-    except OSError:
-        print(f"vllm-lamina worker: this process may not run on CPUs {arguments.cpus}", file=sys.stderr)
         return 2
     logging.basicConfig(
         format=f"{options.log_prefix}%(levelname)s %(asctime)s attention worker: %(message)s",
@@ -331,6 +273,20 @@ def serve(arguments: argparse.Namespace) -> int:
         print(f"vllm-lamina worker: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _stay_on(cpus: list[int]) -> None:
+    """Keep all threads, the control thread too, on the worker's share of the machine."""
+    if not cpus:
+        return
+    try:
+        os.sched_setaffinity(0, cpus)
+    except OSError as error:
+        raise ValueError(f"--cpus: this process may not run on CPUs {format_cpus(cpus)}") from error
+    # The system silently leaves out those of several CPUs that it does not grant.
+    refused = set(cpus) - os.sched_getaffinity(0)
+    if refused:
+        raise ValueError(f"--cpus: this process may not run on CPUs {format_cpus(refused)}")
 
 
 def main(argv: list[str] | None = None) -> int:

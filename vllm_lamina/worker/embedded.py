@@ -60,7 +60,7 @@ class EmbeddedAttentionWorker:
         ]
         if cpus:
             command += ["--cpus", format_cpus(cpus)]
-        # What is preloaded for the model worker (allocators, OpenMP) is of no use to a process that does not use it.
+        # What is preloaded for the model worker (allocators, OpenMP) is of no use here.
         environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         worker = cls(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL), address)
         try:
@@ -80,7 +80,7 @@ class EmbeddedAttentionWorker:
                 status = self._process.poll()
                 if status is not None:
                     raise WorkerUnreachable(
-                        f"the attention worker ended at its start with {_describe(status)}; its output is above"
+                        f"the attention worker ended at its start with {_describe(status)}; see its output"
                     ) from None
                 if time.monotonic() > deadline:
                     raise WorkerUnreachable(
@@ -97,7 +97,7 @@ class EmbeddedAttentionWorker:
         return self._process.poll()
 
     def stop(self, timeout: float = 5.0) -> None:
-        """End the worker: ask it to, and after `timeout` seconds kill it. Does nothing if it ended already."""
+        """End the worker: ask it to, and after `timeout` seconds kill it. No effect if it ended already."""
         if self._process.poll() is not None:
             return
         self._process.terminate()

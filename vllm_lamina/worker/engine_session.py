@@ -9,7 +9,7 @@ import time
 
 from vllm_lamina._native import AttentionWorker, ChannelError
 from vllm_lamina.transport.connection import DATA_CHANNEL_OPEN
-from vllm_lamina.transport.messages import Configure, WorkerStats
+from vllm_lamina.transport.messages import Configure, Trace, WorkerStats
 
 OPEN_DEADLINE_SECONDS = 10.0
 """How long a configured pool waits for its data channel before another engine may have the worker."""
@@ -58,7 +58,8 @@ class EngineSession:
         Returns
         -------
         bool
-            False if the connection does not bring the right token and the memory of a channel; the caller closes it.
+            False if the connection does not bring the right token and the memory of a channel; the caller
+            then closes it.
         """
         try:
             token, fds, _, _ = socket.recv_fds(data_socket, len(self.token) + 1, 1)
@@ -75,8 +76,8 @@ class EngineSession:
             for fd in fds:
                 os.close(fd)
         self.data_socket = data_socket
-        # The socket's end of file says that the peer closed it; yet a child the peer forked may hold it open after the
-        # peer died. Where the peer's process can be seen from here, its own end is watched too.
+        # The socket's end of file says that the peer closed it; yet a child the peer forked may hold it open
+        # after the peer died. Where the peer's process can be seen from here, its own end is watched too.
         self.peer_pid = _peer_credentials(data_socket)[0]
         if self.peer_pid > 0:
             try:
@@ -95,6 +96,13 @@ class EngineSession:
             isa=self.isa,
             **self._worker.counters(),
         )
+
+    def trace(self, action: str) -> Trace:
+        """Begin to record frames, or return those recorded."""
+        if action == "take":
+            return Trace(self._worker.take_trace())
+        self._worker.start_trace()
+        return Trace(b"")
 
     def close(self) -> None:
         """Stop serving and give the pool's memory back."""

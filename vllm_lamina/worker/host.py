@@ -2,17 +2,9 @@
 
 from pathlib import Path
 
-POOL_SHARE = 0.8
-"""Share of the free memory that a worker takes for its pool unless told otherwise."""
-
-
-def default_pool_bytes() -> int:
-    """Return POOL_SHARE of the memory that is free for this process, in bytes."""
-    return int(available_memory() * POOL_SHARE)
-
 
 def available_memory() -> int:
-    """Return the bytes this process may still take: the system's available memory, or less where a cgroup limits it."""
+    """Return the bytes this process may still take: what the system has, or less where a cgroup limits it."""
     available = _meminfo()["MemAvailable"]
     for limit, used in cgroup_memory():
         available = min(available, max(0, limit - used))
@@ -22,7 +14,7 @@ def available_memory() -> int:
 def cgroup_memory(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[tuple[int, int]]:
-    """Return (limit, use) in bytes of each limited cgroup around this process, innermost first (versions 1 and 2)."""
+    """Return (limit, use) in bytes of each limited cgroup around this process, of version 1 or 2."""
     found = []
     for line in _read(own).splitlines():
         _, controllers, path = line.split(":", 2)
@@ -44,7 +36,7 @@ def cgroup_memory(
 
 
 def transparent_hugepages() -> str:
-    """Return the system's setting for transparent huge pages: always, madvise or never; empty where there is none."""
+    """Return the system's setting for transparent huge pages: always, madvise, never, or empty for none."""
     setting = _read(Path("/sys/kernel/mm/transparent_hugepage/enabled"))
     return setting.partition("[")[2].partition("]")[0]
 

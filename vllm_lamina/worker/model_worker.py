@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
@@ -14,12 +16,15 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.device import device_for
-from vllm_lamina.errors import ConfigError, LaminaError, UnsupportedError
+from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.messages import DType, Geometry, WorkerStats
 from vllm_lamina.units import format_bytes
+from vllm_lamina.worker.capacity import check_holds_one_request
+from vllm_lamina.worker.lanes import Lane, Lanes
 
 logger = init_logger("vllm.lamina")
 
@@ -39,6 +44,7 @@ class _LaminaWorker(Worker):
     """What Lamina changes in vLLM's worker, whatever the device."""
 
     _connection: AttentionWorkerConnection | None = None
+    _lanes: Lanes | None = None
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
@@ -47,8 +53,15 @@ class _LaminaWorker(Worker):
         override_attention_backend(device.backend_name, BACKEND)
         super().__init__(vllm_config, *args, **kwargs)
 
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model as vLLM does."""
+        super().load_model(*args, **kwargs)
+        if self.lamina_config.batches > 1:
+            request_output_thread(self.vllm_config)
+
     def attach_attention_worker(self, address: str, shares_cpus: bool) -> None:
         """Connect to the attention worker. Called by the executor once the model is loaded."""
+        output_thread_started(self.vllm_config)
         self._connection = AttentionWorkerConnection.connect(address)
         self._spin_us = 0 if shares_cpus else SPIN_US
 
@@ -66,7 +79,10 @@ class _LaminaWorker(Worker):
         geometry = self._geometry(specs)
         block_bytes = self.connection.block_bytes(geometry)
         num_blocks = self.connection.pool_bytes // block_bytes
-        self._check_holds_one_request(num_blocks, block_bytes, geometry.block_size)
+        if self.model_config.original_max_model_len != -1:  # with -1 vLLM fits the length to the pool
+            check_holds_one_request(
+                self.connection.pool_bytes, block_bytes, geometry.block_size, self.model_config.max_model_len
+            )
         # vLLM divides by its own page size, which knows nothing of the padding in the attention worker's layout.
         return num_blocks * int(sum(spec.page_size_bytes for spec in specs.values()))
 
@@ -87,7 +103,10 @@ class _LaminaWorker(Worker):
             worker_spin_us=self._spin_us,
         )
         self.exchange.open(self.connection.client, layer_names)
-        super().initialize_from_config(dataclasses.replace(kv_cache_config, kv_cache_tensors=[]))
+        kv_cache_config = dataclasses.replace(kv_cache_config, kv_cache_tensors=[])
+        super().initialize_from_config(kv_cache_config)
+        if self.lamina_config.batches > 1:
+            self._lanes = self._make_lanes(self.lamina_config.batches, kv_cache_config)
         local = sum(tensor.numel() * tensor.element_size() for tensor in self.model_runner.kv_caches)
         logger.info(
             "Lamina: KV cache of %s on the attention worker (%d blocks, %d tokens); %s on the model worker.",
@@ -108,7 +127,15 @@ class _LaminaWorker(Worker):
             scheduler_output = dataclasses.replace(
                 scheduler_output, new_block_ids_to_zero=None, kv_cache_block_copies=None
             )
+        if self._lanes is not None:
+            return self._lanes.execute_model(scheduler_output)
         return super().execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample the tokens of the step begun last."""
+        if self._lanes is not None:
+            return self._lanes.sample_tokens(grammar_output)
+        return super().sample_tokens(grammar_output)
 
     def attention_worker_stats(self) -> WorkerStats:
         """Counters of the attention worker."""
@@ -116,6 +143,9 @@ class _LaminaWorker(Worker):
 
     def shutdown(self) -> None:
         """Leave the attention worker, and vLLM's registry of backends as it was."""
+        if self._lanes is not None:
+            self._lanes.stop()
+            self._lanes = None
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -125,6 +155,24 @@ class _LaminaWorker(Worker):
 
     def _warm_up(self) -> None:
         """Compile the model, where the device's worker does so before the KV cache exists."""
+
+    def _make_lanes(self, num_lanes: int, kv_cache_config: KVCacheConfig) -> Lanes:
+        """The first lane has vLLM's model runner; the others' share its weights and its request states."""
+        first = self.model_runner
+        runners = [first]
+        while len(runners) < num_lanes:
+            with set_current_vllm_config(self.vllm_config):
+                runner = type(first)(self.vllm_config, self.device)
+                runner.model = first.model
+                runner.requests = first.requests
+                runner.num_prompt_logprobs = first.num_prompt_logprobs
+                runner.initialize_kv_cache(kv_cache_config)
+            runners.append(runner)
+        for index, runner in enumerate(runners):
+            for group in itertools.chain.from_iterable(runner.attn_groups):
+                group.get_metadata_builder().lane = index
+        client, timeout = self.exchange.client, self.exchange.timeout
+        return Lanes([Lane(index, runner, client, timeout) for index, runner in enumerate(runners)])
 
     def _geometry(self, specs: dict[str, KVCacheSpec]) -> Geometry:
         kinds = {
@@ -156,30 +204,14 @@ class _LaminaWorker(Worker):
     def _layer(self, name: str) -> Any:
         return self.vllm_config.compilation_config.static_forward_context[name]
 
-    def _check_holds_one_request(self, num_blocks: int, block_bytes: int, block_size: int) -> None:
-        if self.model_config.original_max_model_len == -1:  # vLLM fits the length to the pool
-            return
-        max_model_len = self.model_config.max_model_len
-        # One block more than the request's own: vLLM keeps block 0 for itself.
-        needed = -(-max_model_len // block_size) + 1
-        if num_blocks < needed:
-            raise ConfigError(
-                f"The attention worker's pool of {format_bytes(self.connection.pool_bytes)} holds "
-                f"{max(num_blocks - 1, 0) * block_size} tokens, but one request of --max-model-len {max_model_len} "
-                f"needs {format_bytes(needed * block_bytes)}: raise --lamina-memory (or the worker's --memory) to at "
-                "least that, or lower --max-model-len."
-            )
-
     def _ring_bytes(self, geometry: Geometry) -> int:
         """Room for two of the largest frames: one layer's q, k and v of a full step."""
         element = 4 if geometry.dtype == "float32" else 2
+        budget: int = self.scheduler_config.max_num_batched_tokens
         row = (geometry.num_heads + 2 * geometry.num_kv_heads) * geometry.head_size * element
-        layer = self.scheduler_config.max_num_batched_tokens * row
+        layer = budget * row
         blocks = -(-self.model_config.max_model_len // geometry.block_size)
-        step = (
-            self.scheduler_config.max_num_seqs * (blocks * 4 + 64)
-            + self.scheduler_config.max_num_batched_tokens * 8
-        )
+        step: int = self.scheduler_config.max_num_seqs * (blocks * 4 + 64) + 8 * budget
         return 2 * (layer + step) + (1 << 20)
 
 

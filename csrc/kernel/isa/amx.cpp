@@ -10,9 +10,11 @@ namespace lamina {
 namespace {
 
 constexpr int kTileBytes = 1024, kTileLines = 16;
-constexpr int kTileRows = 16;                 // query rows of one tile
-constexpr int kRowStep = 2 * kTileRows;       // two row tiles share every K and V tile that is loaded
-constexpr int kPairTokens = 32;               // tokens of a pair of K tiles, and of one V tile
+// The softmax reads no KV, yet memory must not idle meanwhile: every K tile leaves it one line to prefetch.
+constexpr int kLinesPerKeyTile = kTileLines - 1;
+constexpr int kTileRows = 16;            // query rows of one tile
+constexpr int kRowStep = 2 * kTileRows;  // two row tiles share every K and V tile that is loaded
+constexpr int kPairTokens = 32;          // tokens of a pair of K tiles, and of one V tile
 
 // Tile registers: 0..3 sums (row tile * 2 + column tile), 4..5 rows, 6..7 K or V.
 struct alignas(64) TileConfig {
@@ -23,8 +25,8 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// The compiler does not see what the tile instructions read (GCC's intrinsics are assembly without a memory operand):
-// everything written through `p` has to be in memory before the first of them.
+// The compiler does not see what the tile instructions read (GCC's intrinsics are assembly without a memory
+// operand): everything written through `p` has to be in memory before the first of them.
 inline void finish_stores(const void* p) { asm volatile("" : : "r"(p) : "memory"); }
 
 // A tile of few rows (decode) is configured with just these: the sums take less to load and store.
@@ -38,8 +40,8 @@ void begin(const RowTile& tile) {
 
 void end() { _tile_release(); }
 
-// Sums of one or two row tiles against two K or V tiles side by side, over the whole reduction axis.
-template <int RowTiles, bool Prefetch>
+// Adds one or two row tiles times two K or V tiles side by side, over the whole reduction axis.
+template <int RowTiles, int PrefetchLines>
 inline void multiply(const std::byte* rows, size_t row_bytes, const std::byte* tiles, int pairs,
                      Prefetcher& prefetch) {
   for (int i = 0; i < pairs; ++i) {
@@ -47,11 +49,11 @@ inline void multiply(const std::byte* rows, size_t row_bytes, const std::byte* t
     _tile_loadd(4, rows + i * 64, row_bytes);
     if (RowTiles == 2) _tile_loadd(5, rows + kTileRows * row_bytes + i * 64, row_bytes);
     _tile_loadd(6, column, 64);
-    if (Prefetch) prefetch.advance<kTileLines>();
+    prefetch.advance(PrefetchLines);
     _tile_dpbf16ps(0, 4, 6);
     if (RowTiles == 2) _tile_dpbf16ps(2, 5, 6);
     _tile_loadd(7, column + kTileBytes, 64);
-    if (Prefetch) prefetch.advance<kTileLines>();
+    prefetch.advance(PrefetchLines);
     _tile_dpbf16ps(1, 4, 7);
     if (RowTiles == 2) _tile_dpbf16ps(3, 5, 7);
   }
@@ -79,7 +81,8 @@ inline void load_sums(const float* from, size_t row_floats) {
 
 // Rows first .. first + 16 * RowTiles - 1 against one block.
 template <int RowTiles, bool Prefetch>
-void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens, Prefetcher& prefetch) {
+void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens,
+                 Prefetcher& prefetch) {
   const size_t head_size = tile.head_size, block_size = tile.block_size;
   const int dim_pairs = tile.head_size / 32, token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
   const auto* queries = static_cast<const std::byte*>(tile.queries) + first * head_size * sizeof(BFloat16);
@@ -91,15 +94,17 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
       _tile_zero(2);
       _tile_zero(3);
     }
-    multiply<RowTiles, Prefetch>(queries, head_size * sizeof(BFloat16), region + t * dim_pairs * 2 * kTileBytes,
-                                 dim_pairs, prefetch);
+    multiply<RowTiles, Prefetch ? kLinesPerKeyTile : 0>(
+        queries, head_size * sizeof(BFloat16), region + t * dim_pairs * 2 * kTileBytes, dim_pairs, prefetch);
     store_sums<RowTiles>(scores + t * kPairTokens, block_size);
   }
 
   auto* weights = reinterpret_cast<std::byte*>(scores + kRowStep * block_size);
   const size_t weight_bytes = block_size * sizeof(BFloat16);
   const int rows = tile.rows - first < RowTiles * kTileRows ? tile.rows - first : RowTiles * kTileRows;
+  const int spare_lines = Prefetch ? token_pairs * dim_pairs * 2 * (kTileLines - kLinesPerKeyTile) : 0;
   for (int r = 0; r < rows; ++r) {
+    prefetch.advance(spare_lines * (r + 1) / rows - spare_lines * r / rows);
     std::byte* row = weights + r * weight_bytes;
     softmax_step<Avx512Lanes>(tile, first + r, scores + r * block_size, tile.scale_log2, num_tokens,
                               [row](int i, __m512 x) {
@@ -109,8 +114,9 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
                               });
     // A V tile takes 32 tokens, the softmax steps by 16: the other half of the last tile has no weight.
     if (num_tokens % kPairTokens != 0 && num_tokens % kPairTokens <= 16)
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + (token_pairs * kPairTokens - 16) * sizeof(BFloat16)),
-                          _mm256_setzero_si256());
+      _mm256_storeu_si256(
+          reinterpret_cast<__m256i*>(row + (token_pairs * kPairTokens - 16) * sizeof(BFloat16)),
+          _mm256_setzero_si256());
   }
   finish_stores(weights);
 
@@ -118,8 +124,8 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
   for (int d = 0; d < dim_pairs; ++d) {
     float* out = tile.out + first * head_size + d * 32;
     load_sums<RowTiles>(out, head_size);
-    multiply<RowTiles, Prefetch>(weights, weight_bytes, values + d * block_size / kPairTokens * 2 * kTileBytes,
-                                 token_pairs, prefetch);
+    multiply<RowTiles, Prefetch ? kTileLines : 0>(
+        weights, weight_bytes, values + d * block_size / kPairTokens * 2 * kTileBytes, token_pairs, prefetch);
     store_sums<RowTiles>(out, head_size);
   }
 }
@@ -148,7 +154,9 @@ void store_row(const float* row, int32_t head_size, float factor, void* out) {
 }
 
 // Scores in float32, then weights in bfloat16.
-size_t weights_bytes(int32_t block_size) { return (sizeof(float) + sizeof(BFloat16)) * kRowStep * block_size; }
+size_t weights_bytes(int32_t block_size) {
+  return (sizeof(float) + sizeof(BFloat16)) * kRowStep * block_size;
+}
 
 constexpr RowOps kOps{.row_granule = kTileRows,
                       .max_rows = 256,

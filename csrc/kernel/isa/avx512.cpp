@@ -1,7 +1,6 @@
 // Attention with AVX-512: float32 FMA on KV of any dtype.
 //
-// bfloat16 is converted too: VDPBF16PS has a quarter of the FMA's throughput here and was compute-bound from four
-// query heads per KV head on.
+// bfloat16 is converted as well: a kernel on VDPBF16PS was compute-bound from four query heads per KV head on.
 #include "kernel/isa/avx512_lanes.h"
 #include "kernel/isa/panel_attention.h"
 #include "kernel/isa/variants.h"

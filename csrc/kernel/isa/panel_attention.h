@@ -1,7 +1,7 @@
 // Attention over the panel layout for any vector unit: float32 arithmetic, KV converted in registers.
 //
-// `Lanes` is sixteen float32 lanes of one instruction set. It and everything here live in unnamed namespaces, so that
-// each file in isa/ has its own copy, compiled with its own flags.
+// `Lanes` is sixteen float32 lanes of one instruction set. It and everything here live in unnamed namespaces,
+// so that each file in isa/ has its own copy, compiled with its own flags.
 #pragma once
 
 #include "kernel/attention.h"
@@ -34,7 +34,7 @@ struct PanelAttention {
     }
     int i = 0;
     for (; i + 1 < depth; i += 2) {
-      if (Prefetch) prefetch.advance<kLinesPerTwo>();
+      if (Prefetch) prefetch.advance(kLinesPerTwo);
       const Vec b0 = Lanes::load(panel + i * 16), b1 = Lanes::load(panel + i * 16 + 16);
       for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b0, even[r]);
       for (int r = 0; r < R; ++r) {
@@ -46,24 +46,26 @@ struct PanelAttention {
       const Vec b = Lanes::load(panel + i * 16);
       for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b, even[r]);
     }
-    for (int r = 0; r < R; ++r) Lanes::store(c + r * c_stride, kSplit ? Lanes::add(even[r], odd[r]) : even[r]);
+    for (int r = 0; r < R; ++r)
+      Lanes::store(c + r * c_stride, kSplit ? Lanes::add(even[r], odd[r]) : even[r]);
   }
 
   // The same for 1 <= rows <= R: picks the function with exactly that many.
   template <int R, bool Accumulate, bool Prefetch>
-  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, int depth, float* c,
-                             size_t c_stride, Prefetcher& prefetch) {
+  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, int depth,
+                             float* c, size_t c_stride, Prefetcher& prefetch) {
     if constexpr (R > 1) {
       if (rows < R)
-        return multiply_up_to<R - 1, Accumulate, Prefetch>(rows, a, a_stride, panel, depth, c, c_stride, prefetch);
+        return multiply_up_to<R - 1, Accumulate, Prefetch>(rows, a, a_stride, panel, depth, c, c_stride,
+                                                           prefetch);
     }
     multiply_rows<R, Accumulate, Prefetch>(a, a_stride, panel, depth, c, c_stride, prefetch);
   }
 
   // All rows against one panel. Only the first rows bring the panel into the cache.
   template <bool Accumulate>
-  static void multiply_panel(bool cold, int rows, const float* a, size_t a_stride, const Element* panel, int depth,
-                             float* c, size_t c_stride, Prefetcher& prefetch) {
+  static void multiply_panel(bool cold, int rows, const float* a, size_t a_stride, const Element* panel,
+                             int depth, float* c, size_t c_stride, Prefetcher& prefetch) {
     constexpr int R = Lanes::kRows;
     for (int r = 0; r < rows; r += R) {
       const float* a_rows = a + r * a_stride;
@@ -71,11 +73,13 @@ struct PanelAttention {
       if (cold && r == 0)
         multiply_up_to<R, Accumulate, true>(rows, a_rows, a_stride, panel, depth, c_rows, c_stride, prefetch);
       else
-        multiply_up_to<R, Accumulate, false>(rows - r, a_rows, a_stride, panel, depth, c_rows, c_stride, prefetch);
+        multiply_up_to<R, Accumulate, false>(rows - r, a_rows, a_stride, panel, depth, c_rows, c_stride,
+                                             prefetch);
     }
   }
 
-  static void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next, int32_t num_tokens) {
+  static void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next,
+                           int32_t num_tokens) {
     const size_t head_size = tile.head_size, block_size = tile.block_size;
     const auto* keys = reinterpret_cast<const Element*>(region);
     const auto* values = keys + head_size * block_size;
@@ -115,7 +119,7 @@ struct PanelAttention {
   static void no_state() {}
 
   static constexpr RowOps kOps{.row_granule = 1,
-                               .max_rows = 2 * kRowStep,
+                               .max_rows = 4 * kRowStep,
                                .head_granule = 16,
                                .query_bytes = sizeof(float),
                                .weights_bytes = weights_bytes,

@@ -6,11 +6,13 @@
 namespace lamina {
 namespace {  // every ISA's file gets its own copy: they are compiled with different flags
 
-// Turns scores[0 .. num_tokens) into weights relative to the row's running maximum, after the maximum, the denominator
-// and the output row have been brought up to date. Scores are multiplied by `scale`; the result is in units of log2.
-// Up to the next multiple of 16 the weights are zero. `put(i, weights)` takes weights i .. i + 15.
+// Turns scores[0 .. num_tokens) into weights relative to the row's running maximum, after the maximum, the
+// denominator and the output row have been brought up to date. Scores are multiplied by `scale`; the result
+// is in units of log2. Up to the next multiple of 16 the weights are zero. `put(i, weights)` takes weights i
+// .. i + 15.
 template <class Lanes, class Put>
-inline void softmax_step(const RowTile& tile, int row, const float* scores, float scale, int num_tokens, Put put) {
+inline void softmax_step(const RowTile& tile, int row, const float* scores, float scale, int num_tokens,
+                         Put put) {
   constexpr float kNegInf = -__builtin_inff();
   const auto factor = Lanes::broadcast(scale);
   const auto score = [&](int i) {
@@ -27,7 +29,8 @@ inline void softmax_step(const RowTile& tile, int row, const float* scores, floa
     tile.sum[row] *= shrink;
     float* out = tile.out + static_cast<size_t>(row) * tile.head_size;
     const auto shrink_all = Lanes::broadcast(shrink);
-    for (int d = 0; d < tile.head_size; d += 16) Lanes::store(out + d, Lanes::mul(Lanes::load(out + d), shrink_all));
+    for (int d = 0; d < tile.head_size; d += 16)
+      Lanes::store(out + d, Lanes::mul(Lanes::load(out + d), shrink_all));
   }
   // While every score is -inf there is no maximum to subtract: -inf - -inf would be NaN.
   const auto reference = Lanes::broadcast(max == kNegInf ? 0.0f : max);

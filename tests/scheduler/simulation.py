@@ -1,0 +1,161 @@
+"""The engine's loop around a real scheduler, with a model worker that answers random tokens, and checks every step."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_lamina.compat.step_times import StepTimes, report_times
+from vllm_lamina.scheduler.staggered import StaggeredScheduler
+
+BLOCK_SIZE = 32
+VOCAB_SIZE = 1000
+
+
+def make_scheduler(config: VllmConfig, num_blocks: int) -> StaggeredScheduler:
+    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
+    kv_cache_config = KVCacheConfig(
+        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+    )
+    config.cache_config.num_gpu_blocks = num_blocks
+    config.cache_config.block_size = BLOCK_SIZE
+    return StaggeredScheduler(
+        vllm_config=config,
+        kv_cache_config=kv_cache_config,
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=BLOCK_SIZE,
+        hash_block_size=BLOCK_SIZE,
+        log_stats=True,
+    )
+
+
+@dataclass
+class InFlight:
+    """A step that the model worker has not answered, and the blocks it writes."""
+
+    output: SchedulerOutput
+    written: set[int]
+
+
+@dataclass
+class Simulation:
+    """Drives a scheduler as vLLM's ``EngineCore.step_with_batch_queue`` does."""
+
+    scheduler: StaggeredScheduler
+    seed: int
+    queue: deque[InFlight] = field(default_factory=deque)
+    finished: dict[str, int] = field(default_factory=dict)
+    aborted: set[str] = field(default_factory=set)
+    preemptions: int = 0
+    overlapping_steps: int = 0
+    times: Callable[[int, int], StepTimes] = lambda requests, context: StepTimes(1.0, 0.01 * context)
+    """Seconds of a step by its requests and their context tokens."""
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.seed)
+        init_none_hash(sha256)
+        self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
+        self._shared_prefix = [self.random.randrange(VOCAB_SIZE) for _ in range(4 * BLOCK_SIZE)]
+        self._requests: dict[str, Request] = {}
+
+    def add(self, prompt_len: int, max_tokens: int, priority: int = 0, shared_prefix: bool = False) -> str:
+        """Queue a request of random tokens, perhaps behind a prefix that others have too."""
+        prompt = [self.random.randrange(VOCAB_SIZE) for _ in range(prompt_len)]
+        request = Request(
+            request_id=f"r{len(self._requests)}",
+            prompt_token_ids=self._shared_prefix + prompt if shared_prefix else prompt,
+            sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
+            pooling_params=None,
+            priority=priority,
+            arrival_time=float(len(self._requests)),
+            block_hasher=self._hasher,
+        )
+        self._requests[request.request_id] = request
+        self.scheduler.add_request(request)
+        return request.request_id
+
+    def abort(self, request_id: str) -> None:
+        """The client leaves, whatever the request is doing."""
+        if request_id not in self.finished:
+            self.aborted.add(request_id)
+            self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+
+    def unfinished(self) -> list[str]:
+        """Requests that somebody still waits for."""
+        return [r for r in self._requests if r not in self.finished and r not in self.aborted]
+
+    def step(self) -> None:
+        """Schedule until two steps are in flight or nothing can be scheduled, then answer the oldest."""
+        while len(self.queue) < 2 and self.scheduler.has_requests():
+            output = self.scheduler.schedule()
+            self.queue.append(self._check(output))
+        if self.queue:
+            self._answer(self.queue.popleft())
+
+    def _check(self, output: SchedulerOutput) -> InFlight:
+        scheduler, config = self.scheduler, self.scheduler.scheduler_config
+        in_flight = {r for step in self.queue for r in step.output.num_scheduled_tokens}
+        assert not in_flight & set(output.num_scheduled_tokens), "a request is in two batches in flight"
+        assert output.total_num_scheduled_tokens <= config.max_num_batched_tokens
+        assert len(scheduler.running) <= config.max_num_seqs
+        for one, other in zip(scheduler.lanes.lanes, scheduler.lanes.lanes[1:], strict=False):
+            assert not one.members & other.members, "a request is in two lanes"
+        written = {
+            block
+            for request_id, count in output.num_scheduled_tokens.items()
+            for block in self._blocks_written(request_id, count)
+        }
+        for step in self.queue:
+            assert not step.written & written, "a block is written by two steps in flight"
+        if self.queue and self.queue[0].output.num_scheduled_tokens and output.num_scheduled_tokens:
+            self.overlapping_steps += 1
+        return InFlight(output, written)
+
+    def _blocks_written(self, request_id: str, count: int) -> set[int]:
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        # `schedule` has already counted the step's tokens as computed.
+        end = self.scheduler.requests[request_id].num_computed_tokens
+        return {blocks[position // BLOCK_SIZE] for position in range(end - count, end)}
+
+    def _answer(self, step: InFlight) -> None:
+        output = step.output
+        self.preemptions = sum(request.num_preemptions for request in self._requests.values())
+        if not output.num_scheduled_tokens:
+            self.scheduler.update_from_output(output, EMPTY_MODEL_RUNNER_OUTPUT)
+            return
+        request_ids = list(output.num_scheduled_tokens)
+        answer = ModelRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
+            sampled_token_ids=[self._sampled(request_id) for request_id in request_ids],
+        )
+        report_times(answer, self.times(len(request_ids), self._context(request_ids)))
+        for outputs in self.scheduler.update_from_output(output, answer).values():
+            for request_output in outputs.outputs:
+                if request_output.finish_reason is not None:
+                    request = self._requests[request_output.request_id]
+                    self.finished[request_output.request_id] = request.num_output_tokens
+
+    def _context(self, request_ids: list[str]) -> int:
+        requests = (self.scheduler.requests.get(request_id) for request_id in request_ids)
+        return sum(request.num_tokens for request in requests if request is not None)
+
+    def _sampled(self, request_id: str) -> list[int]:
+        """A token, unless the request is in the middle of its prompt or gone."""
+        request = self.scheduler.requests.get(request_id)
+        if request is None or request.num_computed_tokens < request.num_tokens:
+            return []
+        return [self.random.randrange(VOCAB_SIZE)]

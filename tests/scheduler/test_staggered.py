@@ -1,0 +1,110 @@
+"""Two lanes over vLLM's scheduler: every invariant, at every step, over thousands of random steps."""
+
+import pytest
+from models import ModelZoo
+from simulation import Simulation, make_scheduler
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_lamina.compat.config import with_batches_in_flight
+from vllm_lamina.compat.step_times import StepTimes
+from vllm_lamina.scheduler.lanes import ALLOWED_IMBALANCE, request_load
+
+MAX_NUM_SEQS = 12
+
+
+@pytest.fixture
+def make_simulation(model_zoo: ModelZoo):
+    def make(
+        seed: int, *, num_blocks: int = 120, policy: str = "fcfs", stagger: str = "always"
+    ) -> Simulation:
+        config: VllmConfig = EngineArgs(
+            model=model_zoo("llama"),
+            max_model_len=1024,
+            max_num_seqs=MAX_NUM_SEQS,
+            max_num_batched_tokens=160,
+            scheduling_policy=policy,
+            enforce_eager=True,
+            executor="lamina",
+            lamina_stagger=stagger,
+        ).create_engine_config()
+        return Simulation(make_scheduler(with_batches_in_flight(config, 2), num_blocks), seed)
+
+    return make
+
+
+@pytest.mark.parametrize("stagger", ["always", "auto"])
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_arrivals_aborts_and_preemptions(
+    make_simulation, seed: int, policy: str, stagger: str
+) -> None:
+    """A pool too small for all, so that requests are preempted; aborts whatever a request is doing."""
+    simulation = make_simulation(seed, num_blocks=40, policy=policy, stagger=stagger)
+    rng = simulation.random
+    # Which of one batch and two is faster changes all the time.
+    simulation.times = lambda requests, context: StepTimes(1.0, rng.choice([0.0001, 0.01]) * context)
+    wanted: dict[str, int] = {}
+    for step in range(1500):
+        if step < 900 and rng.random() < 0.2:
+            max_tokens = rng.randrange(1, 80)
+            request_id = simulation.add(
+                rng.choice([1, 20, 33, 100, 300, 600]),
+                max_tokens,
+                rng.randrange(3),
+                shared_prefix=rng.random() < 0.4,
+            )
+            wanted[request_id] = max_tokens
+        if rng.random() < 0.03 and (waiting := simulation.unfinished()):
+            simulation.abort(rng.choice(waiting))
+        simulation.step()
+    steps = 0
+    while simulation.unfinished():
+        simulation.step()
+        steps += 1
+        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
+    assert simulation.preemptions > 0
+    assert simulation.overlapping_steps > 100
+    assert simulation.finished == {r: n for r, n in wanted.items() if r in simulation.finished}
+    assert set(wanted) == set(simulation.finished) | simulation.aborted
+    while simulation.queue or simulation.scheduler.has_finished_requests():
+        simulation.step()
+    # Everything was given back: the pool is as free as at the start (vLLM keeps block 0 for itself).
+    assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
+
+
+def fill(simulation: Simulation, prompt_lens: list[int]) -> None:
+    """Requests that decode for long, with all prompts computed."""
+    for prompt_len in prompt_lens:
+        simulation.add(prompt_len, max_tokens=300)
+    for _ in range(120):
+        simulation.step()
+    assert len(simulation.scheduler.running) == len(prompt_lens)
+
+
+@pytest.mark.parametrize("prompt_lens", [[600, 500, 30, 30, 30, 30, 30, 30], [300] * 8, [700, 10, 10, 10]])
+def test_lanes_are_balanced_by_context(make_simulation, prompt_lens: list[int]) -> None:
+    """The lanes' loads differ by at most an eighth of the whole, or by the heavier lane's lightest request."""
+    simulation = make_simulation(0, num_blocks=200)
+    fill(simulation, prompt_lens)
+    scheduler = simulation.scheduler
+    loads = {request.request_id: request_load(request.num_tokens) for request in scheduler.running}
+    totals = [scheduler.lanes.load(index, loads) for index in range(2)]
+    heavier = scheduler.lanes.lanes[totals.index(max(totals))]
+    lightest = min(loads[request_id] for request_id in heavier.members)
+    assert abs(totals[0] - totals[1]) <= max(sum(totals) * ALLOWED_IMBALANCE, lightest)
+
+
+def test_one_batch_where_attention_is_cheap(make_simulation) -> None:
+    simulation = make_simulation(0, num_blocks=200, stagger="auto")
+    simulation.times = lambda requests, context: StepTimes(1.0, 1e-5 * context)
+    fill(simulation, [100] * 8)
+    assert not any(lane.members for lane in simulation.scheduler.lanes.lanes[1:])
+    assert all(len(step.output.num_scheduled_tokens) in (0, 8) for step in simulation.queue)
+
+
+def test_two_batches_where_attention_takes_as_long_as_the_model(make_simulation) -> None:
+    simulation = make_simulation(0, num_blocks=200, stagger="auto")
+    simulation.times = lambda requests, context: StepTimes(1.0, 1e-3 * context)
+    fill(simulation, [100] * 8)
+    assert sorted(len(lane.members) for lane in simulation.scheduler.lanes.lanes) == [4, 4]

@@ -1,0 +1,184 @@
+"""Runs `vllm serve` for a test and notices what it leaves behind."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+SERVER_ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+_Found = TypeVar("_Found", dict[int, str], set[str])
+
+
+class ServerFailed(AssertionError):
+    """The server did not come up, did not stop, or left something behind; the message ends with its log."""
+
+
+class VllmServer:
+    """`vllm serve MODEL ARGS...` on a free port of the loopback interface, healthy on entry, gone on exit.
+
+    The exit sends SIGTERM and raises ServerFailed if the server does not end, or if it leaves a process or a file in
+    shared memory behind. `directory` receives its log, and is its directory for temporary files.
+    """
+
+    def __init__(self, model: str, *args: str, directory: Path, start_deadline: float = 400.0) -> None:
+        self.port = _free_port()
+        self.log_file = directory / "server.log"
+        self.temporary = directory / "tmp"
+        self._start_deadline = start_deadline
+        vllm = str(Path(sys.executable).with_name("vllm"))
+        self._command = [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(self.port), *args]
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> VllmServer:
+        self._make_temporary_directory()
+        self._shared_memory = _shared_memory_files()
+        with self.log_file.open("w") as log:
+            self.process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | SERVER_ENV | {"TMPDIR": str(self.temporary)},
+                start_new_session=True,
+            )
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        try:
+            self.stop()
+        except ServerFailed:
+            if kind is None:  # otherwise the failure inside the block is the one to report
+                raise
+
+    def stop(self, deadline: float = 60.0) -> None:
+        """Stops the server as a supervisor would, and checks that nothing remains of it."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(deadline)
+        except subprocess.TimeoutExpired:
+            self._kill()
+            raise self._failure(f"the server was still running {deadline:g} s after SIGTERM") from None
+        processes = _wait_until_empty(self.session_processes)
+        if processes:
+            self._kill()
+            raise self._failure(f"the server left processes behind: {processes}")
+        files = _wait_until_empty(self._leaked_shared_memory)
+        if files:
+            raise self._failure(f"the server left files in shared memory: {files}")
+
+    def session_processes(self) -> dict[int, str]:
+        """Process id and command line of every living process that the server started."""
+        found = {}
+        for pid, session in _sessions():
+            if session == self.process.pid:
+                command = _read(Path(f"/proc/{pid}/cmdline")).replace("\0", " ").strip()
+                found[pid] = command or _read(Path(f"/proc/{pid}/comm")).strip()
+        return found
+
+    def temporary_files(self) -> set[str]:
+        """Names of what is in the server's directory for temporary files; a UUID in a name becomes "UUID"."""
+        uuid = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|[0-9a-f]{32}")
+        return {uuid.sub("UUID", path.name) for path in self.temporary.iterdir() if not path.is_symlink()}
+
+    def _make_temporary_directory(self) -> None:
+        """An empty directory but for a link to torch's usual cache of compiled code, which takes a minute to fill."""
+        self.temporary.mkdir()
+        cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        cache.mkdir(exist_ok=True)
+        (self.temporary / cache.name).symlink_to(cache)
+
+    def _wait_until_healthy(self) -> None:
+        end = time.monotonic() + self._start_deadline
+        while time.monotonic() < end:
+            if self.process.poll() is not None:
+                raise self._failure(f"the server ended with status {self.process.returncode}")
+            try:
+                with urllib.request.urlopen(f"{self.url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise self._failure(f"the server was not healthy within {self._start_deadline:g} s")
+
+    def _kill(self) -> None:
+        for pid in [self.process.pid, *self.session_processes()]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+    def _leaked_shared_memory(self) -> set[str]:
+        """Files that appeared in /dev/shm since the start and that no process has mapped."""
+        new = _shared_memory_files() - self._shared_memory
+        return new - _mapped_shared_memory() if new else new
+
+    def _failure(self, problem: str) -> ServerFailed:
+        tail = "\n".join(self.log_file.read_text(errors="replace").splitlines()[-80:])
+        return ServerFailed(f"{problem}\n{tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait_until_empty(look: Callable[[], _Found], deadline: float = 10.0) -> _Found:
+    """What `look` still finds at the deadline; returns at once when it finds nothing."""
+    end = time.monotonic() + deadline
+    while (found := look()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return found
+
+
+def _sessions() -> Iterator[tuple[int, int]]:
+    """Process id and session id of every living process."""
+    for directory in Path("/proc").glob("[0-9]*"):
+        # After the command's name, in parentheses: state, parent, process group, session.
+        fields = _read(directory / "stat").rpartition(")")[2].split()
+        if len(fields) > 3 and fields[0] != "Z":
+            yield int(directory.name), int(fields[3])
+
+
+def _shared_memory_files() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+def _mapped_shared_memory() -> set[str]:
+    maps = (_read(directory / "maps") for directory in Path("/proc").glob("[0-9]*"))
+    return {name for text in maps for name in re.findall(r"/dev/shm/(\S+)", text)}
+
+
+def _read(path: Path) -> str:
+    """The file's text; empty if its process has just ended."""
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,57 @@
+"""Configures engines as `vllm serve` and `LLM` do, without starting them, and says how each attempt ended.
+
+    configure.py CASES RESULTS
+
+Importing vLLM takes much longer than configuring an engine, so one process does it for all cases. A case is an object
+with either `arguments`, keyword arguments of EngineArgs, or `command`, the arguments of the program `vllm`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.entrypoints.cli import serve
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+
+def main(cases: str, results: str) -> None:
+    outcomes = [outcome(case) for case in json.loads(Path(cases).read_text())]
+    Path(results).write_text(json.dumps(outcomes))
+
+
+def outcome(case: dict[str, Any]) -> dict[str, Any]:
+    """What became of one engine: its two fields that select Lamina, or the kind and text of the error."""
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            engine = from_command(case["command"]) if "command" in case else EngineArgs(**case["arguments"])
+            engine.create_engine_config()
+    except SystemExit:
+        return {"error": "SystemExit", "message": printed.getvalue()}
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    return {
+        "backend": str(engine.distributed_executor_backend),
+        "additional_config": engine.additional_config,
+    }
+
+
+def from_command(command: list[str]) -> EngineArgs:
+    """The engine that `vllm COMMAND...` would start."""
+    with patch.object(sys, "argv", ["vllm", *command]):
+        parser = FlexibleArgumentParser()
+        serve.ServeSubcommand().subparser_init(parser.add_subparsers())
+        arguments = parser.parse_args()
+    arguments.model = arguments.model_tag or arguments.model
+    return AsyncEngineArgs.from_cli_args(arguments)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

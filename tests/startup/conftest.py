@@ -1,0 +1,62 @@
+"""Configuring or running several engines in one process of their own, and what stock vLLM generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import ModelZoo
+from programs import program, run, tail
+
+Outcomes = dict[str, dict[str, Any]]
+InTurn = Callable[..., list[dict[str, Any]]]
+
+# As in tests/engines.py: vLLM compiles a function of its sampler even with enforce_eager, which takes seconds.
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+LAMINA = {"executor": "lamina", "lamina_memory": "64MiB"}
+
+
+@pytest.fixture(scope="session")
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Outcomes]:
+    """`configure({name: case})` is what became of each case; see `configure.py`."""
+
+    def outcomes(cases: dict[str, Any]) -> Outcomes:
+        directory = tmp_path_factory.mktemp("configure")
+        given, results, log = (directory / name for name in ("cases.json", "results.json", "log"))
+        given.write_text(json.dumps(list(cases.values())))
+        finished = run(program("configure.py", str(given), str(results)), log)
+        assert finished.status == 0, tail(log)
+        return dict(zip(cases, json.loads(results.read_text()), strict=True))
+
+    return outcomes
+
+
+@pytest.fixture(scope="session")
+def in_turn(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> InTurn:
+    """`in_turn(engine, engine, NAME="value")`: see `engines_in_turn.py`; the state of the process comes first."""
+
+    def results(*engines: dict[str, Any], **env: str) -> list[dict[str, Any]]:
+        directory = tmp_path_factory.mktemp("in_turn")
+        found, log = directory / "found.json", directory / "log"
+        command = program("engines_in_turn.py", model_zoo("llama"), str(found), json.dumps(engines))
+        finished = run(command, log, deadline=300.0, **env)
+        assert finished.status == 0, tail(log)
+        return [*json.loads(found.read_text()), {"log": finished.output}]
+
+    return results
+
+
+@pytest.fixture(scope="session")
+def stock(in_turn: InTurn) -> dict[str, Any]:
+    """What stock vLLM generates and leaves, with the plugin installed and not selected."""
+    _, engine, _ = in_turn({}, **IN_PROCESS)
+    return engine
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    """Where a test's program writes."""
+    return tmp_path / "log"

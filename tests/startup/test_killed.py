@@ -1,0 +1,84 @@
+"""However `vllm serve` ends, its workers end with it, and Lamina leaves no file behind."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
+
+import pytest
+from models import ModelZoo
+from programs import (
+    LAMINA,
+    TINY_ENGINE,
+    console,
+    process_named,
+    running,
+    session,
+    tail,
+    wait_for,
+    wait_until_gone,
+    with_signal,
+)
+
+# Python's shared memory and semaphores, of vLLM's queues between its processes: a killed stock vLLM leaves them too.
+VLLM_SHARED_MEMORY = re.compile(r"psm_|sem\.")
+
+
+@contextmanager
+def serving(model: str, directory: Path) -> Iterator[Popen[bytes]]:
+    """A healthy server with a temporary directory of its own, whatever becomes of it."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    command = console("vllm", "serve", model, "--host", "127.0.0.1", "--port", port)
+    command += [*TINY_ENGINE, "--enforce-eager", *LAMINA]
+    log, temporary = directory / "log", directory / "tmp"
+    temporary.mkdir()
+
+    def is_healthy() -> bool:
+        assert process.poll() is None, tail(log)
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                return True
+        except (urllib.error.URLError, OSError):
+            return False
+
+    with running(command, log, TMPDIR=str(temporary)) as process:
+        assert wait_for(is_healthy, 180.0), tail(log)
+        yield process
+
+
+def new_shared_memory(before: set[str]) -> set[str]:
+    """Files in shared memory that were not there before and that are not of vLLM."""
+    names = {path.name for path in Path("/dev/shm").iterdir()} - before
+    return {name for name in names if not VLLM_SHARED_MEMORY.match(name)}
+
+
+@pytest.mark.parametrize(
+    ("victim", "signal_number"),
+    [("vllm serve", signal.SIGINT), ("vllm serve", signal.SIGKILL), ("VLLM::EngineCore", signal.SIGKILL)],
+    ids=["SIGINT", "SIGKILL", "SIGKILL of the engine core"],
+)
+def test_nothing_is_left(
+    model_zoo: ModelZoo, tmp_path: Path, victim: str, signal_number: signal.Signals
+) -> None:
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    with serving(model_zoo("llama"), tmp_path) as server:
+        engine_core = process_named(session(server.pid), "^VLLM::EngineCore")
+        with_signal(server.pid if victim == "vllm serve" else engine_core, signal_number)
+        assert wait_for(lambda: server.poll() is not None, 30.0), tail(tmp_path / "log")
+        left = wait_until_gone(server.pid)
+        assert not left, f"{left}\n{tail(tmp_path / 'log')}"
+    if signal_number == signal.SIGINT:
+        assert server.returncode in (0, -signal.SIGINT, 128 + signal.SIGINT)
+        assert list((tmp_path / "tmp").iterdir()) == []
+    else:
+        assert server.returncode != 0
+    assert wait_for(lambda: not new_shared_memory(before), 10.0), new_shared_memory(before)
+    assert [path.name for path in (tmp_path / "tmp").iterdir() if "lamina" in path.name] == []

@@ -1,0 +1,27 @@
+"""Engines that follow each other in one process: Lamina is inert unless selected, and gives back what it took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from conftest import IN_PROCESS, LAMINA, InTurn
+
+
+def test_inert_unless_selected(stock: dict[str, Any]) -> None:
+    assert stock["attention_workers_meanwhile"] == 0
+    assert stock["imported"] == []
+
+
+def test_stock_after_lamina_after_stock(in_turn: InTurn, stock: dict[str, Any]) -> None:
+    # Two threads, so that one that is not restored can be told from one that is.
+    before, lamina, between, again, _ = in_turn(
+        LAMINA, {}, LAMINA | {"lamina_batches": 1}, **IN_PROCESS, OMP_NUM_THREADS="2"
+    )
+    assert lamina["tokens"] == between["tokens"] == again["tokens"] == stock["tokens"]
+    counts = [engine["attention_workers_meanwhile"] for engine in (lamina, between, again)]
+    assert counts == [1, 0, 1]
+    assert before["backend"].startswith("vllm.")
+    for name in before:
+        assert lamina[name] == before[name], name
+        # The stock engine may leave something of its own.
+        assert again[name] == between[name], name

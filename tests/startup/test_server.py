@@ -1,0 +1,104 @@
+"""`vllm serve --executor lamina` as its clients and its operator know vLLM, up to SIGTERM."""
+
+from __future__ import annotations
+
+import re
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+from models import ModelZoo
+from openai import OpenAI
+from programs import LAMINA, TINY_ENGINE, process_named, session, wait_for
+from server import VllmServer
+
+MODEL = "tiny"
+EMPTY_ENGINE_RSS_MIB = 1024
+"""More than a model worker of a tiny model takes, less than one with this server's KV cache besides."""
+
+
+@pytest.fixture(scope="module")
+def server(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    flags = (*TINY_ENGINE, "--enforce-eager", "--served-model-name", MODEL, *LAMINA)
+    with VllmServer(model_zoo("llama"), *flags, directory=tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: VllmServer) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="unused", timeout=60, max_retries=0)
+
+
+def get(server: VllmServer, path: str) -> str:
+    with urllib.request.urlopen(f"{server.url}/{path}", timeout=10) as answer:
+        return answer.read().decode()
+
+
+def metric(server: VllmServer, name: str) -> float:
+    """The value of a metric that has no labels but those of the engine."""
+    [value] = re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", get(server, "metrics"), re.MULTILINE)
+    return float(value)
+
+
+def cpus_of_threads(pid: int) -> set[int]:
+    """CPUs on which any thread of a process may run."""
+    cpus: set[int] = set()
+    for status in Path(f"/proc/{pid}/task").glob("*/status"):
+        [allowed] = re.findall(r"^Cpus_allowed_list:\s*(\S+)$", status.read_text(), re.MULTILINE)
+        for part in allowed.split(","):
+            first, _, last = part.partition("-")
+            cpus |= set(range(int(first), int(last or first) + 1))
+    return cpus
+
+
+def resident_mib(pid: int) -> float:
+    [kib] = re.findall(r"^VmRSS:\s*(\d+) kB$", Path(f"/proc/{pid}/status").read_text(), re.MULTILINE)
+    return int(kib) / 1024
+
+
+def test_several_sequences_of_one_request(client: OpenAI) -> None:
+    options = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8, "seed": 1}
+    answer = client.completions.create(**options, n=3, temperature=1.0)
+    assert len(answer.choices) == 3
+    assert len({choice.text for choice in answer.choices}) > 1
+    greedy = client.completions.create(**options, n=2, temperature=0.0)
+    assert greedy.choices[0].text == greedy.choices[1].text
+
+
+def test_a_prompt_that_is_too_long_is_the_clients_error(server: VllmServer, client: OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="maximum context length"):
+        client.completions.create(model=MODEL, prompt=[5] * 600, max_tokens=8)
+    get(server, "health")
+
+
+def test_a_client_that_disconnects_frees_its_request(server: VllmServer, client: OpenAI) -> None:
+    options = {"model": MODEL, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
+    alone = client.completions.create(**options, prompt="Hello", max_tokens=30).choices[0].text
+    streams = [
+        client.completions.create(**options, prompt=f"Number {i}", max_tokens=480, stream=True)
+        for i in range(4)
+    ]
+    for stream in streams:
+        next(iter(stream))
+        stream.close()
+    assert client.completions.create(**options, prompt="Hello", max_tokens=30).choices[0].text == alone
+    assert wait_for(lambda: metric(server, "num_requests_running") == 0, 30.0)
+    assert metric(server, "kv_cache_usage_perc") == 0
+
+
+def test_where_the_memory_and_the_threads_are(server: VllmServer) -> None:
+    processes = session(server.process.pid)
+    attention_worker = process_named(processes, r"vllm_lamina\.worker\.attention_worker")
+    model_worker = process_named(processes, r"^VLLM::Worker")
+    assert not cpus_of_threads(attention_worker) & cpus_of_threads(model_worker)
+    assert "0 B on the model worker" in server.log_file.read_text()
+    assert resident_mib(model_worker) < EMPTY_ENGINE_RSS_MIB
+
+
+def test_sigterm_leaves_nothing(server: VllmServer) -> None:
+    """The last test of the server: `VllmServer.stop` checks processes and shared memory."""
+    server.stop()
+    assert server.process.returncode == 0
+    assert server.temporary_files() == set()

@@ -1,0 +1,126 @@
+"""Addresses, messages and the connection's errors, against a worker played by the test."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import pytest
+import zmq
+
+from vllm_lamina.transport.address import control_endpoint
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.errors import (
+    ProtocolMismatch,
+    UnsupportedAddress,
+    WorkerRefused,
+    WorkerUnreachable,
+)
+from vllm_lamina.transport.messages import (
+    PROTOCOL_VERSION,
+    Configure,
+    Geometry,
+    Refused,
+    Welcome,
+    decode_request,
+    encode,
+)
+
+GEOMETRY = Geometry(2, 32, 4, 2, 64, "float32", (0.125, 0.125))
+
+
+@pytest.mark.parametrize(
+    ("address", "endpoint"),
+    [
+        ("127.0.0.1:7100", "tcp://127.0.0.1:7100"),
+        ("tcp://localhost:1", "tcp://localhost:1"),
+        ("[::1]:7100", "tcp://[::1]:7100"),
+        ("ipc://@vllm-lamina-1", "ipc://@vllm-lamina-1"),
+    ],
+)
+def test_addresses(address: str, endpoint: str) -> None:
+    assert control_endpoint(address) == endpoint
+
+
+@pytest.mark.parametrize(
+    ("address", "reason"),
+    [
+        ("0.0.0.0:7100", "remote attention workers are not supported yet"),
+        ("host.example:7100", "remote attention workers are not supported yet"),
+        ("127.0.0.1", "write HOST:PORT"),
+        ("127.0.0.1:99999", "write HOST:PORT"),
+        ("ipc:///tmp/socket", "ipc://@NAME"),
+        ("inproc://name", "write HOST:PORT"),
+    ],
+)
+def test_other_addresses_are_refused(address: str, reason: str) -> None:
+    with pytest.raises(UnsupportedAddress, match=reason):
+        AttentionWorkerConnection.connect(address, timeout=1.0)
+
+
+def test_scales_match_layers() -> None:
+    with pytest.raises(ValueError, match="1 entries for 2 layers"):
+        msgspec.structs.replace(GEOMETRY, scales=(1.0,))
+
+
+@pytest.mark.parametrize("field", ["num_layers", "num_heads", "head_size"])
+def test_numbers_are_checked_on_arrival(field: str) -> None:
+    message = msgspec.to_builtins(Configure(GEOMETRY, 4, 0))
+    message["geometry"][field] = -1
+    with pytest.raises(msgspec.ValidationError, match=field):
+        decode_request(msgspec.msgpack.encode(message))
+
+
+@contextmanager
+def worker_that_answers(answer: Callable[[bytes], bytes]) -> Iterator[str]:
+    """A control socket that answers whatever it gets; yields its address."""
+    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    control = context.socket(zmq.REP)
+    port = control.bind_to_random_port("tcp://127.0.0.1")
+    leave = threading.Event()
+
+    def serve() -> None:
+        while not leave.is_set():
+            if control.poll(50):
+                control.send(answer(control.recv()))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        leave.set()
+        thread.join(10.0)
+        control.close(linger=0)
+        context.term()
+
+
+def test_nobody_there() -> None:
+    with pytest.raises(WorkerUnreachable, match="start one with `vllm-lamina worker`"):
+        AttentionWorkerConnection.connect("ipc://@vllm-lamina-nobody", timeout=0.2)
+
+
+def test_another_protocol_version() -> None:
+    welcome = {
+        **msgspec.to_builtins(Welcome("9.9.9", PROTOCOL_VERSION + 1, 0, 1, [], 1, "name")),
+        "later_field": 1,
+    }
+    with (
+        worker_that_answers(lambda _: msgspec.msgpack.encode(welcome)) as address,
+        pytest.raises(ProtocolMismatch, match=r"9\.9\.9 .*install the same version on both"),
+    ):
+        AttentionWorkerConnection.connect(address)
+
+
+def test_refusal_carries_the_reason() -> None:
+    with (
+        worker_that_answers(lambda _: encode(Refused("because"))) as address,
+        pytest.raises(WorkerRefused, match=f"{address} refused: because"),
+    ):
+        AttentionWorkerConnection.connect(address)
+
+
+@pytest.mark.parametrize("answer", [b"", b"\xc1", msgspec.msgpack.encode({"type": "later"})])
+def test_answers_that_are_no_messages(answer: bytes) -> None:
+    with worker_that_answers(lambda _: answer) as address, pytest.raises(ProtocolMismatch, match="protocol"):
+        AttentionWorkerConnection.connect(address)

@@ -1,0 +1,27 @@
+"""An attention worker process, and a connection to it, for each test that asks."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+
+
+@pytest.fixture
+def worker() -> Iterator[EmbeddedAttentionWorker]:
+    worker = EmbeddedAttentionWorker.start(1 << 30)
+    yield worker
+    worker.stop()
+
+
+@pytest.fixture
+def connection(worker: EmbeddedAttentionWorker) -> Iterator[AttentionWorkerConnection]:
+    with AttentionWorkerConnection.connect(worker.address) as connection:
+        yield connection
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "clean_install: builds and installs the package in a new environment, a minute"
+    )

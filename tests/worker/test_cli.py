@@ -1,0 +1,130 @@
+"""The commands `vllm-lamina worker`, `worker stats` and `collect-env`."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from engine import Engine, Request
+
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.worker.host import available_memory, cgroup_memory, memory_total
+
+GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+CLI = [sys.executable, "-m", "vllm_lamina.cli"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=30.0)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    address = f"127.0.0.1:{free_port()}"
+    command = [*CLI, "worker", "--listen", address, *arguments]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        AttentionWorkerConnection.connect(address, timeout=20.0).close()
+        yield address, process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_worker_and_stats() -> None:
+    with serving("--memory", "64MiB", "--cpus", "0") as (address, process):
+        assert "engine     none" in run("worker", "stats", address).stdout
+        with AttentionWorkerConnection.connect(address) as connection:
+            assert connection.welcome.cpus == [0]
+            assert connection.pool_bytes == 64 << 20
+            connection.configure(GEOMETRY, 8)
+            Engine(connection.client, GEOMETRY, 8).step(0, [Request(0, 40, [1, 2])])
+            table = run("worker", "stats", address).stdout
+            assert "steps      1\n" in table
+            assert "appended   80 tokens" in table
+            stats = json.loads(run("worker", "stats", f"tcp://{address}", "--json").stdout)
+            assert (stats["steps"], stats["num_blocks"], stats["connected"]) == (1, 8, True)
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=10.0)
+        assert process.returncode == 0
+        assert "64 MiB for KV blocks, 1 threads (CPUs 0)" in log
+
+
+def test_idle_worker_uses_no_cpu() -> None:
+    with serving() as (_, process):
+        time.sleep(0.5)
+
+        def cpu_ticks() -> int:
+            with open(f"/proc/{process.pid}/stat") as stat:
+                return sum(int(field) for field in stat.read().rsplit(")", 1)[1].split()[11:13])
+
+        before = cpu_ticks()
+        time.sleep(1.0)
+        assert cpu_ticks() - before <= 1
+
+
+def test_port_in_use() -> None:
+    with serving() as (address, _):
+        second = run("worker", "--listen", address)
+        assert second.returncode == 1
+        assert f"cannot listen on {address}: Address already in use" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--listen", "0.0.0.0:7100"], "remote attention workers are not supported yet"),
+        (["--memory", "much"], "'much' is not a size"),
+        (["--memory", "900TiB"], "--memory 900TiB is more than the"),
+        (["--cpus", "0,0"], "names a CPU twice"),
+        (["--cpus", "0,4095"], "--cpus: this process may not run on CPUs 4095"),
+        (["--cpus", "4095"], "--cpus: this process may not run on CPUs 4095"),
+    ],
+)
+def test_bad_options(arguments: list[str], reason: str) -> None:
+    result = run("worker", *arguments)
+    assert result.returncode == 2
+    assert reason in result.stderr
+
+
+def test_stats_of_nobody() -> None:
+    result = run("worker", "stats", f"127.0.0.1:{free_port()}")
+    assert result.returncode == 1
+    assert "no attention worker answered" in result.stderr
+
+
+def test_collect_env() -> None:
+    text = run("collect-env").stdout
+    assert "kernel variants     portable" in text
+    assert "huge pages" in text
+
+
+def test_memory_limits(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    """Limits of all enclosing cgroups count, in both versions of cgroups."""
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (inner / "memory.current").write_text("5\n")
+    (inner.parent / "memory.max").write_text("1000\n")
+    (inner.parent / "memory.current").write_text("10\n")
+    old = tmp_path / "memory" / "job"
+    old.mkdir(parents=True)
+    (old / "memory.limit_in_bytes").write_text("2000\n")
+    (old / "memory.usage_in_bytes").write_text("20\n")
+    own = tmp_path / "own"
+    own.write_text("4:cpu,memory:/job\n0::/outer/inner\n")
+    assert cgroup_memory(tmp_path, own) == [(2000, 20), (1000, 10)]
+    assert 0 < available_memory() <= memory_total()

@@ -1,0 +1,198 @@
+"""Frames that are wrong are dropped, counted and answered with an error; nothing brings the worker down."""
+
+import random
+import struct
+
+import pytest
+from engine import Engine, Request
+from wire_frames import (
+    ATTEND,
+    COPY_BLOCKS,
+    ERROR,
+    HEADER,
+    OUTPUT,
+    STEP,
+    ZERO_BLOCKS,
+    attend_payload,
+    frame,
+    header,
+    int32s,
+    raw_channel,
+    step_payload,
+)
+
+from vllm_lamina._native import ChannelTimeout, ShmChannel
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+
+GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+NUM_BLOCKS = 8
+DEADLINE = 10.0
+VALID_STEP = step_payload(1, [1, 2, 3], [40, 33, 0], [1, 2, 3, 4, 5], [40, 97, 98, 160, 161, 162])
+VALID_ATTEND = attend_payload(GEOMETRY, 3, 6)
+
+
+def check_alive(channel: ShmChannel) -> None:
+    """A valid step still gets its output, past whatever answers came before."""
+    channel.send(frame(STEP, VALID_STEP, step=10**6), DEADLINE)
+    channel.send(frame(ATTEND, VALID_ATTEND, step=10**6, layer=1), DEADLINE)
+    for _ in range(10_000):
+        answer = header(channel.receive(DEADLINE))
+        if answer["type"] == OUTPUT and answer["step"] == 10**6:
+            return
+    pytest.fail("no output")
+
+
+@pytest.mark.parametrize(
+    ("payload", "reason"),
+    [
+        (b"", "shorter than its counts"),
+        (VALID_STEP[:-1], "size does not fit"),
+        (VALID_STEP + b"\0", "size does not fit"),
+        (struct.pack("<4I", 2**32 - 1, 0, 2**32 - 1, 2**32 - 1), "size does not fit"),
+        (step_payload(2, [1], [0], [0], [0]), "more decodes than requests"),
+        (step_payload(1, [2], [0], [0], [0, 1]), "decode of more than one token"),
+        (step_payload(0, [0], [1], [0], []), "invalid length"),
+        (step_payload(0, [1], [-1], [0], [0]), "invalid length"),
+        (step_payload(0, [1], [2**31 - 1], [0], [0]), "invalid length"),
+        (step_payload(0, [33], [0], [0], range(33)), "too few block ids"),
+        (step_payload(0, [1], [0], [0, 1], [0]), "too many block ids"),
+        (step_payload(0, [2], [0], [0], [0]), "exceed its tokens"),
+        (step_payload(0, [1], [0], [0], [0, 1]), "do not add up"),
+        (step_payload(0, [1], [0], [NUM_BLOCKS], [0]), "a block outside the pool"),
+        (step_payload(0, [1], [0], [-1], [0]), "a block outside the pool"),
+        (step_payload(0, [1], [0], [0], [32 * NUM_BLOCKS]), "a slot outside the pool"),
+        (step_payload(0, [1], [0], [0], [-2]), "a slot outside the pool"),
+    ],
+)
+def test_step(connection: AttentionWorkerConnection, payload: bytes, reason: str) -> None:
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        channel.send(frame(STEP, payload, generation=5, step=7, lane=3), DEADLINE)
+        answer = channel.receive(DEADLINE)
+        assert reason in answer[HEADER.size :].decode()
+        assert header(answer) | {"payload_bytes": 0} == header(
+            frame(ERROR, b"", generation=5, step=7, lane=3)
+        )
+        assert connection.stats().rejected_frames == 1
+        assert connection.stats().steps == 0
+        check_alive(channel)
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (frame(ATTEND, VALID_ATTEND, step=2), "step 2, which lane 0 is not in"),
+        (frame(ATTEND, VALID_ATTEND, generation=1), "which lane 0 is not in"),
+        (frame(ATTEND, VALID_ATTEND, lane=1), "which lane 1 is not in"),
+        (frame(ATTEND, VALID_ATTEND, lane=8), "lane 8 does not exist"),
+        (frame(ATTEND, VALID_ATTEND, layer=2), "layer 2 does not exist"),
+        (frame(ATTEND, VALID_ATTEND[:-4]), "size does not fit its step"),
+        (frame(OUTPUT, b""), "type 3, which an attention worker does not take"),
+        (frame(ZERO_BLOCKS, int32s([NUM_BLOCKS])), "block 8 is outside the pool"),
+        (frame(ZERO_BLOCKS, b"\0\0\0"), "cut off"),
+        (frame(COPY_BLOCKS, int32s([0, -1])), "block -1 is outside the pool"),
+        (frame(COPY_BLOCKS, int32s([0, 1, 2])), "without a destination"),
+    ],
+)
+def test_frames_after_a_valid_step(connection: AttentionWorkerConnection, attend: bytes, reason: str) -> None:
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        channel.send(frame(STEP, VALID_STEP), DEADLINE)
+        channel.send(attend, DEADLINE)
+        answer = channel.receive(DEADLINE)
+        assert header(answer)["type"] == ERROR
+        assert reason in answer[HEADER.size :].decode()
+        check_alive(channel)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"short", bytes(64), frame(STEP, VALID_STEP)[:-8], b"LMNA\2\0" + frame(STEP, VALID_STEP)[6:]],
+)
+def test_without_a_valid_header_there_is_no_answer(
+    connection: AttentionWorkerConnection, data: bytes
+) -> None:
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        channel.send(data or b"\0", DEADLINE)
+        with pytest.raises(ChannelTimeout):
+            channel.receive(0.2)
+        assert connection.stats().rejected_frames == 1
+        check_alive(channel)
+
+
+def mutate(rng: random.Random, data: bytes) -> bytes:
+    """Change bits, bytes or words, or the length; rarely the magic number, or nothing else would be tried."""
+    if rng.random() < 0.1:
+        return data[: rng.randrange(1, len(data))] if rng.random() < 0.5 else data + rng.randbytes(64)
+    mutated = bytearray(data)
+    for _ in range(rng.choice([1, 1, 1, 2, 4, 16])):
+        position = rng.randrange(6 if rng.random() < 0.95 else 0, len(mutated) - 4)
+        match rng.randrange(3):
+            case 0:
+                mutated[position] ^= 1 << rng.randrange(8)
+            case 1:
+                mutated[position] = rng.randrange(256)
+            case _:
+                value = rng.choice([0, 1, 2, 7, 8, 31, 255, 2**31 - 1, 2**31, 2**32 - 1])
+                struct.pack_into("<I", mutated, max(8, position & ~3), value)
+    return bytes(mutated)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_mutations(
+    worker: EmbeddedAttentionWorker, connection: AttentionWorkerConnection, seed: int
+) -> None:
+    rng = random.Random(seed)
+    valid = [
+        frame(STEP, VALID_STEP),
+        frame(ATTEND, VALID_ATTEND),
+        frame(ATTEND, VALID_ATTEND, layer=1),
+        frame(ZERO_BLOCKS, int32s([3, 4])),
+        frame(COPY_BLOCKS, int32s([1, 2, 2, 3])),
+    ]
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        for i in range(3000):
+            if rng.random() < 0.2:
+                channel.send(valid[0], DEADLINE)
+            channel.send(mutate(rng, rng.choice(valid)), DEADLINE)
+            if i % 20 == 19:
+                drain(channel)
+        check_alive(channel)
+        assert connection.stats().rejected_frames > 1000
+    assert worker.poll() is None
+
+
+def drain(channel: ShmChannel) -> None:
+    try:
+        while True:
+            channel.receive(0.0)
+    except ChannelTimeout:
+        pass
+
+
+def test_flood_without_collecting(
+    worker: EmbeddedAttentionWorker, connection: AttentionWorkerConnection
+) -> None:
+    """Errors that nobody collects do not stop the worker from taking frames."""
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        for _ in range(2000):
+            channel.send(frame(STEP, b""), DEADLINE)
+        check_alive(channel)
+        assert connection.stats().rejected_frames == 2000
+
+
+def test_frames_may_claim_any_generation_and_step(connection: AttentionWorkerConnection) -> None:
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        for number in (0, 1, 2**63, 2**64 - 1):
+            channel.send(frame(STEP, VALID_STEP, generation=number, step=number, lane=7), DEADLINE)
+            channel.send(frame(ATTEND, VALID_ATTEND, generation=number, step=number, lane=7), DEADLINE)
+            answer = header(channel.receive(DEADLINE))
+            assert (answer["type"], answer["generation"], answer["step"]) == (OUTPUT, number, number)
+
+
+def test_the_next_engine_is_not_affected(connection: AttentionWorkerConnection) -> None:
+    with raw_channel(connection, GEOMETRY, NUM_BLOCKS) as channel:
+        channel.send(b"rubbish", DEADLINE)
+    connection.configure(GEOMETRY, NUM_BLOCKS)
+    assert connection.stats().rejected_frames == 0
+    Engine(connection.client, GEOMETRY, NUM_BLOCKS).step(0, [Request(0, 40, [1, 2])])

@@ -1,0 +1,1 @@
+"""Scheduling of two staggered batches over one model worker."""

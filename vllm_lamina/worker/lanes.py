@@ -1,0 +1,141 @@
+"""Two lanes over one model: each has a model runner and a thread, and they use the compute device in turns."""
+
+from __future__ import annotations
+
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+
+from vllm_lamina.compat.step_times import StepTimes, report_times
+from vllm_lamina.compat.threads import set_num_threads
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+
+    from vllm_lamina._native import AttentionClient
+
+JOIN_SECONDS = 5.0
+
+
+class Lane:
+    """One lane: its steps run one after the other on its own thread.
+
+    The runner keeps its input batch from step to step, so a lane's requests are added to it once. Weights and request
+    states are shared with the other lane's runner.
+    """
+
+    def __init__(self, index: int, runner: Any, client: AttentionClient, timeout: float) -> None:
+        self.runner = runner
+        self.finished_req_ids: set[str] = set()
+        """Requests that have finished since the lane's last step, and may still be in its input batch."""
+        self._index = index
+        self._client = client
+        self._timeout = timeout
+        self._num_threads = torch.get_num_threads()
+        self._execute_seconds = 0.0
+        self._executed: Future[Any] = Future()
+        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
+        self._thread.start()
+
+    def execute(self, scheduler_output: SchedulerOutput) -> None:
+        """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
+        # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
+        self._client.join_turn(self._index)
+
+        def execute() -> ModelRunnerOutput | None:
+            begin = time.perf_counter()
+            try:
+                return self.runner.execute_model(scheduler_output)
+            finally:
+                self._execute_seconds = time.perf_counter() - begin
+
+        self._executed = self._submit(execute)
+
+    def sample(self, grammar_output: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+        """End the step that was begun last: the future holds what it sampled."""
+        executed = self._executed
+
+        def sample() -> ModelRunnerOutput:
+            begin = time.perf_counter()
+            output = executed.result()
+            if output is None:
+                output = self.runner.sample_tokens(grammar_output)
+            waiting, attention = self._client.step_times(self._index)
+            model = self._execute_seconds - waiting + time.perf_counter() - begin
+            report_times(output, StepTimes(model, attention))
+            return output
+
+        return self._submit(sample)
+
+    def stop(self) -> None:
+        """End the thread, after what it is doing."""
+        self._tasks.put(None)
+        self._thread.join(JOIN_SECONDS)
+
+    def _submit(self, task: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._tasks.put((future, task))
+        return future
+
+    def _run(self) -> None:
+        # Both settings belong to the thread.
+        set_num_threads(self._num_threads)
+        with torch.inference_mode():
+            while (item := self._tasks.get()) is not None:
+                future, task = item
+                try:
+                    future.set_result(self._in_turn(task))
+                except BaseException as error:
+                    future.set_exception(error)
+
+    def _in_turn(self, task: Callable[[], Any]) -> Any:
+        self._client.begin_turn(self._index, self._timeout)
+        try:
+            return task()
+        finally:
+            self._client.end_turn(self._index)
+
+
+class Lanes:
+    """The lanes of a model worker, driven by vLLM's ``execute_model`` and ``sample_tokens``."""
+
+    def __init__(self, lanes: list[Lane]) -> None:
+        self._lanes = lanes
+        self._last = lanes[0]
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Begin the step of the lane that the scheduler chose; returns at once."""
+        for lane in self._lanes:
+            lane.finished_req_ids |= scheduler_output.finished_req_ids
+        if scheduler_output.total_num_scheduled_tokens == 0:
+            return EMPTY_MODEL_RUNNER_OUTPUT
+        lane = self._last = self._lanes[scheduler_output.lamina_lane]
+        step = dataclasses.replace(scheduler_output, finished_req_ids=lane.finished_req_ids)
+        lane.finished_req_ids = set()
+        lane.execute(step)
+        return None
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput:
+        """What the step begun last samples, when it is done."""
+        return _LaneOutput(self._last.sample(grammar_output))
+
+    def stop(self) -> None:
+        """End all lanes."""
+        for lane in self._lanes:
+            lane.stop()
+
+
+class _LaneOutput(AsyncModelRunnerOutput):
+    def __init__(self, sampled: Future[ModelRunnerOutput]) -> None:
+        self._sampled = sampled
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self._sampled.result()

@@ -49,7 +49,8 @@ def test_answer_as_json(monkeypatch, capsys) -> None:  # type: ignore[no-untyped
     assert isinstance(found["disaggregate"], bool)
     split = next(c for c in found["candidates"] if c["lamina"])
     assert split["commands"][1].startswith("vllm-lamina worker --listen 0.0.0.0:7100 --memory 86GB")
-    assert "--executor lamina --lamina-workers attention-0:7100" in split["commands"][3]
+    assert " --executor lamina --lamina-batches " in split["commands"][3]
+    assert "--lamina-workers attention-0:7100" in split["commands"][3]
     assert split["not_in_this_release"]
     alone = next(c for c in found["candidates"] if not c["lamina"])
     assert alone["commands"][1].startswith("vllm serve meta-llama/Meta-Llama-3-70B --max-num-seqs")

@@ -12,8 +12,7 @@ from vllm_lamina.support import REFUSALS
 PORT = 7100
 _MODEL_WORKER_KINDS = ("cpu",)
 _ATTENTION_WORKER_KINDS = ("cpu",)
-_MAX_ATTENTION_WORKERS = 1
-_MAX_BATCHES = 1
+_MAX_BATCHES = 2
 
 
 def model_to_serve(argument: str, model: Model) -> str:
@@ -33,11 +32,13 @@ def commands(deployment: Deployment, model_argument: str, max_sequences: int) ->
         return [f"# on {compute.tensor_parallel} x {compute.device.name}", serve]
     memory = int(MEMORY_UTILISATION * deployment.attention_device.memory_bytes / 1e9)
     hosts = [f"attention-{index}" for index in range(deployment.attention_workers)]
+    lamina = f"--executor lamina --lamina-batches {deployment.lanes}"
+    where = hosts[0] if len(hosts) == 1 else f"each of {hosts[0]} to {hosts[-1]}"
     return [
-        f"# on each of {hosts[0]} to {hosts[-1]}, with one {deployment.attention_device.name}",
+        f"# on {where}, with one {deployment.attention_device.name}",
         f"vllm-lamina worker --listen 0.0.0.0:{PORT} --memory {memory}GB",
         f"# on {deployment.model_workers} x {compute.device.name}",
-        f"{serve} --executor lamina --lamina-workers {','.join(f'{host}:{PORT}' for host in hosts)}",
+        f"{serve} {lamina} --lamina-workers {','.join(f'{host}:{PORT}' for host in hosts)}",
     ]
 
 
@@ -53,10 +54,12 @@ def limits(deployment: Deployment) -> list[str]:
         )
     if deployment.attention_device.kind not in _ATTENTION_WORKER_KINDS:
         missing.append(f"attention workers on {deployment.attention_device.key} (they run on CPUs)")
-    if deployment.attention_workers > _MAX_ATTENTION_WORKERS:
-        missing.append(f"{deployment.attention_workers} attention workers (one, on the engine's host)")
+    if deployment.attention_workers > 1 or deployment.attention_device.key != deployment.compute.device.key:
+        missing.append(
+            f"{deployment.attention_workers} attention worker(s) on hosts of their own (one, on the engine's host)"
+        )
     if deployment.compute.tensor_parallel > 1 and "tensor parallelism" in refused:
         missing.append("tensor parallelism")
     if deployment.lanes > _MAX_BATCHES:
-        missing.append(f"{deployment.lanes} staggered batches")
+        missing.append(f"{deployment.lanes} staggered batches ({_MAX_BATCHES} at most)")
     return missing

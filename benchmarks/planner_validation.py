@@ -1,11 +1,11 @@
-"""Predicts decode steps of this machine from a calibration, then measures them: stock vLLM and Lamina.
+"""Predicts decode steps of this machine from a calibration, then measures them: stock vLLM, and Lamina.
 
     vllm-lamina plan calibrate --output host.toml
     python benchmarks/planner_validation.py --calibration host.toml --models .models/SmolLM2-135M-Instruct random
     python benchmarks/planner_validation.py ... --update docs/planner.md
 
-``random`` is a model of 0.3 billion random parameters. Calibration sees neither model. With `--calibrate` the
-calibration is made first, by the same process.
+``random`` is a model of 0.3 billion random parameters. Calibration sees neither model. Comparisons are kept in the file
+of `--output`, so that one system or model can be measured again.
 """
 
 from __future__ import annotations
@@ -35,6 +35,9 @@ CASES = [
     for context, batches in ((256, (1, 4, 16)), (1024, (1, 4, 16)), (4096, (1, 4)), (7680, (1,)))
     for batch in batches
 ]
+SYSTEMS = {"vLLM": 0, "Lamina, 1 batch": 1, "Lamina, 2 batches": 2}
+"""Batches in flight of each system; 0 is stock vLLM."""
+
 RANDOM_MODEL = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -68,35 +71,36 @@ class Comparison:
     median: float
 
     @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What was compared."""
+        return self.model, self.system, self.batch, self.context
+
+    @property
     def error(self) -> float:
         """Relative error of the prediction."""
         return self.predicted / self.measured - 1.0
 
 
-def deployments(model: Model, catalogue: Catalogue) -> dict[str, Deployment]:
-    """Stock vLLM on the model worker's CPUs, and Lamina with one batch."""
+def deployment(model: Model, catalogue: Catalogue, batches: int) -> Deployment:
+    """Stock vLLM on the model worker's CPUs, or Lamina with this many batches."""
     host, worker = catalogue.device("this-host"), catalogue.device("this-host-worker")
     group = ComputeGroup(model, host, 1, catalogue.collective)
-    return {
-        "vLLM": Baseline(group),
-        "Lamina": Lamina(group, worker, 1, catalogue.transport("this-host"), lanes=1),
-    }
+    if not batches:
+        return Baseline(group)
+    return Lamina(group, worker, 1, catalogue.transport("this-host"), lanes=batches)
 
 
 def compare(path: Path, catalogue: Catalogue, cpus: tuple[str, str], systems: list[str]) -> list[Comparison]:
     """Predict first, then measure every case on every system."""
     model = load_model(str(path))
     found = []
-    for system, deployment in deployments(model, catalogue).items():
-        if system not in systems:
-            continue
-        predictions = [
-            steady_state(deployment, case.batch, case.context + STEPS / 2 + 3).tbt for case in CASES
-        ]
+    for system in systems:
+        built = deployment(model, catalogue, SYSTEMS[system])
+        predictions = [steady_state(built, case.batch, case.context + STEPS / 2 + 3).tbt for case in CASES]
         measured = measure_steps(
             path,
             CASES * REPEATS,
-            lamina=system == "Lamina",
+            batches=SYSTEMS[system],
             model_cpus=cpus[0],
             worker_cpus=cpus[1],
             steps=STEPS,
@@ -115,28 +119,29 @@ def compare(path: Path, catalogue: Catalogue, cpus: tuple[str, str], systems: li
 
 def markdown(found: list[Comparison], cpus: tuple[str, str]) -> str:
     """The table of docs/planner.md, with the median error of each system and model."""
+    systems = [system for system in SYSTEMS if any(c.system == system for c in found)]
     lines = [
-        f"Measured on {date.today().isoformat()}, model worker on CPUs {cpus[0]}, attention worker on CPUs {cpus[1]}; "
-        f"TBT in ms, lower quartile of {STEPS} steps (median in brackets), the better of {REPEATS} runs.",
+        f"Measured on {date.today().isoformat()}, model worker on CPUs {cpus[0]}, attention worker on CPUs {cpus[1]}. "
+        f"TBT in ms, predicted / measured (error); measured is the lower quartile of {STEPS} steps, the better of "
+        f"{REPEATS} runs.",
         "",
-        "| Model | Batch x context | vLLM predicted | measured | error | Lamina predicted | measured | error |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        f"| Model | Batch x context | {' | '.join(systems)} |",
+        "| --- | --- " + "| --- " * len(systems) + "|",
     ]
-    keys = list(dict.fromkeys((c.model, c.batch, c.context) for c in found))
-    by_system = {(c.model, c.batch, c.context, c.system): c for c in found}
-    for model, batch, context in keys:
-        cells = []
-        for system in ("vLLM", "Lamina"):
-            c = by_system.get((model, batch, context, system))
-            cells.append(
-                f"{1e3 * c.predicted:.1f} | {1e3 * c.measured:.1f} ({1e3 * c.median:.1f}) | {c.error:+.0%}"
-                if c
-                else "- | - | -"
-            )
-        lines.append(f"| {model} | {batch} x {context} | {' | '.join(cells)} |")
+    by_case: dict[tuple[str, int, int], dict[str, Comparison]] = {}
+    for c in found:
+        by_case.setdefault((c.model, c.batch, c.context), {})[c.system] = c
+    for (model, batch, context), cells in by_case.items():
+        texts = [
+            f"{1e3 * c.predicted:.1f} / {1e3 * c.measured:.1f} ({c.error:+.0%})"
+            if (c := cells.get(system))
+            else "-"
+            for system in systems
+        ]
+        lines.append(f"| {model} | {batch} x {context} | {' | '.join(texts)} |")
     lines.append("")
     for model in dict.fromkeys(c.model for c in found):
-        for system in ("vLLM", "Lamina"):
+        for system in systems:
             errors = [c.error for c in found if (c.model, c.system) == (model, system)]
             if errors:
                 lines.append(
@@ -156,24 +161,29 @@ def main() -> None:
     )
     parser.add_argument("--calibrate", action="store_true", help="make that file first")
     parser.add_argument("--models", nargs="+", default=["random"], help="model directories, or 'random'")
-    parser.add_argument("--systems", nargs="+", default=["vLLM", "Lamina"], choices=["vLLM", "Lamina"])
+    parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=list(SYSTEMS))
     parser.add_argument(
         "--cpus", default=None, help="CPUs of both workers, such as '0;1' (default: half each)"
     )
     parser.add_argument("--update", type=Path, help="Markdown file whose validation section to replace")
-    parser.add_argument("--output", type=Path, help="JSON file for the comparisons")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file of comparisons, read if it is there, and written"
+    )
     args = parser.parse_args()
     if args.calibrate:
         calibrate(args.calibration, args.cpus)
     catalogue, cpus = read_catalogue(args.calibration), split_cpus(args.cpus)
     found: list[Comparison] = []
+    if args.output and args.output.exists():
+        found = [Comparison(**row) for row in json.loads(args.output.read_text())]
     with tempfile.TemporaryDirectory() as directory:
         for name in args.models:
             path = Path(directory, "random-0.3B") if name == "random" else Path(name)
             if name == "random":
                 path.mkdir()
                 (path / "config.json").write_text(json.dumps(RANDOM_MODEL))
-            found += compare(path, catalogue, cpus, args.systems)
+            for new in compare(path, catalogue, cpus, args.systems):
+                found = [c for c in found if c.key != new.key] + [new]
     text = markdown(found, cpus)
     print(text)
     if args.output:

@@ -102,21 +102,21 @@ def measure_host(model_cpus: str, worker_cpus: str, say: Callable[[str], None]) 
         models = [_random_model(Path(directory, f"model{i}"), *shape) for i, shape in enumerate(SHAPES)]
         deep_path, deep = models[0]
 
-        def run(path: Path, cases: list[Case], *, lamina: bool) -> list[Measurement]:
+        def run(path: Path, cases: list[Case], *, batches: int) -> list[Measurement]:
             say(
-                f"timing {'Lamina' if lamina else 'vLLM'} on {path.name}: {len(cases)} cases, {REPEATS} times"
+                f"timing {'Lamina' if batches else 'vLLM'} on {path.name}: {len(cases)} cases, {REPEATS} times"
             )
             found = measure_steps(
-                path, cases * REPEATS, lamina=lamina, model_cpus=model_cpus, worker_cpus=worker_cpus
+                path, cases * REPEATS, batches=batches, model_cpus=model_cpus, worker_cpus=worker_cpus
             )
             # Other work only ever adds time.
             return [min(found[i :: len(cases)], key=lambda m: m.quartile) for i in range(len(cases))]
 
-        stock = run(deep_path, short + long, lamina=False)
+        stock = run(deep_path, short + long, batches=0)
         samples += [StepSample(deep, m.batch, m.quartile) for m in stock if m.context == SHORT]
         for path, model in models[1:]:
-            samples += [StepSample(model, m.batch, m.quartile) for m in run(path, short, lamina=False)]
-        split = run(deep_path, short, lamina=True)
+            samples += [StepSample(model, m.batch, m.quartile) for m in run(path, short, batches=0)]
+        split = run(deep_path, short, batches=1)
     say("timing the attention kernel")
     kernel = {
         batch: kernel_read_rate(batch, 4 * LONG, parse_cpus(worker_cpus), 1.0) for batch in LONG_BATCHES

@@ -51,7 +51,7 @@ def measure_steps(
     model: Path,
     cases: list[Case],
     *,
-    lamina: bool,
+    batches: int,
     model_cpus: str,
     worker_cpus: str,
     steps: int = 24,
@@ -63,8 +63,8 @@ def measure_steps(
 
     Parameters
     ----------
-    lamina
-        Whether attention is an attention worker's.
+    batches
+        0 for stock vLLM; Lamina's batches in flight, 1 or 2.
     model_cpus, worker_cpus
         CPU lists, as ``0`` or ``0-3``.
     steps
@@ -78,7 +78,7 @@ def measure_steps(
     request = {
         "model": str(model),
         "cases": [asdict(case) for case in cases],
-        "lamina": lamina,
+        "batches": batches,
         "worker_cpus": worker_cpus,
         "steps": steps,
         "random_weights": random_weights,
@@ -118,8 +118,13 @@ def _engine(request: dict[str, Any]) -> Any:
     from vllm import LLM
 
     options: dict[str, Any] = {}
-    if request["lamina"]:
-        options = {"executor": "lamina", "lamina_worker_cpus": request["worker_cpus"]}
+    if request["batches"]:
+        options = {
+            "executor": "lamina",
+            "lamina_worker_cpus": request["worker_cpus"],
+            "lamina_batches": request["batches"],
+            "lamina_stagger": "always",
+        }
     llm = LLM(
         request["model"],
         load_format="dummy" if request["random_weights"] else "auto",
@@ -148,14 +153,23 @@ def _time_case(engine: Any, case: Case, steps: int, name: str) -> Measurement:
     for index in range(case.batch):
         tokens = random.integers(10, 1000, case.context).tolist()
         engine.add_request(f"{name}-{index}", {"prompt_token_ids": tokens}, sampling)
+    # A round gives every sequence a token: one step of the engine, or one of each batch in flight.
     times: list[float] = []
+    decoding: set[str] = set()
+    tokens, start = 0, time.perf_counter()
     while engine.has_unfinished_requests():
-        start = time.perf_counter()
         outputs = engine.step()
-        seconds = time.perf_counter() - start
-        decoding = [o for o in outputs if o.outputs and len(o.outputs[0].token_ids) > 1 and not o.finished]
-        if len(decoding) == case.batch:
-            times.append(seconds)
+        if any(output.finished for output in outputs):
+            break
+        decoding.update(output.request_id for output in outputs if output.outputs)
+        tokens = tokens + len(outputs) if len(decoding) == case.batch else 0
+        if tokens >= case.batch or tokens == 0:
+            now = time.perf_counter()
+            if tokens:
+                times.append(now - start)
+            tokens, start = 0, now
+    while engine.has_unfinished_requests():
+        engine.step()
     times = times[WARM_UP_STEPS:][:steps]
     quartile, median = np.quantile(times, [0.25, 0.5])
     return Measurement(case.batch, case.context, float(quartile), float(median), len(times))

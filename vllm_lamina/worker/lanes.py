@@ -27,8 +27,8 @@ JOIN_SECONDS = 5.0
 class Lane:
     """One lane: its steps run one after the other on its own thread.
 
-    The runner keeps its input batch from step to step, so a lane's requests are added to it once. Weights and request
-    states are shared with the other lane's runner.
+    The runner keeps its input batch from step to step, so a lane's requests are added to it once. Weights are shared
+    with the other lane's runner.
     """
 
     def __init__(self, index: int, runner: Any, client: AttentionClient, timeout: float) -> None:
@@ -75,6 +75,20 @@ class Lane:
 
         return self._submit(sample)
 
+    def knows(self, request_id: str) -> bool:
+        """The runner has the request's state, and it has not ended."""
+        return request_id in self.runner.requests and request_id not in self.finished_req_ids
+
+    def take_over(self, request_id: str, other: Lane) -> None:
+        """Take a request that another lane has run so far; this lane must be idle, and the request not in flight."""
+        if request_id in self.finished_req_ids:  # an earlier request of the same name
+            self.finished_req_ids.discard(request_id)
+            self.runner.input_batch.remove_request(request_id)
+        # The state itself is shared: should the request come back, the other lane's is up to date.
+        self.runner.requests[request_id] = other.runner.requests[request_id]
+        if request_id in other.runner.num_prompt_logprobs:
+            self.runner.num_prompt_logprobs[request_id] = other.runner.num_prompt_logprobs.pop(request_id)
+
     def stop(self) -> None:
         """End the thread, after what it is doing."""
         self._tasks.put(None)
@@ -118,6 +132,9 @@ class Lanes:
         if scheduler_output.total_num_scheduled_tokens == 0:
             return EMPTY_MODEL_RUNNER_OUTPUT
         lane = self._last = self._lanes[scheduler_output.lamina_lane]
+        for request_id in scheduler_output.scheduled_cached_reqs.req_ids:
+            if not lane.knows(request_id):
+                lane.take_over(request_id, next(other for other in self._lanes if other.knows(request_id)))
         step = dataclasses.replace(scheduler_output, finished_req_ids=lane.finished_req_ids)
         lane.finished_req_ids = set()
         lane.execute(step)

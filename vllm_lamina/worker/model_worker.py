@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 from typing import Any
@@ -125,9 +126,8 @@ class _LaminaWorker(Worker):
         if copies:
             self.exchange.client.copy_blocks(np.asarray(copies, np.int32), self.exchange.timeout)
         if zero or copies:
-            scheduler_output = dataclasses.replace(
-                scheduler_output, new_block_ids_to_zero=None, kv_cache_block_copies=None
-            )
+            scheduler_output = copy.copy(scheduler_output)  # with the lane, which is no field of it
+            scheduler_output.new_block_ids_to_zero = scheduler_output.kv_cache_block_copies = None
         if self._lanes is not None:
             return self._lanes.execute_model(scheduler_output)
         return super().execute_model(scheduler_output)
@@ -158,15 +158,13 @@ class _LaminaWorker(Worker):
         """Compile the model, where the device's worker does so before the KV cache exists."""
 
     def _make_lanes(self, num_lanes: int, kv_cache_config: KVCacheConfig) -> Lanes:
-        """The first lane has vLLM's model runner; the others' share its weights and its request states."""
+        """The first lane has vLLM's model runner; the others' share its weights."""
         first = self.model_runner
         runners = [first]
         while len(runners) < num_lanes:
             with set_current_vllm_config(self.vllm_config):
                 runner = type(first)(self.vllm_config, self.device)
                 runner.model = first.model
-                runner.requests = first.requests
-                runner.num_prompt_logprobs = first.num_prompt_logprobs
                 runner.initialize_kv_cache(kv_cache_config)
             runners.append(runner)
         for index, runner in enumerate(runners):

@@ -82,7 +82,7 @@ def attention_seconds(llm: Any) -> float:
     if "lamina" not in (llm.llm_engine.vllm_config.additional_config or {}):
         return 0.0
     (stats,) = llm.collective_rpc("attention_worker_stats")
-    return float(stats.ns_attending + stats.ns_appending) / 1e9
+    return float(stats["ns_attending"] + stats["ns_appending"]) / 1e9
 
 
 if __name__ == "__main__":

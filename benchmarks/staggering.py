@@ -1,8 +1,9 @@
 #!/usr/bin/env python
 """One batch in flight against two: the same model, one core a side, the same batch *per lane*.
 
-With one lane `batch` requests decode; with two, twice as many, in two lanes. Each side then works on one batch while the
-other side works on the other, so at best twice the tokens come in the same time. The engines take turns run by run.
+With one lane `batch` requests decode; with two, twice as many, in two lanes. Each side then works on one batch while
+the other side works on the other, so at best twice the tokens come in the same time. The engines take turns run by
+run.
 
     python benchmarks/staggering.py --output results            # the table of docs/staggering.md
     python benchmarks/staggering.py --output results --quick
@@ -89,8 +90,8 @@ def run_all(args: argparse.Namespace) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     lines = [
-        "| context x batch per lane | one lane, tokens/s | two lanes, tokens/s | speed-up (limit 2) | TBT p50, one / two, ms "
-        "| TBT p99, one / two, ms | attention worker busy, one / two |",
+        "| context x batch per lane | one lane, tokens/s | two lanes, tokens/s | speed-up (limit 2) "
+        "| TBT p50, one / two, ms | TBT p99, one / two, ms | attention worker busy, one / two |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for one, two in zip(rows[::2], rows[1::2], strict=True):

@@ -52,7 +52,6 @@ class VllmServer:
 
     def __enter__(self) -> VllmServer:
         self._make_temporary_directory()
-        self._shared_memory = _shared_memory_files()
         with self.log_file.open("w") as log:
             self.process = subprocess.Popen(
                 self._command,
@@ -78,6 +77,7 @@ class VllmServer:
 
     def stop(self, deadline: float = 60.0) -> None:
         """Stops the server as a supervisor would, and checks that nothing remains of it."""
+        mapped = {inode for pid in self.session_processes() for inode in _mapped_shared_memory(pid)}
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(deadline)
@@ -88,7 +88,7 @@ class VllmServer:
         if processes:
             self._kill()
             raise self._failure(f"the server left processes behind: {processes}")
-        files = _wait_until_empty(self._leaked_shared_memory)
+        files = _wait_until_empty(lambda: _shared_memory_files(mapped))
         if files:
             raise self._failure(f"the server left files in shared memory: {files}")
 
@@ -133,11 +133,6 @@ class VllmServer:
                 continue
         self.process.wait()
 
-    def _leaked_shared_memory(self) -> set[str]:
-        """Files that appeared in /dev/shm since the start and that no process has mapped."""
-        new = _shared_memory_files() - self._shared_memory
-        return new - _mapped_shared_memory() if new else new
-
     def _failure(self, problem: str) -> ServerFailed:
         tail = "\n".join(self.log_file.read_text(errors="replace").splitlines()[-80:])
         return ServerFailed(f"{problem}\n{tail}")
@@ -167,13 +162,18 @@ def _sessions() -> Iterator[tuple[int, int]]:
             yield int(directory.name), int(fields[3])
 
 
-def _shared_memory_files() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def _mapped_shared_memory(pid: int) -> set[int]:
+    """Inodes of the files in /dev/shm that the process has mapped.
+
+    Not their names: a semaphore is mapped under a temporary name, and other programs have files there too.
+    """
+    maps = _read(Path(f"/proc/{pid}/maps"))
+    return {int(inode) for inode in re.findall(r" (\d+) +/dev/shm/", maps)}
 
 
-def _mapped_shared_memory() -> set[str]:
-    maps = (_read(directory / "maps") for directory in Path("/proc").glob("[0-9]*"))
-    return {name for text in maps for name in re.findall(r"/dev/shm/(\S+)", text)}
+def _shared_memory_files(inodes: set[int]) -> set[str]:
+    """Names of the files in /dev/shm with these inodes."""
+    return {entry.name for entry in os.scandir("/dev/shm") if entry.inode() in inodes}
 
 
 def _read(path: Path) -> str:

@@ -37,8 +37,11 @@ def main(model: str, results: str, engines: str) -> None:
 
 
 def run(model: str, engine: dict[str, Any]) -> dict[str, Any]:
-    """What an engine generated, what it needed, and the state of the process when it is gone."""
-    llm = LLM(model, **COMMON | engine)
+    """What an engine generated, or why it did not start, and the state of the process when it is gone."""
+    try:
+        llm = LLM(model, **COMMON | engine)
+    except Exception as error:
+        return {"error": str(error)} | state()
     inputs = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)
     outputs = llm.generate(inputs, sampling, use_tqdm=False)

@@ -89,7 +89,7 @@ def session(leader: int) -> dict[int, str]:
     return found
 
 
-def wait_until_gone(leader: int, deadline: float = 15.0) -> dict[int, str]:
+def wait_until_gone(leader: int, deadline: float = 30.0) -> dict[int, str]:
     """What is left of a session at the deadline."""
     wait_for(lambda: not session(leader), deadline)
     return session(leader)

@@ -27,8 +27,10 @@ from programs import (
     with_signal,
 )
 
-# Python's shared memory and semaphores, of vLLM's queues between its processes: a killed stock vLLM leaves them too.
+# Of vLLM's queues between its processes: a killed stock vLLM leaves them too.
 VLLM_SHARED_MEMORY = re.compile(r"psm_|sem\.")
+# Sockets between vLLM's processes, and where its workers found each other: stock vLLM leaves them however it ends.
+VLLM_TEMPORARY = re.compile(r"[0-9a-f-]{36}|vllm_dist_[0-9a-f]{32}")
 
 
 @contextmanager
@@ -76,9 +78,7 @@ def test_nothing_is_left(
         left = wait_until_gone(server.pid)
         assert not left, f"{left}\n{tail(tmp_path / 'log')}"
     if signal_number == signal.SIGINT:
-        assert server.returncode in (0, -signal.SIGINT, 128 + signal.SIGINT)
-        assert list((tmp_path / "tmp").iterdir()) == []
-    else:
-        assert server.returncode != 0
+        assert server.returncode == 0
     assert wait_for(lambda: not new_shared_memory(before), 10.0), new_shared_memory(before)
-    assert [path.name for path in (tmp_path / "tmp").iterdir() if "lamina" in path.name] == []
+    left = {path.name for path in (tmp_path / "tmp").iterdir() if not VLLM_TEMPORARY.fullmatch(path.name)}
+    assert left == set()

@@ -12,11 +12,14 @@ def test_inert_unless_selected(stock: dict[str, Any]) -> None:
     assert stock["imported"] == []
 
 
-def test_stock_after_lamina_after_stock(in_turn: InTurn, stock: dict[str, Any]) -> None:
-    # Two threads, so that one that is not restored can be told from one that is.
-    before, lamina, between, again, _ = in_turn(
-        LAMINA, {}, LAMINA | {"lamina_batches": 1}, **IN_PROCESS, OMP_NUM_THREADS="2"
+def test_a_failed_start_lamina_stock_and_lamina(in_turn: InTurn, stock: dict[str, Any]) -> None:
+    too_many_blocks = LAMINA | {"num_gpu_blocks_override": 100_000}
+    # Two threads, so that a number that is not restored can be told from one that is.
+    before, failed, lamina, between, again, _ = in_turn(
+        too_many_blocks, LAMINA, {}, LAMINA | {"lamina_batches": 1}, **IN_PROCESS, OMP_NUM_THREADS="2"
     )
+    assert "more than the worker's 64 MiB" in failed.pop("error")
+    assert failed == before
     assert lamina["tokens"] == between["tokens"] == again["tokens"] == stock["tokens"]
     counts = [engine["attention_workers_meanwhile"] for engine in (lamina, between, again)]
     assert counts == [1, 0, 1]

@@ -58,6 +58,10 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
         {"executor": "lamina", "lamina_memory": "1MiB", "max_model_len": 8192},
         r"pool of 1 MiB holds \d+ tokens, but one request of --max-model-len 8192 needs .*: raise --lamina-memory",
     ),
+    "too much memory": (
+        {"executor": "lamina", "lamina_memory": "1000TiB"},
+        "lamina option 'memory': 1000 TiB is more than this host has",
+    ),
     "unreachable": (
         {"executor": "lamina", "lamina_workers": NOT_LISTENING},
         f"no attention worker answered at {NOT_LISTENING} .*; start one with `vllm-lamina worker`",

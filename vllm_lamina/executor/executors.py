@@ -21,6 +21,7 @@ from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import AUTO, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import ConfigError
+from vllm_lamina.executor.parent import end_with_parent
 from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
@@ -152,6 +153,7 @@ class LaminaExecutor(_LaminaExecutor, MultiprocExecutor):
     supports_pp = False
 
     def _init_model_workers(self, placement: Placement) -> None:
+        end_with_parent()
         if placement.model_cpus is None:
             MultiprocExecutor._init_executor(self)
             return

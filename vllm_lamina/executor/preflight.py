@@ -6,10 +6,12 @@ from typing import Any
 
 from vllm_lamina._native import ModelGeometry, kv_block_bytes
 from vllm_lamina.config import AUTO, LaminaConfig
+from vllm_lamina.errors import ConfigError
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.units import parse_bytes
+from vllm_lamina.units import format_bytes, parse_bytes
 from vllm_lamina.worker.capacity import check_holds_one_request
+from vllm_lamina.worker.host import cgroup_memory, memory_total
 
 
 def check_before_start(config: Any) -> None:
@@ -28,11 +30,22 @@ def check_before_start(config: Any) -> None:
             pool_bytes = worker.pool_bytes
     elif options.memory != AUTO:
         pool_bytes = parse_bytes(options.memory)
+        _check_this_host_has(pool_bytes)
     model = config.model_config
     # With a length of -1 vLLM fits the length to the pool.
     if pool_bytes is not None and model.original_max_model_len != -1:
         block_size = config.cache_config.block_size
         check_holds_one_request(pool_bytes, _block_bytes(config, block_size), block_size, model.max_model_len)
+
+
+def _check_this_host_has(pool_bytes: int) -> None:
+    """The system hands memory out page by page, so a pool that cannot fit would end the worker much later."""
+    limit = min([memory_total(), *(limit for limit, _ in cgroup_memory())])
+    if pool_bytes > limit:
+        raise ConfigError(
+            f"lamina option 'memory': {format_bytes(pool_bytes)} is more than this host has, or allows this process: "
+            f"{format_bytes(limit)}"
+        )
 
 
 def _block_bytes(config: Any, block_size: int) -> int:

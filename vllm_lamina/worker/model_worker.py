@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from vllm.config import set_current_vllm_config
@@ -21,7 +22,7 @@ from vllm_lamina.config import LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import DType, Geometry, WorkerStats
+from vllm_lamina.transport.messages import DType, Geometry
 from vllm_lamina.units import format_bytes
 from vllm_lamina.worker.capacity import check_holds_one_request
 from vllm_lamina.worker.lanes import Lane, Lanes
@@ -137,9 +138,9 @@ class _LaminaWorker(Worker):
             return self._lanes.sample_tokens(grammar_output)
         return super().sample_tokens(grammar_output)
 
-    def attention_worker_stats(self) -> WorkerStats:
-        """Counters of the attention worker."""
-        return self.connection.stats()
+    def attention_worker_stats(self) -> dict[str, Any]:
+        """Counters of the attention worker, by the names of `WorkerStats`; plain data, since it crosses processes."""
+        return msgspec.structs.asdict(self.connection.stats())
 
     def shutdown(self) -> None:
         """Leave the attention worker, and vLLM's registry of backends as it was."""

@@ -75,15 +75,11 @@ class Lane:
 
         return self._submit(sample)
 
-    def knows(self, request_id: str) -> bool:
-        """The runner has the request's state, and it has not ended."""
-        return request_id in self.runner.requests and request_id not in self.finished_req_ids
-
     def take_over(self, request_id: str, other: Lane) -> None:
         """Take a request that another lane has run so far; this lane must be idle, and the request not in flight."""
-        if request_id in self.finished_req_ids:  # an earlier request of the same name
-            self.finished_req_ids.discard(request_id)
-            self.runner.input_batch.remove_request(request_id)
+        # This lane's input batch may still hold what it was when it left, or an earlier request of the same name.
+        self.runner.input_batch.remove_request(request_id)
+        self.finished_req_ids.discard(request_id)
         # The state itself is shared: should the request come back, the other lane's is up to date.
         self.runner.requests[request_id] = other.runner.requests[request_id]
         if request_id in other.runner.num_prompt_logprobs:
@@ -124,17 +120,25 @@ class Lanes:
     def __init__(self, lanes: list[Lane]) -> None:
         self._lanes = lanes
         self._last = lanes[0]
+        self._lane_of: dict[str, Lane] = {}
+        """The lane that ran a request's last step."""
 
     def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Begin the step of the lane that the scheduler chose; returns at once."""
         for lane in self._lanes:
             lane.finished_req_ids |= scheduler_output.finished_req_ids
+        for request_id in scheduler_output.finished_req_ids:
+            self._lane_of.pop(request_id, None)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return EMPTY_MODEL_RUNNER_OUTPUT
         lane = self._last = self._lanes[scheduler_output.lamina_lane]
+        for request in scheduler_output.scheduled_new_reqs:
+            self._lane_of[request.req_id] = lane
         for request_id in scheduler_output.scheduled_cached_reqs.req_ids:
-            if not lane.knows(request_id):
-                lane.take_over(request_id, next(other for other in self._lanes if other.knows(request_id)))
+            other = self._lane_of[request_id]
+            if other is not lane:
+                lane.take_over(request_id, other)
+                self._lane_of[request_id] = lane
         step = dataclasses.replace(scheduler_output, finished_req_ids=lane.finished_req_ids)
         lane.finished_req_ids = set()
         lane.execute(step)

@@ -8,15 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from in_turn import IN_PROCESS, InTurn
 from models import ModelZoo
 from programs import program, run, tail
 
 Outcomes = dict[str, dict[str, Any]]
-InTurn = Callable[..., list[dict[str, Any]]]
-
-# As in tests/engines.py: vLLM compiles a function of its sampler even with enforce_eager, which takes seconds.
-IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
-LAMINA = {"executor": "lamina", "lamina_memory": "64MiB"}
 
 
 @pytest.fixture(scope="session")

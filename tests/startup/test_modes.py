@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import LAMINA, InTurn
+from in_turn import LAMINA, InTurn
 
 from vllm_lamina.compat.arguments import EXECUTOR
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from conftest import IN_PROCESS, LAMINA, InTurn
+from in_turn import IN_PROCESS, LAMINA, InTurn
 
 
 def test_inert_unless_selected(stock: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from conftest import IN_PROCESS, InTurn
+from in_turn import IN_PROCESS, InTurn
 from programs import console, running, tail, wait_for
 
 

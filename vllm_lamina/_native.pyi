@@ -90,10 +90,9 @@ class ShmEnd(Enum):
 def create_shm_memory(ring_bytes: int) -> int:
     """Make the memory of a channel, `ring_bytes` for each direction. The caller closes the descriptor."""
 
-class ShmChannel:
-    """A channel over shared memory, for tests and benchmarks; timeouts are seconds."""
+class Channel:
+    """One end of a channel; its methods are for tests and benchmarks, timeouts are seconds."""
 
-    def __init__(self, memory_fd: int, liveness_fd: int, end: ShmEnd, spin_us: int = 100) -> None: ...
     def send(self, payload: bytes, timeout: float) -> None: ...
     def receive(self, timeout: float) -> bytes: ...
     def close(self) -> None: ...
@@ -107,6 +106,90 @@ class ShmChannel:
         """Answer every frame with one of the same size, until the peer leaves."""
     def ping_pong(self, bytes: int, count: int, timeout: float) -> list[int]:
         """Send `count` frames to an echo, one after the other; return the round trips in nanoseconds."""
+
+class ShmChannel(Channel):
+    """A channel over shared memory; both descriptors stay the caller's."""
+
+    def __init__(self, memory_fd: int, liveness_fd: int, end: ShmEnd, spin_us: int = 100) -> None: ...
+
+class DelayedChannel(Channel):
+    """Delivers each layer's frame `latency_us` after it was posted: what a slower network would cost."""
+
+    def __init__(self, channel: Channel, latency_us: int) -> None: ...
+
+class UcxInfo:
+    """The UCX that this process uses."""
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> str: ...
+    @property
+    def transports(self) -> list[str]:
+        """Transports over devices that it finds here, such as "tcp/eth0" or "rc_mlx5/mlx5_0:1"."""
+    @property
+    def has_rdma(self) -> bool: ...
+
+def load_ucx(path: str) -> UcxInfo:
+    """Load the libucp at `path`, once per process; see `transport.ucx.load_ucx`. Raises ChannelError."""
+
+def interface_addresses() -> list[tuple[str, str]]:
+    """Return (network interface, numeric IP address) of the interfaces that are up."""
+
+class UcxChannel(Channel):
+    """A channel over UCX, after `load_ucx`.
+
+    Both ends are made with the same token and `ring_bytes`, exchange their addresses over a connection that
+    they trust, and `connect`; what one sends before the other connects is not lost.
+
+    Parameters
+    ----------
+    token
+        16 random bytes, one token per channel. Messages without it are dropped and counted.
+    ring_bytes
+        Capacity of the channel in each direction. Pages are taken as they are touched, or locked at once where
+        RDMA registers them.
+    spin_us
+        How long a wait polls before it sleeps; 0 where threads outnumber CPUs.
+    network_devices
+        What the channel may use, as in ``UCX_NET_DEVICES``, which takes precedence; "" for all. See
+        `transport.ucx.network_devices`.
+
+    Raises
+    ------
+    ChannelError
+        UCX cannot use the devices or register the memory.
+    """
+
+    def __init__(
+        self, token: bytes, ring_bytes: int, spin_us: int = 100, network_devices: str = ""
+    ) -> None: ...
+    @property
+    def address(self) -> bytes:
+        """What the peer's `connect` needs, some 100 to 1000 bytes."""
+    def connect(self, peer_address: bytes) -> None:
+        """Begin to connect; returns at once. The address must come from a trusted peer."""
+    def wait_connected(self, timeout: float) -> None:
+        """Wait until the peer has connected too. Raises ChannelTimeout, ChannelClosed."""
+    @property
+    def transports(self) -> list[str]:
+        """Transports over devices that the channel uses; empty before `connect`."""
+    @property
+    def has_rdma(self) -> bool: ...
+
+class UcxPingPong:
+    """Round trips over bare libucp, to measure `UcxChannel` against and to test it; after `load_ucx`."""
+
+    def __init__(self, max_bytes: int, network_devices: str = "") -> None: ...
+    @property
+    def address(self) -> bytes: ...
+    def connect(self, peer_address: bytes) -> None: ...
+    def echo(self, bytes: int, count: int, timeout: float) -> None:
+        """Answer `count` messages with ones of `bytes`."""
+    def ping_pong(self, bytes: int, count: int, timeout: float) -> list[int]:
+        """Send `count` messages to an echo, one after the other; return the round trips in nanoseconds."""
+    def send(self, header: bytes, payload: bytes, timeout: float) -> None:
+        """Send one active message."""
 
 # csrc/worker
 
@@ -145,14 +228,18 @@ class AttentionWorker:
         cpus: list[int] = ...,
         spin_us: int = 100,
     ) -> None: ...
-    def serve(self, memory_fd: int, liveness_fd: int, spin_us: int = 100) -> None:
-        """Start serving the channel; both descriptors stay the caller's."""
+    def serve(self, channel: Channel) -> None:
+        """Start serving the channel."""
     def stop(self) -> None:
-        """End the serving thread after the frame in hand, and close the channel."""
+        """End the serving thread soon, whatever frame is in hand, and close the channel."""
     @property
     def used_bytes(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def progress(self) -> int:
+        """Grows at least every 100 ms while the serving thread is well, also during one long frame and while it idles;
+        never shrinks. One that stands still for seconds is stuck. 0 before `serve`."""
     def start_trace(self) -> None:
         """Record every STEP and ATTEND frame until `take_trace`."""
     def take_trace(self) -> bytes:
@@ -165,12 +252,35 @@ class AttentionWorker:
 class AttentionWorkerError(RuntimeError):
     """The attention worker dropped a frame; the text is its reason."""
 
+class Partition:
+    """How the KV cache is divided over the attention workers."""
+
+    @staticmethod
+    def by_heads(geometry: ModelGeometry, kv_heads: list[int]) -> Partition:
+        """Worker i holds the next ``kv_heads[i]`` KV heads of all tokens, with their query heads.
+
+        Blocks have the same ids on all workers. Raises ValueError unless the numbers are positive and add up to the
+        model's KV heads.
+        """
+    @staticmethod
+    def by_blocks(geometry: ModelGeometry, num_blocks: list[int]) -> Partition:
+        """Worker i holds the next ``num_blocks[i]`` KV blocks, all heads of them; it numbers them from 0.
+
+        Raises ValueError unless the numbers are positive.
+        """
+
+WAIT_BOUNDS: tuple[float, ...]
+"""Upper bounds, in seconds, of the classes of `AttentionClient.step_waits`."""
+
+def create_turn_log() -> int:
+    """Make the memory by which the ranks of one host share their turns. The caller closes the descriptor."""
+
 class AttentionClient:
-    """The model worker's side of the data channel; see `AttentionWorkerConnection.configure`.
+    """The model worker's side of the data channels; see `AttentionWorkerConnection.channel`.
 
     Pointers are addresses (`tensor.data_ptr()`), strides are bytes from token to token, timeouts are seconds.
-    Each lane may be used by a thread of its own. All methods raise ChannelClosed if the worker is gone,
-    ChannelTimeout if it does not keep up.
+    Each lane may be used by a thread of its own. Where a worker is gone or does not keep up, `collect` raises
+    ChannelClosed or ChannelTimeout; the step cannot be completed then.
 
     Attributes
     ----------
@@ -179,11 +289,21 @@ class AttentionClient:
     """
 
     generation: int
-    def __init__(
-        self, geometry: ModelGeometry, memory_fd: int, liveness_fd: int, spin_us: int = 100
-    ) -> None: ...
+    def __init__(self, channels: list[Channel], partition: Partition) -> None:
+        """One channel for each worker of the partition, in its order."""
     def step_times(self, lane: int) -> tuple[float, float]:
-        """Seconds of the lane's last step: those spent in `collect`, and those that the attention worker spent."""
+        """Seconds of the lane's last step: those spent in `collect`, and those that the slowest attention worker of
+        each layer spent."""
+    def step_waits(self, lane: int) -> tuple[tuple[int, ...], float]:
+        """How long `collect` waited for each layer's output in the lane's last step, while it was the lane's turn.
+
+        Waits in each class (up to the bounds of `WAIT_BOUNDS`, and beyond the last), and their sum in seconds.
+        """
+    def share_turns(self, memory_fd: int, rank: int) -> None:
+        """Let the lanes of all ranks of a tensor-parallel model take the same turns, those of rank 0; before the first.
+
+        The descriptor is one of `create_turn_log`, and stays the caller's.
+        """
     def join_turn(self, lane: int) -> None:
         """Say that the lane's next step begins after all that joined before it."""
     def begin_turn(self, lane: int, timeout: float = 60.0) -> None:
@@ -200,7 +320,7 @@ class AttentionClient:
         slot_mapping: Any,
         timeout: float = 60.0,
     ) -> tuple[int, int]:
-        """Describe the lane's next step to the worker; everything is copied at once.
+        """Describe the lane's next step to the workers that have a part in it; everything is copied at once.
 
         Parameters
         ----------
@@ -219,15 +339,15 @@ class AttentionClient:
         Returns
         -------
         tuple[int, int]
-            Rows of q that `post` sends, and how many of these are prefill rows with context, which `collect`
+            Rows of q that are attended, and how many of these are prefill rows with context, which `collect`
             returns in `context_out` and `context_lse`.
 
         Raises
         ------
         ValueError
-            The numbers do not add up; the text names the request.
+            The numbers do not add up, or name a block that no worker has; the text says which.
         FrameTooLarge
-            One layer of the step does not fit the channel.
+            One layer of the step does not fit a channel.
         """
     def post(
         self,
@@ -241,7 +361,7 @@ class AttentionClient:
         v_stride: int,
         timeout: float = 60.0,
     ) -> None:
-        """Send one layer's q rows and all k, v; they may be overwritten when this returns.
+        """Send each worker its part of one layer's q rows and k, v; they may be overwritten when this returns.
 
         q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; the rows of prefill chunks
         without context are not read from q.
@@ -258,6 +378,10 @@ class AttentionClient:
     ) -> None:
         """Wait for one layer's output; returns at once if the step has no q rows.
 
+        A worker that was lost since the step was opened shows here and only here, as ChannelClosed.
+
+        Rows that several workers attended, each over its own tokens, are merged by LSE in float32.
+
         Parameters
         ----------
         layer
@@ -272,7 +396,7 @@ class AttentionClient:
         Raises
         ------
         AttentionWorkerError
-            The worker dropped a frame of this generation.
+            A worker dropped a frame of this generation.
         """
     def attend(
         self,
@@ -291,9 +415,20 @@ class AttentionClient:
         timeout: float = 60.0,
     ) -> None:
         """`post` and `collect` in one call: the fast path of a decode step."""
+    def fail_step(self, lane: int, why: str) -> None:
+        """Let what is left of the lane's step send nothing and wait for no worker; each `collect` still takes its turn,
+        and raises ChannelClosed."""
+    @property
+    def failed_workers(self) -> list[int]:
+        """Workers that are gone, or that did not take a frame or answer in time: places in the partition."""
+    def replace_channel(self, worker: int, channel: Channel) -> None:
+        """Give a worker's part to whoever serves ``channel``. No lane may be in a step."""
     def zero_blocks(self, block_ids: Any, timeout: float = 60.0) -> None:
         """Zero blocks in all layers. block_ids: [n], int32."""
     def close(self) -> None:
-        """Leave the worker; every wait ends with ChannelClosed."""
+        """Leave the workers; every wait ends with ChannelClosed."""
     def copy_blocks(self, pairs: Any, timeout: float = 60.0) -> None:
-        """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination)."""
+        """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination).
+
+        Raises ValueError for a pair on two workers: KV blocks do not travel between workers.
+        """

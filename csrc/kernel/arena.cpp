@@ -6,10 +6,22 @@
 #include <cstdint>
 #include <new>
 
+#if defined(__SANITIZE_ADDRESS__)
+#define LAMINA_ADDRESS_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define LAMINA_ADDRESS_SANITIZER
+#endif
+#endif
+#ifdef LAMINA_ADDRESS_SANITIZER
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace lamina {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kGuard = 4096;  // at least, before and behind the memory: nobody may touch it
 
 size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
 
@@ -18,23 +30,30 @@ size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHu
 Arena::Arena(size_t bytes) : data_(nullptr), size_(round_up(bytes)) {
   if (size_ < bytes) throw std::bad_alloc();  // rounding up wrapped around
   if (size_ == 0) return;
-  // mmap aligns to 4 KiB only: take one huge page more and give the ends back.
-  const size_t mapped = size_ + kHugePage;
-  void* base =
-      mmap(nullptr, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (base == MAP_FAILED) throw std::bad_alloc();
-  const auto start = reinterpret_cast<uintptr_t>(base);
-  const uintptr_t aligned = (start + kHugePage - 1) / kHugePage * kHugePage;
-  if (aligned > start) munmap(base, aligned - start);
-  const uintptr_t end = aligned + size_;
-  if (start + mapped > end) munmap(reinterpret_cast<void*>(end), start + mapped - end);
-  data_ = reinterpret_cast<std::byte*>(aligned);
+  // mmap aligns to 4 KiB only: take more, and leave the ends without access.
+  mapped_ = size_ + kHugePage + 2 * kGuard;
+  if (mapped_ < size_) throw std::bad_alloc();
+  base_ = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base_ == MAP_FAILED) throw std::bad_alloc();
+  const auto start = reinterpret_cast<uintptr_t>(base_);
+  data_ = reinterpret_cast<std::byte*>((start + kGuard + kHugePage - 1) / kHugePage * kHugePage);
+  if (mprotect(data_, size_, PROT_READ | PROT_WRITE) != 0) {
+    munmap(base_, mapped_);
+    throw std::bad_alloc();
+  }
   // Only advice: a kernel without transparent huge pages serves 4 KiB pages, slower but correct.
   madvise(data_, size_, MADV_HUGEPAGE);
+#ifdef LAMINA_ADDRESS_SANITIZER
+  __asan_poison_memory_region(data_ + bytes, size_ - bytes);
+#endif
 }
 
 Arena::~Arena() {
-  if (data_ != nullptr) munmap(data_, size_);
+  if (data_ == nullptr) return;
+#ifdef LAMINA_ADDRESS_SANITIZER
+  __asan_unpoison_memory_region(data_, size_);
+#endif
+  munmap(base_, mapped_);
 }
 
 void Arena::clear() {

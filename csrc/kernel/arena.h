@@ -8,6 +8,7 @@ namespace lamina {
 class Arena {
  public:
   // Maps `bytes` (rounded up to 2 MiB), 2 MiB aligned, with MADV_HUGEPAGE; pages are zero and taken at first touch.
+  // Who writes just before or behind it is stopped by the system.
   // Throws std::bad_alloc where the system refuses.
   explicit Arena(size_t bytes);
   ~Arena();
@@ -22,6 +23,8 @@ class Arena {
  private:
   std::byte* data_;
   size_t size_;
+  void* base_ = nullptr;  // with the guards at both ends
+  size_t mapped_ = 0;
 };
 
 }  // namespace lamina

@@ -29,7 +29,8 @@ void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendReques
                            int32_t num_requests, int num_threads, int32_t max_rows, int32_t row_granule) {
   const int32_t group = geometry.num_heads / geometry.num_kv_heads;
   const auto blocks_of = [&](const AttendRequest& request) {
-    return (request.kv_len + geometry.block_size - 1) / geometry.block_size;
+    // In 64 bits: a length may be close to the largest 32-bit one.
+    return static_cast<int32_t>((int64_t{request.kv_len} + geometry.block_size - 1) / geometry.block_size);
   };
   int64_t all_blocks = 0;
   for (int32_t r = 0; r < num_requests; ++r) all_blocks += blocks_of(requests[r]);

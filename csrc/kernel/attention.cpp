@@ -27,6 +27,11 @@ void check(const AttentionGeometry& g) {
   if (g.block_size < 32 || g.block_size % 32 != 0)
     refuse("block_size = " + std::to_string(g.block_size) +
            " must be a multiple of 32: set vLLM's --block-size to 32, 64 or 128");
+  // Far beyond any model's; no size of a block or a row can overflow then.
+  if (g.num_heads > kMaxHeads)
+    refuse("num_heads = " + std::to_string(g.num_heads) + " is more than " + std::to_string(kMaxHeads));
+  if (g.block_size > kMaxBlockSize)
+    refuse("block_size = " + std::to_string(g.block_size) + " is more than " + std::to_string(kMaxBlockSize));
 }
 
 std::string names(const std::vector<Isa>& isas) {

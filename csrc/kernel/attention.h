@@ -20,13 +20,16 @@ enum class Isa : uint8_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 constexpr size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
+inline constexpr int32_t kMaxHeads = 1 << 14;
+inline constexpr int32_t kMaxBlockSize = 1 << 14;
+
 // Shape of one layer's attention. KV is kept in `dtype`, the dtype of q, k, v and the output.
 struct AttentionGeometry {
   DType dtype;
-  int32_t num_heads;     // query heads, a multiple of num_kv_heads
+  int32_t num_heads;     // query heads, a multiple of num_kv_heads, at most kMaxHeads
   int32_t num_kv_heads;
   int32_t head_size;     // 32..256, a multiple of 16
-  int32_t block_size;    // tokens per KV block, a multiple of 32
+  int32_t block_size;    // tokens per KV block, a multiple of 32, at most kMaxBlockSize
 };
 
 // One request's part of an attend call. All query tokens of the request attend the same `kv_len` tokens (no mask but
@@ -54,7 +57,8 @@ class AttentionKernel {
                       ThreadPool& threads) const = 0;
 
   // Softmax attention. q, out: [num_query_tokens, num_heads, head_size] in dtype, contiguous; lse, if not null:
-  // [num_query_tokens, num_heads] float32, natural logarithm of the softmax denominator including `scale`.
+  // [num_query_tokens, num_heads] float32, natural logarithm of the softmax denominator including `scale`. Returns early,
+  // with out and lse incomplete, once `threads` is cancelled.
   virtual void attend(const std::byte* layer, const void* q, const AttendRequest* requests, int32_t num_requests,
                       float scale, void* out, float* lse, ThreadPool& threads) const = 0;
 

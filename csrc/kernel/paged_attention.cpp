@@ -125,7 +125,8 @@ class Attend {
         out_(static_cast<std::byte*>(out)),
         lse_(lse) {}
 
-  void run(const AttendPlan& plan, int32_t piece, ThreadScratch& thread, Partials& partials) const {
+  void run(const AttendPlan& plan, int32_t piece, ThreadScratch& thread, Partials& partials,
+           ThreadPool& threads, int thread_index) const {
     plan.slices(piece, thread.slices);
     const auto& slices = thread.slices;
     int next_partial = 0;
@@ -152,8 +153,11 @@ class Attend {
                             tokens);
         }
         block = next_block;
+        threads.advance(thread_index);
+        if (threads.cancelled()) break;
       }
       ops_.end();
+      if (threads.cancelled()) return;
       if (whole) write(item, acc);
     }
   }
@@ -312,6 +316,7 @@ void PagedAttention::append(std::byte* layer, const void* k, const void* v, cons
                      values + t * token_bytes + head * head_bytes, token_bytes);
       }
       t += count;
+      threads.advance(thread);
     }
   });
 }
@@ -332,7 +337,7 @@ void PagedAttention::attend(const std::byte* layer, const void* q, const AttendR
   threads.run([&](int thread) {
     int32_t piece;
     while ((piece = next_piece.fetch_add(1, std::memory_order_relaxed)) < plan.num_pieces())
-      attend.run(plan, piece, shared.threads[thread], shared.pieces[piece]);
+      attend.run(plan, piece, shared.threads[thread], shared.pieces[piece], threads, thread);
   });
   attend.merge(plan, shared.pieces);
 }

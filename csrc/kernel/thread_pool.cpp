@@ -80,6 +80,7 @@ ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us)
   if (!cpus.empty() && cpus.size() != static_cast<size_t>(num_threads))
     throw std::invalid_argument("name one CPU per thread or none: " + std::to_string(cpus.size()) +
                                 " CPUs for " + std::to_string(num_threads) + " threads");
+  progress_ = std::make_unique<Progress[]>(num_threads);
   state_->spin = std::chrono::microseconds(spin_us);
   state_->cpus = std::move(cpus);
   State* const state = state_.get();
@@ -97,6 +98,12 @@ ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us)
 ThreadPool::~ThreadPool() { state_->shut_down(); }
 
 int ThreadPool::size() const { return static_cast<int>(state_->threads.size()) + 1; }
+
+uint64_t ThreadPool::progress() const {
+  uint64_t sum = 0;
+  for (int i = 0; i < size(); ++i) sum += progress_[i].count.load(std::memory_order_relaxed);
+  return sum;
+}
 
 void ThreadPool::pin_caller() const {
   if (!state_->cpus.empty()) pin(pthread_self(), state_->cpus[0]);

@@ -1,11 +1,18 @@
 // Python bindings of csrc/transport.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <cstring>
 
+#include "transport/delayed_channel.h"
 #include "transport/ping_pong.h"
 #include "transport/shm_channel.h"
+#include "transport/ucx_channel.h"
+#include "transport/ucx_library.h"
+#include "transport/ucx_ping_pong.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -13,7 +20,7 @@ using namespace nb::literals;
 namespace lamina {
 namespace {
 
-void send_bytes(ShmChannel& channel, nb::bytes payload, double timeout) {
+void send_bytes(Channel& channel, nb::bytes payload, double timeout) {
   const char* data = payload.c_str();
   const size_t size = payload.size();
   nb::gil_scoped_release released;
@@ -22,7 +29,7 @@ void send_bytes(ShmChannel& channel, nb::bytes payload, double timeout) {
   channel.post();
 }
 
-nb::bytes receive_bytes(ShmChannel& channel, double timeout) {
+nb::bytes receive_bytes(Channel& channel, double timeout) {
   std::span<const std::byte> frame;
   {
     nb::gil_scoped_release released;
@@ -31,6 +38,23 @@ nb::bytes receive_bytes(ShmChannel& channel, double timeout) {
   nb::bytes payload(frame.data(), frame.size());
   channel.release();
   return payload;
+}
+
+std::span<const std::byte> span_of(const nb::bytes& bytes) {
+  return {reinterpret_cast<const std::byte*>(bytes.c_str()), bytes.size()};
+}
+
+nb::bytes bytes_of(const std::vector<std::byte>& bytes) { return nb::bytes(bytes.data(), bytes.size()); }
+
+struct UcxInfo {
+  std::string path;
+  std::string version;
+  std::vector<std::string> transports;
+};
+
+UcxInfo load_ucx(const std::string& path) {
+  const UcxLibrary& library = UcxLibrary::load(path);
+  return {library.path, library.version, UcxWorker(library, {}).transports()};
 }
 
 }  // namespace
@@ -43,23 +67,81 @@ void bind_transport(nb::module_& m) {
 
   nb::enum_<ShmEnd>(m, "ShmEnd").value("CLIENT", ShmEnd::kClient).value("WORKER", ShmEnd::kWorker);
   m.def("create_shm_memory", &create_shm_memory, "ring_bytes"_a);
-  nb::class_<ShmChannel>(m, "ShmChannel")
-      .def(nb::init<int, int, ShmEnd, int>(), "memory_fd"_a, "liveness_fd"_a, "end"_a, "spin_us"_a = 100)
+  nb::class_<Channel>(m, "Channel")
       .def("send", &send_bytes, "payload"_a, "timeout"_a)
       .def("receive", &receive_bytes, "timeout"_a)
-      .def("close", &ShmChannel::close)
-      .def_prop_ro("peer_closed", &ShmChannel::peer_closed)
-      .def_prop_ro("max_frame_bytes", &ShmChannel::max_frame_bytes)
-      .def_prop_ro("num_bad_descriptors", &ShmChannel::num_bad_descriptors)
+      .def("close", &Channel::close, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("peer_closed", &Channel::peer_closed)
+      .def_prop_ro("max_frame_bytes", &Channel::max_frame_bytes)
+      .def_prop_ro("num_bad_descriptors", &Channel::num_bad_descriptors)
       .def(
-          "echo_until_closed", [](ShmChannel& channel) { echo_until_closed(channel); },
+          "echo_until_closed", [](Channel& channel) { echo_until_closed(channel); },
           nb::call_guard<nb::gil_scoped_release>())
       .def(
           "ping_pong",
-          [](ShmChannel& channel, size_t bytes, int count, double timeout) {
+          [](Channel& channel, size_t bytes, int count, double timeout) {
             return ping_pong(channel, bytes, count, deadline_after(timeout));
           },
           "bytes"_a, "count"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>());
+  nb::class_<ShmChannel, Channel>(m, "ShmChannel")
+      .def(nb::init<int, int, ShmEnd, int>(), "memory_fd"_a, "liveness_fd"_a, "end"_a, "spin_us"_a = 100);
+  nb::class_<DelayedChannel, Channel>(m, "DelayedChannel")
+      .def(
+          "__init__",
+          [](DelayedChannel* self, std::shared_ptr<Channel> channel, int64_t latency_us) {
+            new (self) DelayedChannel(std::move(channel), std::chrono::microseconds(latency_us));
+          },
+          "channel"_a, "latency_us"_a);
+
+  nb::class_<UcxInfo>(m, "UcxInfo")
+      .def_ro("path", &UcxInfo::path)
+      .def_ro("version", &UcxInfo::version)
+      .def_ro("transports", &UcxInfo::transports)
+      .def_prop_ro("has_rdma", [](const UcxInfo& info) { return has_rdma(info.transports); });
+  m.def("load_ucx", &load_ucx, "path"_a, nb::call_guard<nb::gil_scoped_release>());
+  m.def("interface_addresses", &interface_addresses);
+  nb::class_<UcxChannel, Channel>(m, "UcxChannel")
+      .def(
+          "__init__",
+          [](UcxChannel* self, nb::bytes token, size_t ring_bytes, int spin_us,
+             const std::string& network_devices) {
+            const auto bytes = span_of(token);
+            nb::gil_scoped_release released;
+            new (self) UcxChannel(bytes, ring_bytes, spin_us, network_devices);
+          },
+          "token"_a, "ring_bytes"_a, "spin_us"_a = 100, "network_devices"_a = "")
+      .def_prop_ro("address", [](const UcxChannel& channel) { return bytes_of(channel.address()); })
+      .def("connect", [](UcxChannel& channel, nb::bytes address) { channel.connect(span_of(address)); },
+           "peer_address"_a)
+      .def(
+          "wait_connected",
+          [](UcxChannel& channel, double timeout) { channel.wait_connected(deadline_after(timeout)); },
+          "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def_prop_ro("transports", &UcxChannel::transports)
+      .def_prop_ro("has_rdma", [](const UcxChannel& channel) { return has_rdma(channel.transports()); });
+  nb::class_<UcxPingPong>(m, "UcxPingPong")
+      .def(nb::init<size_t, const std::string&>(), "max_bytes"_a, "network_devices"_a = "")
+      .def_prop_ro("address", [](const UcxPingPong& end) { return bytes_of(end.address()); })
+      .def("connect", [](UcxPingPong& end, nb::bytes address) { end.connect(span_of(address)); },
+           "peer_address"_a)
+      .def(
+          "echo",
+          [](UcxPingPong& end, size_t bytes, int count, double timeout) {
+            end.echo(bytes, count, deadline_after(timeout));
+          },
+          "bytes"_a, "count"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "ping_pong",
+          [](UcxPingPong& end, size_t bytes, int count, double timeout) {
+            return end.ping_pong(bytes, count, deadline_after(timeout));
+          },
+          "bytes"_a, "count"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
+      .def(
+          "send",
+          [](UcxPingPong& end, nb::bytes header, nb::bytes payload, double timeout) {
+            end.send(span_of(header), span_of(payload), deadline_after(timeout));
+          },
+          "header"_a, "payload"_a, "timeout"_a);
 }
 
 }  // namespace lamina

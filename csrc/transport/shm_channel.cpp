@@ -2,12 +2,14 @@
 
 #include <fcntl.h>
 #include <linux/futex.h>
+#include <linux/magic.h>
 #include <poll.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,9 +19,7 @@
 #include <system_error>
 #include <utility>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+#include "transport/cpu_pause.h"
 
 namespace lamina {
 namespace {
@@ -48,16 +48,6 @@ struct alignas(64) Slot {
   std::atomic<uint64_t> offset;
   std::atomic<uint64_t> bytes;
 };
-
-inline void cpu_pause() {
-#if defined(__x86_64__)
-  _mm_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
-size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
 
 std::system_error system_error(const char* what) {
   return std::system_error(errno, std::generic_category(), what);
@@ -115,8 +105,11 @@ ShmChannel::ShmChannel(int memory_fd, int liveness_fd, ShmEnd end, int spin_us) 
   static_assert(sizeof(Header) + 2 * sizeof(Ring) <= kControlBytes);
   Header header{};
   struct stat status{};
+  struct statfs file_system{};
   const int seals = fcntl(memory_fd, F_GET_SEALS);
-  if (fstat(memory_fd, &status) != 0 || seals < 0 || (seals & F_SEAL_SHRINK) == 0 ||
+  // Memory on huge pages of its own kind would be refused at its first use, by SIGBUS, where none are left.
+  if (fstat(memory_fd, &status) != 0 || fstatfs(memory_fd, &file_system) != 0 ||
+      file_system.f_type != TMPFS_MAGIC || seals < 0 || (seals & F_SEAL_SHRINK) == 0 ||
       pread(memory_fd, &header, sizeof header, 0) != static_cast<ssize_t>(sizeof header) ||
       header.magic != kMagic) {
     throw ChannelError("the descriptor does not hold the memory of a channel of this version");
@@ -127,6 +120,7 @@ ShmChannel::ShmChannel(int memory_fd, int liveness_fd, ShmEnd end, int spin_us) 
     throw ChannelError("the channel's memory has not the size that its header claims");
   }
   ring_bytes_ = header.ring_bytes;
+  space_ = RingSpace(ring_bytes_);
   map_bytes_ = file_bytes;
   liveness_fd_ = fcntl(liveness_fd, F_DUPFD_CLOEXEC, 0);
   if (liveness_fd_ < 0) throw system_error("cannot duplicate the channel's liveness descriptor");
@@ -201,30 +195,7 @@ void ShmChannel::reclaim() {
   if (consumed < reclaimed_ || consumed > posted_) {
     throw ChannelClosed("the peer claims to have received frames that were never sent");
   }
-  for (; reclaimed_ < consumed; ++reclaimed_) in_flight_.pop_front();
-}
-
-// Finds contiguous room. Frames are freed in the order they were sent, so the room is one gap or, while no
-// frame lies before the oldest one, two. An empty ring starts over at offset 0: frames that travel one at a
-// time then use the same, cache-hot memory.
-bool ShmChannel::place(size_t bytes, Extent& extent) const {
-  if (in_flight_.size() == kSlots) return false;
-  if (in_flight_.empty()) {
-    extent = {0, bytes};
-    return true;
-  }
-  const size_t oldest = in_flight_.front().offset;
-  const size_t next = in_flight_.back().offset + in_flight_.back().bytes;
-  if (in_flight_.back().offset < oldest) {
-    extent = {next, bytes};
-    return next + bytes <= oldest;
-  }
-  if (next + bytes <= ring_bytes_) {
-    extent = {next, bytes};
-    return true;
-  }
-  extent = {0, bytes};
-  return bytes <= oldest;
+  for (; reclaimed_ < consumed; ++reclaimed_) space_.free_oldest();
 }
 
 std::span<std::byte> ShmChannel::reserve(size_t bytes, Deadline deadline) {
@@ -237,7 +208,8 @@ std::span<std::byte> ShmChannel::reserve(size_t bytes, Deadline deadline) {
   const size_t padded = round_up(bytes, kFrameAlignment);
   wait(send_ring_->sender_waiting, deadline, [&] {
     reclaim();
-    return place(padded, reserved_);
+    if (space_.num_frames() == kSlots) return false;
+    return space_.place(padded, reserved_);
   });
   reserved_bytes_ = bytes;
   return {send_data_ + reserved_.offset, bytes};
@@ -248,7 +220,7 @@ void ShmChannel::post() {
   Slot& slot = send_ring_->slots[posted_ % kSlots];
   slot.offset.store(reserved_.offset, std::memory_order_relaxed);
   slot.bytes.store(std::exchange(reserved_bytes_, 0), std::memory_order_relaxed);
-  in_flight_.push_back(reserved_);
+  space_.take(reserved_);
   // Publishes the frame and its place: whoever reads this value with acquire sees both.
   slot.sequence.store(++posted_, std::memory_order_release);
   wake(send_ring_->receiver_waiting);

@@ -4,10 +4,10 @@
 
 #include <atomic>
 #include <cstdint>
-#include <deque>
 #include <memory>
 
 #include "transport/channel.h"
+#include "transport/ring_space.h"
 
 namespace lamina {
 
@@ -43,13 +43,8 @@ class ShmChannel final : public Channel {
 
  private:
   struct Ring;
-  struct Extent {
-    size_t offset;
-    size_t bytes;  // a multiple of kFrameAlignment
-  };
 
   void reclaim();
-  bool place(size_t bytes, Extent& extent) const;
   template <typename Ready>
   void wait(std::atomic<uint32_t>& waiting, Deadline deadline, Ready ready) const;
 
@@ -62,10 +57,10 @@ class ShmChannel final : public Channel {
   // Sending: what is in flight is remembered here, not read back from memory the peer can write.
   Ring* send_ring_ = nullptr;
   std::byte* send_data_ = nullptr;
-  std::deque<Extent> in_flight_;
+  RingSpace space_;
   uint64_t posted_ = 0;
   uint64_t reclaimed_ = 0;
-  Extent reserved_{};
+  RingExtent reserved_{};
   size_t reserved_bytes_ = 0;  // as asked for; 0 without a reservation
 
   // Receiving.

@@ -1,17 +1,18 @@
 // Frames between a model worker and an attention worker: a fixed header, then a payload by type; little
 // endian.
 //
-// STEP         StepCounts; query_len int32 [R]; context_len int32 [R]; block ids int32 [B], request after
-//              request; padding to 8; slot_mapping int64 [T]. Requests that decode come first. Opens the
-//              lane's next step.
+// STEP         StepCounts; query_len int32 [R]; kv_len int32 [R]; block ids int32 [B], request after request;
+//              padding to 8; slot_mapping int64 [T]. Opens the lane's next step: R requests attend, each
+//              query_len rows over the kv_len tokens in its blocks, and T tokens are appended before.
 // ATTEND       One layer of the lane's step: q [rows, heads, head size], k and v [T, KV heads, head size],
-//              each at a multiple of 64 bytes. Rows of q: the decode tokens, then the tokens of prefill
-//              chunks with context.
+//              each at a multiple of 64 bytes. Rows of q, request after request.
 // OUTPUT       Answers an ATTEND that has q rows, and echoes its header: out [rows, heads, head size], then
-//              at a multiple of 64 bytes LSE float32 [prefill rows, heads].
+//              at a multiple of 64 bytes LSE float32 [rows after the first num_rows_without_lse, heads].
 // ZERO_BLOCKS  Block ids int32 [n], to be zeroed in all layers.
 // COPY_BLOCKS  Pairs (source, destination) int32 [n, 2], to be copied in all layers, in order.
 // ERROR        Text, UTF-8: why a frame of this lane was dropped.
+//
+// Heads and block ids are the worker's own: where there are several workers, each holds a part of the KV cache.
 #pragma once
 
 #include <bit>
@@ -26,7 +27,7 @@ namespace lamina {
 static_assert(std::endian::native == std::endian::little, "frames are little endian");
 
 inline constexpr uint32_t kFrameMagic = 0x414e4d4c;  // "LMNA"
-inline constexpr uint16_t kWireVersion = 1;
+inline constexpr uint16_t kWireVersion = 2;
 inline constexpr uint32_t kMaxLanes = 8;
 
 enum class FrameType : uint16_t {
@@ -57,7 +58,7 @@ static_assert(sizeof(FrameHeader) == 64);
 
 struct StepCounts {
   uint32_t num_requests;
-  uint32_t num_decodes;
+  uint32_t num_rows_without_lse;
   uint32_t num_tokens;
   uint32_t num_block_ids;
 };

@@ -2,57 +2,63 @@
 
 #include <algorithm>
 #include <cstring>
+#include <functional>
+#include <string>
 #include <utility>
 
 namespace lamina {
 namespace {
 
 // Copies rows into contiguous memory; one memcpy where they are contiguous already.
-std::byte* pack(std::byte* to, ConstRows from, size_t first, size_t count, size_t row_bytes) {
-  const std::byte* row = from.data + static_cast<int64_t>(first) * from.stride;
+std::byte* pack(std::byte* to, ConstRows from, RowRange rows, size_t row_bytes) {
+  const std::byte* row = from.data + static_cast<int64_t>(rows.first) * from.stride;
   if (from.stride == static_cast<int64_t>(row_bytes)) {
-    std::memcpy(to, row, count * row_bytes);
-    return to + count * row_bytes;
+    std::memcpy(to, row, rows.count * row_bytes);
+    return to + rows.count * row_bytes;
   }
-  for (size_t i = 0; i < count; ++i, row += from.stride, to += row_bytes) std::memcpy(to, row, row_bytes);
+  for (size_t i = 0; i < rows.count; ++i, row += from.stride, to += row_bytes) std::memcpy(to, row, row_bytes);
   return to;
 }
 
-void unpack(Rows to, const std::byte* from, size_t count, size_t row_bytes) {
+void unpack(Rows to, RowRange rows, const std::byte* from, size_t row_bytes) {
+  std::byte* row = to.data + static_cast<int64_t>(rows.first) * to.stride;
   if (to.stride == static_cast<int64_t>(row_bytes)) {
-    std::memcpy(to.data, from, count * row_bytes);
+    std::memcpy(row, from, rows.count * row_bytes);
     return;
   }
-  for (size_t i = 0; i < count; ++i, from += row_bytes) {
-    std::memcpy(to.data + static_cast<int64_t>(i) * to.stride, from, row_bytes);
-  }
+  for (size_t i = 0; i < rows.count; ++i, row += to.stride, from += row_bytes) std::memcpy(row, from, row_bytes);
 }
+
+ConstRows columns(ConstRows rows, size_t offset) { return {rows.data + offset, rows.stride}; }
+Rows columns(Rows rows, size_t offset) { return {rows.data + offset, rows.stride}; }
 
 uint64_t nanoseconds(Clock::time_point time) {
   return static_cast<uint64_t>(
       std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count());
 }
 
+AttendLayout attend_layout(const WorkerStep& part, const ModelGeometry& geometry) {
+  return {part.num_rows * geometry.q_row_bytes(), part.num_tokens() * geometry.kv_row_bytes()};
+}
+
 }  // namespace
 
-AttentionClient::AttentionClient(std::unique_ptr<Channel> channel, ModelGeometry geometry)
-    : channel_(std::move(channel)), geometry_(std::move(geometry)) {}
+AttentionClient::AttentionClient(const std::vector<std::shared_ptr<Channel>>& channels, Partition partition)
+    : partition_(std::move(partition)) {
+  if (channels.size() != partition_.num_workers()) {
+    throw std::invalid_argument(std::to_string(channels.size()) + " channels for a partition over " +
+                                std::to_string(partition_.num_workers()) + " attention workers");
+  }
+  for (const auto& channel : channels) links_.push_back(std::make_unique<WorkerLink>(channel));
+  lanes_.reserve(kMaxLanes);
+  while (lanes_.size() < kMaxLanes) lanes_.emplace_back(partition_.geometry().attention);
+}
 
 AttentionClient::Lane& AttentionClient::lane_at(uint32_t lane) {
   if (lane >= kMaxLanes) {
     throw std::invalid_argument("lane " + std::to_string(lane) + " of at most " + std::to_string(kMaxLanes));
   }
   return lanes_[lane];
-}
-
-void AttentionClient::set_generation(uint64_t generation) {
-  const std::lock_guard lock(mutex_);
-  generation_ = generation;
-}
-
-uint64_t AttentionClient::generation() const {
-  const std::lock_guard lock(mutex_);
-  return generation_;
 }
 
 AttentionClient::StepTimes AttentionClient::step_times(uint32_t lane) { return lane_at(lane).times; }
@@ -79,100 +85,94 @@ void AttentionClient::end_turn(uint32_t lane_id) {
 AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const StepView& view,
                                                       Deadline deadline) {
   Lane& lane = lane_at(lane_id);
-  const int32_t block_size = geometry_.attention.block_size;
-  const size_t num_block_ids = view.validate(block_size);
-
+  partition_.split(view, lane.next);
   FrameHeader header;
-  {
-    const std::lock_guard lock(mutex_);
-    ++lane.step;
-    lane.times = {};
-    header.began_ns = nanoseconds(lane.computing_since);
-    header.posted_ns = nanoseconds(lane.turn_ended);
-    lane.computing_since = lane.takes_turns ? lane.turn_began : Clock::now();
-    lane.generation = generation_;
-    lane.posted_layers.clear();
-    // Outputs of the old step are stale; an error is not, for the KV it tells of is still missing.
-    std::erase_if(lane.inbox, [&](const Reply& reply) { return !is_current(reply.header); });
-    lane.num_tokens = view.slot_mapping.size();
-    lane.num_decodes = static_cast<size_t>(view.num_decodes);
-    lane.num_q_rows = lane.num_decodes;
-    lane.q_tokens.assign(1, {0, lane.num_decodes});
-    size_t token = lane.num_decodes;
-    for (size_t i = lane.num_decodes; i < view.query_lens.size(); ++i) {
-      const auto count = static_cast<size_t>(view.query_lens[i]);
-      if (view.context_lens[i] > 0) {
-        lane.q_tokens.push_back({token, count});
-        lane.num_q_rows += count;
-      }
-      token += count;
-    }
-    header.step = lane.step;
-    header.generation = lane.generation;
-  }
-  const AttendLayout attend(lane.num_q_rows * geometry_.q_row_bytes(),
-                            lane.num_tokens * geometry_.kv_row_bytes());
-  if (sizeof(FrameHeader) + attend.bytes > channel_->max_frame_bytes()) {
-    throw FrameTooLarge("one layer of a step of " + std::to_string(lane.num_tokens) + " tokens takes " +
-                        std::to_string(attend.bytes) + " bytes, the channel's ring holds " +
-                        std::to_string(channel_->max_frame_bytes()) +
-                        "; raise ring_bytes or lower max_num_batched_tokens");
-  }
   header.type = FrameType::kStep;
   header.lane = lane_id;
-  header.payload_bytes = view.payload_bytes(num_block_ids);
-  // A step without q rows waits for nothing, and would not notice otherwise.
-  if (channel_->peer_closed()) throw ChannelClosed("the attention worker is gone");
-  const std::lock_guard lock(send_mutex_);
-  const auto frame = channel_->reserve(sizeof header + header.payload_bytes, deadline);
-  view.write(write_header(frame, header), num_block_ids, block_size);
-  channel_->post();
-  return {lane.num_q_rows, lane.num_context_rows()};
+  header.step = ++lane.step;
+  header.generation = lane.generation = generation_;
+  header.began_ns = nanoseconds(lane.computing_since);
+  header.posted_ns = nanoseconds(lane.turn_ended);
+  std::swap(lane.split, lane.next);
+  lane.merge.resize(lane.split.num_merge_rows);
+  lane.times = {};
+  lane.computing_since = lane.takes_turns ? lane.turn_began : Clock::now();
+  lane.posted_layers.clear();
+  lane.num_replies = 0;
+  lane.slowest = {};
+  lane.failure.reset();
+  for (size_t w = 0; w < links_.size(); ++w) {
+    links_[w]->open_step(lane_id, lane.generation, lane.step);
+    const Channel& channel = links_[w]->channel();
+    const WorkerStep& part = lane.split.part(w);
+    const size_t bytes = attend_layout(part, partition_.heads(w).geometry).bytes;
+    if (sizeof(FrameHeader) + bytes > channel.max_frame_bytes()) {
+      throw FrameTooLarge("one layer of a step of " + std::to_string(view.slot_mapping.size()) +
+                          " tokens takes " + std::to_string(bytes) + " bytes, the channel's ring holds " +
+                          std::to_string(channel.max_frame_bytes()) +
+                          "; raise ring_bytes or lower max_num_batched_tokens");
+    }
+    // A step that waits for nothing of this worker would not notice otherwise.
+    if (part.takes_part() && channel.peer_closed()) lane.failure = "the attention worker is gone";
+  }
+  try_send(lane, [&] {
+    for (size_t w = 0; w < links_.size(); ++w) {
+      const WorkerStep& part = lane.split.part(w);
+      if (!part.takes_part()) continue;
+      header.payload_bytes = part.payload_bytes();
+      links_[w]->send(header, deadline, [&](std::byte* payload) { part.write(payload); });
+    }
+  });
+  return {lane.split.num_q_rows, lane.split.num_context_rows};
+}
+
+template <class Send>
+void AttentionClient::try_send(Lane& lane, Send&& send) {
+  if (lane.failure) return;
+  try {
+    send();
+  } catch (const ChannelClosed& error) {
+    lane.failure = error.what();
+  } catch (const ChannelTimeout& error) {
+    lane.failure = error.what();
+  }
 }
 
 void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstRows k, ConstRows v,
                            Deadline deadline) {
   Lane& lane = lane_at(lane_id);
-  if (layer >= geometry_.scales.size()) {
+  if (layer >= partition_.geometry().scales.size()) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " does not exist");
   }
-  const size_t q_row = geometry_.q_row_bytes();
-  const size_t kv_row = geometry_.kv_row_bytes();
-  const AttendLayout layout(lane.num_q_rows * q_row, lane.num_tokens * kv_row);
   FrameHeader header;
   header.type = FrameType::kAttend;
   header.generation = lane.generation;
   header.step = lane.step;
-  header.payload_bytes = layout.bytes;
   header.lane = lane_id;
   header.layer = layer;
   header.began_ns = nanoseconds(lane.computing_since);
-  {
-    const std::lock_guard lock(send_mutex_);
-    const auto frame = channel_->reserve(sizeof header + layout.bytes, deadline);
-    std::byte* payload = frame.data() + sizeof header;
-    std::byte* to = payload;
-    for (const auto& range : lane.q_tokens) to = pack(to, q, range.first, range.count, q_row);
-    pack(payload + layout.k, k, 0, lane.num_tokens, kv_row);
-    pack(payload + layout.v, v, 0, lane.num_tokens, kv_row);
-    header.posted_ns = nanoseconds(Clock::now());
-    write_header(frame, header);
-    channel_->post();
-  }
-  if (lane.num_q_rows > 0) lane.posted_layers.push_back(layer);
+  try_send(lane, [&] {
+    for (size_t w = 0; w < links_.size(); ++w) {
+      const WorkerStep& part = lane.split.part(w);
+      if (!part.takes_part()) continue;
+      const Partition::Heads& heads = partition_.heads(w);
+      const AttendLayout layout = attend_layout(part, heads.geometry);
+      header.payload_bytes = layout.bytes;
+      links_[w]->send(header, deadline, [&](std::byte* payload) {
+        const auto pack_all = [](std::byte* to, ConstRows from, const std::vector<RowRange>& ranges, size_t row) {
+          for (const RowRange& rows : ranges) to = pack(to, from, rows, row);
+        };
+        const size_t kv_row = heads.geometry.kv_row_bytes();
+        pack_all(payload, columns(q, heads.q_offset), part.q_tokens, heads.geometry.q_row_bytes());
+        pack_all(payload + layout.k, columns(k, heads.kv_offset), part.kv_tokens, kv_row);
+        pack_all(payload + layout.v, columns(v, heads.kv_offset), part.kv_tokens, kv_row);
+        header.posted_ns = nanoseconds(Clock::now());
+      });
+    }
+  });
+  if (lane.split.num_q_rows > 0) lane.posted_layers.push_back(layer);
 }
 
-// Errors count by generation alone: a frame of an earlier step that was dropped has lost KV that later steps
-// rely on.
-bool AttentionClient::is_current(const FrameHeader& header) const {
-  const Lane& lane = lanes_[header.lane];
-  if (header.generation != lane.generation) return false;
-  return header.type == FrameType::kError || (header.type == FrameType::kOutput && header.step == lane.step);
-}
-
-// Threads of several lanes may wait here. One of them is at the channel and takes whatever comes; a reply for
-// another lane goes to that lane's inbox. Whoever leaves the channel wakes the others, one of whom takes its
-// place.
 void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::byte* context_out,
                               std::byte* context_lse, Deadline deadline) {
   Lane& lane = lane_at(lane_id);
@@ -188,105 +188,129 @@ void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::b
     turns_.yield(static_cast<int>(lane_id));
     turns_.acquire(static_cast<int>(lane_id), deadline);
   }
-  if (lane.num_q_rows == 0) return;
+  if (lane.failure) throw ChannelClosed(*lane.failure);
+  if (lane.split.num_q_rows == 0) return;
   if (lane.posted_layers.empty() || lane.posted_layers.front() != layer) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " of lane " + std::to_string(lane_id) +
                                 " is not the oldest that was posted and not collected");
   }
-  if (lane.num_context_rows() > 0 && (context_out == nullptr || context_lse == nullptr)) {
+  if (lane.split.num_context_rows > 0 && (context_out == nullptr || context_lse == nullptr)) {
     throw std::invalid_argument(
         "the step has prefill rows with context: context_out and context_lse are required");
   }
-  std::unique_lock lock(mutex_);
-  while (true) {
-    if (!lane.inbox.empty()) {
-      const Reply reply = std::move(lane.inbox.front());
-      lane.inbox.pop_front();
-      lock.unlock();
-      lane.posted_layers.pop_front();
-      lane.times.attention += std::chrono::nanoseconds(reply.header.service_ns);
-      return deliver(lane, reply.header, reply.payload.data(), out, context_out, context_lse);
-    }
-    if (receiving_) {
-      if (reply_taken_.wait_until(lock, deadline) == std::cv_status::timeout) {
-        throw ChannelTimeout("the attention worker's output did not come in time");
-      }
-      continue;
-    }
-    receiving_ = true;
-    lock.unlock();
-    // Gives the place at the channel, and the frame, back on every way out of this round.
-    struct Turn {
-      AttentionClient& client;
-      std::unique_lock<std::mutex>& lock;
-      bool has_frame = false;
-      ~Turn() {
-        if (has_frame) client.channel_->release();
-        if (!lock.owns_lock()) lock.lock();
-        client.receiving_ = false;
-        client.reply_taken_.notify_all();
-      }
-    } turn{*this, lock};
-
-    const auto frame = channel_->receive(deadline);
-    turn.has_frame = true;
-    const auto header = read_header(frame);
-    if (!header || header->lane >= kMaxLanes) continue;
-    const std::byte* payload = frame.data() + sizeof(FrameHeader);
-    lock.lock();
-    if (!is_current(*header)) continue;
-    if (header->lane != lane_id) {
-      lanes_[header->lane].inbox.push_back({*header, {payload, payload + header->payload_bytes}});
-      continue;
-    }
-    lock.unlock();
-    lane.posted_layers.pop_front();
-    lane.times.attention += std::chrono::nanoseconds(header->service_ns);
-    return deliver(lane, *header, payload, out, context_out, context_lse);
+  const ModelGeometry& geometry = partition_.geometry();
+  const Destination to{out,
+                       {context_out, static_cast<int64_t>(geometry.q_row_bytes())},
+                       {context_lse, static_cast<int64_t>(geometry.lse_row_bytes())}};
+  const Clock::time_point idle_since = Clock::now();
+  // The workers attend at the same time; their answers are taken one after the other. A wait that ends by its deadline may
+  // be repeated: it goes on where it was.
+  for (; lane.num_replies < links_.size(); ++lane.num_replies) {
+    const size_t worker = lane.num_replies;
+    if (lane.split.part(worker).num_rows == 0) continue;
+    const auto take = [&](const FrameHeader& header, const std::byte* payload) {
+      deliver(lane, worker, header, payload, to);
+    };
+    links_[worker]->receive(lane_id, deadline, std::ref(take));  // by reference: nothing to allocate
   }
+  deliver_merged(lane, to);
+  lane.times.attention += std::exchange(lane.slowest, {});
+  lane.times.waits.add(Clock::now() - idle_since);
+  lane.num_replies = 0;
+  lane.posted_layers.pop_front();
 }
 
-void AttentionClient::deliver(const Lane& lane, const FrameHeader& header, const std::byte* payload, Rows out,
-                              std::byte* context_out, std::byte* context_lse) const {
+void AttentionClient::deliver(Lane& lane, size_t worker, const FrameHeader& header, const std::byte* payload,
+                              const Destination& to) const {
+  const auto fail = [&](const std::string& what) {
+    lane.posted_layers.clear();  // the step cannot be completed
+    throw AttentionWorkerError(what);
+  };
   if (header.type == FrameType::kError) {
-    throw AttentionWorkerError("the attention worker dropped a frame: " +
-                               std::string(reinterpret_cast<const char*>(payload), header.payload_bytes));
+    fail("the attention worker dropped a frame: " +
+         std::string(reinterpret_cast<const char*>(payload), header.payload_bytes));
   }
-  const size_t row = geometry_.q_row_bytes();
-  const size_t context_rows = lane.num_context_rows();
-  const OutputLayout layout(lane.num_q_rows * row, context_rows * geometry_.lse_row_bytes());
-  if (header.payload_bytes != layout.bytes) {
-    throw AttentionWorkerError("the output's size does not fit the step");
+  const WorkerStep& part = lane.split.part(worker);
+  const Partition::Heads& heads = partition_.heads(worker);
+  const size_t row_bytes = heads.geometry.q_row_bytes(), lse_bytes = heads.geometry.lse_row_bytes();
+  const OutputLayout layout(part.num_rows * row_bytes, (part.num_rows - part.num_rows_without_lse) * lse_bytes);
+  if (header.payload_bytes != layout.bytes || header.layer != lane.posted_layers.front()) {
+    fail("the attention worker's output does not fit the step");
   }
-  if (lane.num_decodes > 0) unpack(out, payload, lane.num_decodes, row);
-  if (context_rows > 0) {
-    std::memcpy(context_out, payload + lane.num_decodes * row, context_rows * row);
-    std::memcpy(context_lse, payload + layout.lse, context_rows * geometry_.lse_row_bytes());
+  lane.slowest = std::max(lane.slowest, std::chrono::nanoseconds(header.service_ns));
+  for (const Delivery& rows : part.deliveries) {
+    const RowRange target{rows.first, rows.count};
+    const std::byte* from = payload + rows.row * row_bytes;
+    if (rows.to == Delivery::To::kOut) {
+      unpack(columns(to.out, heads.q_offset), target, from, row_bytes);
+      continue;
+    }
+    const std::byte* lse = payload + layout.lse + (rows.row - part.num_rows_without_lse) * lse_bytes;
+    const auto* lse_values = reinterpret_cast<const float*>(lse);
+    switch (rows.to) {
+      case Delivery::To::kContext:
+        unpack(columns(to.context_out, heads.q_offset), target, from, row_bytes);
+        unpack(columns(to.context_lse, heads.lse_offset), target, lse, lse_bytes);
+        break;
+      case Delivery::To::kFirst:
+        lane.merge.begin(rows.first, rows.count, from, lse_values);
+        break;
+      default:
+        lane.merge.add(rows.first, rows.count, from, lse_values);
+    }
   }
 }
 
-void AttentionClient::send(FrameHeader header, const void* payload, Deadline deadline) {
-  header.generation = generation();
-  const std::lock_guard lock(send_mutex_);
-  const auto frame = channel_->reserve(sizeof header + header.payload_bytes, deadline);
-  std::memcpy(write_header(frame, header), payload, header.payload_bytes);
-  channel_->post();
+void AttentionClient::deliver_merged(const Lane& lane, const Destination& to) const {
+  for (const MergedRows& rows : lane.split.merged) {
+    const bool decodes = rows.to == Delivery::To::kOut;
+    const Rows& target = decodes ? to.out : to.context_out;
+    for (size_t i = 0; i < rows.count; ++i) {
+      const auto row = static_cast<int64_t>(rows.first + i);
+      auto* lse = decodes ? nullptr : reinterpret_cast<float*>(to.context_lse.data + row * to.context_lse.stride);
+      lane.merge.finish(rows.row + i, target.data + row * target.stride, lse);
+    }
+  }
+}
+
+void AttentionClient::send_blocks(FrameType type, const std::vector<std::vector<int32_t>>& parts,
+                                  Deadline deadline) {
+  for (size_t w = 0; w < links_.size(); ++w) {
+    const auto& ids = parts[w];
+    if (ids.empty()) continue;
+    FrameHeader header;
+    header.type = type;
+    header.generation = generation_;
+    header.payload_bytes = ids.size() * sizeof(int32_t);
+    links_[w]->send(header, deadline,
+                    [&](std::byte* payload) { std::memcpy(payload, ids.data(), ids.size() * sizeof(int32_t)); });
+  }
 }
 
 void AttentionClient::zero_blocks(std::span<const int32_t> block_ids, Deadline deadline) {
-  if (block_ids.empty()) return;
-  FrameHeader header;
-  header.type = FrameType::kZeroBlocks;
-  header.payload_bytes = block_ids.size_bytes();
-  send(header, block_ids.data(), deadline);
+  send_blocks(FrameType::kZeroBlocks, partition_.split_blocks(block_ids), deadline);
 }
 
 void AttentionClient::copy_blocks(std::span<const int32_t> pairs, Deadline deadline) {
-  if (pairs.empty()) return;
-  FrameHeader header;
-  header.type = FrameType::kCopyBlocks;
-  header.payload_bytes = pairs.size_bytes();
-  send(header, pairs.data(), deadline);
+  send_blocks(FrameType::kCopyBlocks, partition_.split_copies(pairs), deadline);
+}
+
+void AttentionClient::fail_step(uint32_t lane, const std::string& why) { lane_at(lane).failure = why; }
+
+std::vector<uint32_t> AttentionClient::failed_workers() const {
+  std::vector<uint32_t> failed;
+  for (uint32_t w = 0; w < links_.size(); ++w) {
+    if (links_[w]->failed()) failed.push_back(w);
+  }
+  return failed;
+}
+
+void AttentionClient::replace_channel(uint32_t worker, std::shared_ptr<Channel> channel) {
+  links_.at(worker) = std::make_unique<WorkerLink>(std::move(channel));
+}
+
+void AttentionClient::close() {
+  for (const auto& link : links_) link->close();
 }
 
 }  // namespace lamina

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <new>
 #include <utility>
 
 namespace lamina {
@@ -12,8 +13,8 @@ using std::chrono::milliseconds;
 using std::chrono::nanoseconds;
 using std::chrono::seconds;
 
-// How soon a sleeping loop notices stop().
-constexpr milliseconds kStopInterval{100};
+// How soon a sleeping loop notices stop(), and how often it counts as progress.
+constexpr milliseconds kStopInterval{50};
 constexpr seconds kRejectedLogInterval{1};
 constexpr size_t kMaxTraceEvents = 1 << 18;
 
@@ -38,6 +39,15 @@ class Timer {
   Clock::time_point begin_;
 };
 
+size_t pool_bytes(const AttentionKernel& kernel, int32_t num_blocks, size_t num_layers) {
+  size_t bytes = kernel.block_bytes();
+  if (__builtin_mul_overflow(bytes, static_cast<size_t>(num_blocks), &bytes) ||
+      __builtin_mul_overflow(bytes, num_layers, &bytes)) {
+    throw std::bad_alloc();
+  }
+  return bytes;
+}
+
 void add(std::atomic<uint64_t>& counter, uint64_t value) {
   counter.fetch_add(value, std::memory_order_relaxed);
 }
@@ -55,15 +65,13 @@ AttentionWorker::AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int
           num_blocks > 0 && !geometry_.scales.empty()
               ? num_blocks
               : throw std::invalid_argument("an attention worker needs at least one layer and one block")),
-      num_threads_(num_threads),
-      cpus_(std::move(cpus)),
-      spin_us_(spin_us),
       kernel_(make_attention_kernel(geometry_.attention)),
-      arena_(kernel_->block_bytes() * static_cast<size_t>(num_blocks) * geometry_.scales.size()) {}
+      arena_(pool_bytes(*kernel_, num_blocks, geometry_.scales.size())),
+      threads_(num_threads, std::move(cpus), spin_us) {}
 
 AttentionWorker::~AttentionWorker() { stop(); }
 
-void AttentionWorker::serve(std::unique_ptr<Channel> channel) {
+void AttentionWorker::serve(std::shared_ptr<Channel> channel) {
   if (channel_) throw std::logic_error("the attention worker serves already");
   channel_ = std::move(channel);
   thread_ = std::thread([this] { run(); });
@@ -71,15 +79,14 @@ void AttentionWorker::serve(std::unique_ptr<Channel> channel) {
 
 void AttentionWorker::stop() {
   stopping_.store(true, std::memory_order_relaxed);
+  threads_.cancel();
   if (thread_.joinable()) thread_.join();
 }
 
 void AttentionWorker::run() {
   try {
-    // Made here: the constructing thread is the pool's thread 0.
-    ThreadPool threads(num_threads_, cpus_, spin_us_);
-    threads.pin_caller();
-    loop(threads);
+    threads_.pin_caller();
+    loop();
   } catch (const ChannelClosed&) {
   } catch (const std::exception& error) {
     std::fprintf(stderr, "vllm-lamina attention worker: serving ended: %s\n", error.what());
@@ -87,8 +94,9 @@ void AttentionWorker::run() {
   channel_->close();
 }
 
-void AttentionWorker::loop(ThreadPool& threads) {
+void AttentionWorker::loop() {
   while (!stopping_.load(std::memory_order_relaxed)) {
+    advance();
     std::span<const std::byte> frame;
     try {
       const Timer timer(any_in_flight() ? counters_.ns_waiting : counters_.ns_idle);
@@ -102,7 +110,7 @@ void AttentionWorker::loop(ThreadPool& threads) {
     }
     add(counters_.messages, 1);
     add(counters_.bytes_in, frame.size());
-    handle(frame, threads);
+    handle(frame);
     release();
   }
 }
@@ -128,7 +136,7 @@ void AttentionWorker::record(const FrameHeader& header, uint64_t received) {
                     header.posted_ns, received, steady_now()});
 }
 
-void AttentionWorker::handle(std::span<const std::byte> frame, ThreadPool& threads) {
+void AttentionWorker::handle(std::span<const std::byte> frame) {
   const auto header = read_header(frame);
   if (!header) return reject("a frame has no valid header");
   const auto payload = frame.subspan(sizeof(FrameHeader), header->payload_bytes);
@@ -143,7 +151,7 @@ void AttentionWorker::handle(std::span<const std::byte> frame, ThreadPool& threa
         if (traced) record(*header, received);
         return;
       case FrameType::kAttend:
-        attend(*header, payload, threads);
+        attend(*header, payload);
         if (traced) record(*header, received);
         return;
       case FrameType::kZeroBlocks:
@@ -166,15 +174,14 @@ void AttentionWorker::handle(std::span<const std::byte> frame, ThreadPool& threa
 void AttentionWorker::begin_step(const FrameHeader& header, std::span<const std::byte> payload) {
   Lane& lane = lanes_[header.lane];
   lane.known = lane.in_flight = false;
-  lane.step.read(payload, geometry_.attention.block_size, num_blocks_);
+  lane.step.read(payload, geometry_.attention, num_blocks_);
   lane.id = header.step;
   lane.generation = header.generation;
   lane.known = lane.in_flight = true;
   add(counters_.steps, 1);
 }
 
-void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byte> payload,
-                             ThreadPool& threads) {
+void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byte> payload) {
   const auto begin = Clock::now();
   Lane& lane = lanes_[header.lane];
   const Step& step = lane.step;
@@ -195,28 +202,28 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   // block that another request of this very step fills. It also lets a decode attend its own token like any
   // other.
   std::byte* layer = layer_data(header.layer);
-  {
+  if (num_tokens > 0) {
     const Timer timer(counters_.ns_appending);
     kernel_->append(layer, payload.data() + layout.k, payload.data() + layout.v, step.slot_mapping(),
-                    step.num_tokens(), threads);
+                    step.num_tokens(), threads_);
     add(counters_.tokens_appended, num_tokens);
   }
   if (q_rows == 0) return;
 
-  const auto decodes = static_cast<size_t>(step.num_decodes());
-  const auto prefill_rows = q_rows - decodes;
+  const auto rows_without_lse = static_cast<size_t>(step.num_rows_without_lse());
+  const auto lse_rows = q_rows - rows_without_lse;
   const size_t heads = static_cast<size_t>(geometry_.attention.num_heads);
-  const OutputLayout output(q_rows * geometry_.q_row_bytes(), prefill_rows * geometry_.lse_row_bytes());
+  const OutputLayout output(q_rows * geometry_.q_row_bytes(), lse_rows * geometry_.lse_row_bytes());
   const auto reply = reserve_reply(sizeof(FrameHeader) + output.bytes);
   FrameHeader reply_header = header;
   reply_header.type = FrameType::kOutput;
   reply_header.payload_bytes = output.bytes;
   std::byte* out = reply.data() + sizeof(FrameHeader);
   auto* reply_lse = reinterpret_cast<float*>(out + output.lse);
-  float* lse = prefill_rows == 0 ? nullptr : reply_lse;
-  if (decodes > 0 && prefill_rows > 0) {
-    // The kernel writes LSE of all rows, and one call balances the threads better than two; so the decodes'
-    // LSE, which nobody needs, goes to scratch.
+  float* lse = lse_rows == 0 ? nullptr : reply_lse;
+  if (rows_without_lse > 0 && lse_rows > 0) {
+    // The kernel writes LSE of all rows, and one call balances the threads better than two; so the LSE that
+    // nobody needs goes to scratch.
     lse_.resize(q_rows * heads);
     lse = lse_.data();
   }
@@ -224,10 +231,11 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
     const Timer timer(counters_.ns_attending);
     kernel_->attend(layer, payload.data(), step.requests().data(),
                     static_cast<int32_t>(step.requests().size()), geometry_.scales[header.layer], out, lse,
-                    threads);
+                    threads_);
   }
+  if (threads_.cancelled()) return;
   if (lse != nullptr && lse != reply_lse) {
-    std::memcpy(reply_lse, lse + decodes * heads, prefill_rows * geometry_.lse_row_bytes());
+    std::memcpy(reply_lse, lse + rows_without_lse * heads, lse_rows * geometry_.lse_row_bytes());
   }
   reply_header.service_ns = static_cast<uint64_t>(nanoseconds(Clock::now() - begin).count());
   write_header(reply, reply_header);
@@ -252,7 +260,11 @@ std::vector<int32_t> AttentionWorker::read_block_ids(std::span<const std::byte> 
 void AttentionWorker::zero_blocks(std::span<const std::byte> payload) {
   const auto ids = read_block_ids(payload);
   for (uint32_t layer = 0; layer < geometry_.scales.size(); ++layer) {
-    for (const int32_t id : ids) kernel_->zero_block(layer_data(layer), id);
+    for (const int32_t id : ids) {
+      if (threads_.cancelled()) return;
+      kernel_->zero_block(layer_data(layer), id);
+      advance();
+    }
   }
 }
 
@@ -261,7 +273,9 @@ void AttentionWorker::copy_blocks(std::span<const std::byte> payload) {
   if (ids.size() % 2 != 0) throw MalformedFrame("COPY_BLOCKS has a source without a destination");
   for (uint32_t layer = 0; layer < geometry_.scales.size(); ++layer) {
     for (size_t i = 0; i < ids.size(); i += 2) {
+      if (threads_.cancelled()) return;
       if (ids[i] != ids[i + 1]) kernel_->copy_block(layer_data(layer), ids[i], ids[i + 1]);
+      advance();
     }
   }
 }
@@ -270,6 +284,7 @@ void AttentionWorker::copy_blocks(std::span<const std::byte> payload) {
 // owed.
 std::span<std::byte> AttentionWorker::reserve_reply(size_t bytes) {
   while (true) {
+    advance();
     try {
       return channel_->reserve(bytes, Clock::now() + kStopInterval);
     } catch (const ChannelTimeout&) {

@@ -48,8 +48,9 @@ struct TraceEvent {
 // Serves one engine: the pool lives as long as this object, so the next engine begins with a clean one.
 class AttentionWorker {
  public:
-  // Maps the pool. cpus: one per thread, or empty to leave the threads unpinned. Throws std::invalid_argument
-  // for an unsupported geometry, std::bad_alloc where the system refuses the memory.
+  // Maps the pool and starts the kernel's threads. cpus: one per thread, or empty to leave the threads unpinned. Throws
+  // std::invalid_argument for an unsupported geometry or a CPU that this process may not use, std::bad_alloc where the
+  // system refuses the memory, std::system_error where it refuses the threads.
   AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads, std::vector<int> cpus,
                   int spin_us);
   ~AttentionWorker();
@@ -58,9 +59,13 @@ class AttentionWorker {
 
   // Starts the serving thread on `channel`; at most once. The thread ends, and closes the channel, when the
   // peer leaves or stop() is called.
-  void serve(std::unique_ptr<Channel> channel);
-  // Ends the serving thread after the frame in hand.
+  void serve(std::shared_ptr<Channel> channel);
+  // Ends the serving thread soon, whatever frame is in hand; its answer is not sent.
   void stop();
+
+  // Grows at least every 100 ms while the serving thread is well, whether it idles, waits or works on a long frame. One
+  // that stands still for seconds is stuck.
+  uint64_t progress() const { return threads_.progress(); }
 
   // Records every STEP and ATTEND until take_trace(), up to kMaxTraceEvents.
   void start_trace();
@@ -82,10 +87,10 @@ class AttentionWorker {
   void record(const FrameHeader& header, uint64_t received);
 
   void run();
-  void loop(ThreadPool& threads);
-  void handle(std::span<const std::byte> frame, ThreadPool& threads);
+  void loop();
+  void handle(std::span<const std::byte> frame);
   void begin_step(const FrameHeader& header, std::span<const std::byte> payload);
-  void attend(const FrameHeader& header, std::span<const std::byte> payload, ThreadPool& threads);
+  void attend(const FrameHeader& header, std::span<const std::byte> payload);
   void zero_blocks(std::span<const std::byte> payload);
   void copy_blocks(std::span<const std::byte> payload);
   std::vector<int32_t> read_block_ids(std::span<const std::byte> payload) const;
@@ -94,6 +99,7 @@ class AttentionWorker {
   void send_error(const FrameHeader& header, const std::string& reason);
   void reject(const std::string& reason);
   void release();
+  void advance() { threads_.advance(0); }
   bool any_in_flight() const;
   std::byte* layer_data(uint32_t layer) {
     return arena_.data() + layer * static_cast<size_t>(num_blocks_) * kernel_->block_bytes();
@@ -101,13 +107,11 @@ class AttentionWorker {
 
   const ModelGeometry geometry_;
   const int32_t num_blocks_;
-  const int num_threads_;
-  const std::vector<int> cpus_;
-  const int spin_us_;
   std::unique_ptr<AttentionKernel> kernel_;
   Arena arena_;
+  ThreadPool threads_;  // the serving thread is its thread 0
 
-  std::unique_ptr<Channel> channel_;
+  std::shared_ptr<Channel> channel_;
   std::thread thread_;
   std::atomic<bool> stopping_{false};
   std::atomic<bool> tracing_{false};

@@ -1,10 +1,10 @@
 // Python bindings of csrc/worker.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include "transport/shm_channel.h"
 #include "worker/attention_client.h"
 #include "worker/attention_worker.h"
 
@@ -78,15 +78,11 @@ nb::dict counters(const AttentionWorker& worker) {
 }
 
 void bind_client(nb::module_& m) {
+  nb::class_<Partition>(m, "Partition")
+      .def_static("by_heads", &Partition::by_heads, "geometry"_a, "kv_heads"_a)
+      .def_static("by_blocks", &Partition::by_blocks, "geometry"_a, "num_blocks"_a);
   nb::class_<AttentionClient>(m, "AttentionClient")
-      .def(
-          "__init__",
-          [](AttentionClient* self, const ModelGeometry& geometry, int memory_fd, int liveness_fd,
-             int spin_us) {
-            new (self) AttentionClient(
-                std::make_unique<ShmChannel>(memory_fd, liveness_fd, ShmEnd::kClient, spin_us), geometry);
-          },
-          "geometry"_a, "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
+      .def(nb::init<const std::vector<std::shared_ptr<Channel>>&, Partition>(), "channels"_a, "partition"_a)
       .def_prop_rw("generation", &AttentionClient::generation, &AttentionClient::set_generation)
       .def(
           "step_times",
@@ -96,6 +92,21 @@ void bind_client(nb::module_& m) {
                                   std::chrono::duration<double>(times.attention).count());
           },
           "lane"_a)
+      .def(
+          "step_waits",
+          [](AttentionClient& client, uint32_t lane) {
+            const WaitCounts waits = client.step_times(lane).waits;
+            nb::list counts;
+            for (const uint32_t count : waits.counts) counts.append(count);
+            return nb::make_tuple(nb::tuple(counts), std::chrono::duration<double>(waits.sum).count());
+          },
+          "lane"_a)
+      .def(
+          "share_turns",
+          [](AttentionClient& client, int memory_fd, int rank) {
+            client.share_turns(std::make_unique<TurnLog>(memory_fd, rank));
+          },
+          "memory_fd"_a, "rank"_a)
       .def("join_turn", &AttentionClient::join_turn, "lane"_a)
       .def(
           "begin_turn",
@@ -152,6 +163,9 @@ void bind_client(nb::module_& m) {
             client.copy_blocks(as_span(pairs), deadline_after(timeout));
           },
           "pairs"_a, "timeout"_a = 60.0)
+      .def("fail_step", &AttentionClient::fail_step, "lane"_a, "why"_a)
+      .def_prop_ro("failed_workers", &AttentionClient::failed_workers)
+      .def("replace_channel", &AttentionClient::replace_channel, "worker"_a, "channel"_a)
       .def("close", &AttentionClient::close);
 }
 
@@ -159,15 +173,11 @@ void bind_server(nb::module_& m) {
   nb::class_<AttentionWorker>(m, "AttentionWorker")
       .def(nb::init<ModelGeometry, int32_t, int, std::vector<int>, int>(), "geometry"_a, "num_blocks"_a,
            "num_threads"_a, "cpus"_a = std::vector<int>(), "spin_us"_a = 100)
-      .def(
-          "serve",
-          [](AttentionWorker& worker, int memory_fd, int liveness_fd, int spin_us) {
-            worker.serve(std::make_unique<ShmChannel>(memory_fd, liveness_fd, ShmEnd::kWorker, spin_us));
-          },
-          "memory_fd"_a, "liveness_fd"_a, "spin_us"_a = 100)
+      .def("serve", &AttentionWorker::serve, "channel"_a)
       .def("stop", &AttentionWorker::stop, Released())
       .def_prop_ro("used_bytes", &AttentionWorker::used_bytes)
       .def_prop_ro("isa", [](const AttentionWorker& worker) { return std::string(isa_name(worker.isa())); })
+      .def_prop_ro("progress", &AttentionWorker::progress)
       .def("start_trace", &AttentionWorker::start_trace)
       .def("take_trace",
            [](AttentionWorker& worker) {
@@ -192,6 +202,10 @@ void bind_worker(nb::module_& m) {
           "block_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "dtype"_a, "scales"_a)
       .def_prop_ro("num_layers", &ModelGeometry::num_layers);
   m.def("kv_block_bytes", &kv_block_bytes, "geometry"_a);
+  m.def("create_turn_log", &TurnLog::create);
+  nb::list bounds;
+  for (const auto bound : kWaitBounds) bounds.append(std::chrono::duration<double>(bound).count());
+  m.attr("WAIT_BOUNDS") = nb::tuple(bounds);
   bind_client(m);
   bind_server(m);
 }

@@ -5,23 +5,31 @@
 // while another one that takes part has had none: a step that was scheduled later never passes one that was scheduled
 // earlier, layer by layer. What it may read of the earlier one, a prefix block that is still being filled say, has
 // therefore been sent before, in every layer.
+//
+// On several ranks of one model the first decides, and the others take the same turns: see turn_log.h.
 #pragma once
 
 #include <algorithm>
 #include <condition_variable>
 #include <iterator>
+#include <memory>
 #include <mutex>
 #include <stdexcept>
 #include <vector>
 
 #include "transport/channel.h"
+#include "worker/turn_log.h"
 
 namespace lamina {
 
 class Turns {
  public:
+  // Takes part in the turns of several ranks; before any lane has begun.
+  void share(std::unique_ptr<TurnLog> log) { log_ = std::move(log); }
+
   // Announces a step: the lane's next begin() comes after that of every step announced before.
   void join(int lane) {
+    if (follows()) return;
     std::lock_guard lock(mutex_);
     announced_.push_back(lane);
   }
@@ -73,12 +81,30 @@ class Turns {
     return std::find(lanes.begin(), lanes.end(), lane) != lanes.end();
   }
 
+  bool follows() const { return log_ && !log_->leads(); }
+
   void take_turn(int lane, std::unique_lock<std::mutex>& lock, Deadline deadline) {
+    if (follows()) {
+      lock.unlock();
+      log_->follow(lane, deadline, [&] {
+        std::lock_guard taking(mutex_);
+        if (turn_ != kNobody) return false;  // the lane before has not handed over yet
+        turn_ = lane;
+        return true;
+      });
+      lock.lock();
+      return;
+    }
     if (!changed_.wait_until(lock, deadline, [&] { return turn_ == lane || turn_ == kNobody; }))
       throw ChannelTimeout("the other lane did not hand over the compute device in time");
     turn_ = lane;
+    if (log_) log_->write(lane);
   }
   void pass_on(int lane) {
+    if (follows()) {
+      turn_ = kNobody;
+      return log_->wake();
+    }
     auto place = std::find(rotation_.begin(), rotation_.end(), lane);
     auto next = std::next(place) == rotation_.end() ? rotation_.begin() : std::next(place);
     turn_ = *next == lane ? kNobody : *next;
@@ -95,6 +121,7 @@ class Turns {
   std::vector<int> announced_;  // lanes whose steps are to begin, in that order
   std::vector<int> rotation_;  // lanes that take part, in the order in which the turn goes round
   int turn_ = kNobody;
+  std::unique_ptr<TurnLog> log_;
 };
 
 }  // namespace lamina

@@ -1,0 +1,204 @@
+#include "transport/ucx_library.h"
+
+#include <dlfcn.h>
+#include <ifaddrs.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <regex>
+#include <set>
+#include <system_error>
+
+namespace lamina {
+namespace {
+
+std::mutex load_mutex;
+std::unique_ptr<const UcxLibrary> the_library;
+pid_t loading_process = 0;
+
+// The library's thread and identity stay with the process that loaded it.
+void check_not_forked() {
+  if (the_library && loading_process != getpid()) {
+    throw ChannelError("UCX does not survive fork(): load it in the child first, or spawn the process");
+  }
+}
+
+std::string file_of(void* symbol) {
+  Dl_info info{};
+  if (dladdr(symbol, &info) == 0 || info.dli_fname == nullptr) return {};
+  std::error_code error;
+  const auto path = std::filesystem::canonical(info.dli_fname, error);
+  return error ? info.dli_fname : path.string();
+}
+
+// What one of UCX's print functions writes: the only way to the names of transports that UCX 1.13 has too.
+std::string printed(const std::function<void(FILE*)>& print) {
+  char* text = nullptr;
+  size_t bytes = 0;
+  FILE* stream = open_memstream(&text, &bytes);
+  if (stream == nullptr) throw std::bad_alloc();
+  print(stream);
+  fclose(stream);
+  std::string result(text, bytes);
+  free(text);
+  return result;
+}
+
+// Distinct first groups of the matches, in order.
+std::vector<std::string> find_all(const std::string& text, const std::regex& pattern) {
+  std::vector<std::string> found;
+  std::set<std::string> seen;
+  for (std::sregex_iterator match(text.begin(), text.end(), pattern), end; match != end; ++match) {
+    if (seen.insert((*match)[1]).second) found.push_back((*match)[1]);
+  }
+  return found;
+}
+
+}  // namespace
+
+UcxLibrary::UcxLibrary(const std::string& requested) {
+  void* handle = dlopen(requested.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) throw ChannelError("cannot load UCX: " + std::string(dlerror()));
+#define LAMINA_RESOLVE(type, name, parameters)                   \
+  name = reinterpret_cast<decltype(name)>(dlsym(handle, #name)); \
+  if (name == nullptr) throw ChannelError(requested + " is not libucp: it has no " #name "()");
+  LAMINA_UCP_FUNCTIONS(LAMINA_RESOLVE)
+#undef LAMINA_RESOLVE
+  path = file_of(reinterpret_cast<void*>(ucp_get_version));
+  // Libraries of one name are loaded once: another UCX that came first lends its libucs to this libucp.
+  const std::string ucs = file_of(reinterpret_cast<void*>(ucs_status_string));
+  if (std::filesystem::path(ucs).parent_path() != std::filesystem::path(path).parent_path()) {
+    throw ChannelError("cannot use " + path + ": this process has loaded another UCX, " + ucs +
+                       "; point to that one's libucp.so.0 or keep the other from being loaded");
+  }
+  unsigned major = 0, minor = 0, release = 0;
+  ucp_get_version(&major, &minor, &release);
+  version = ucp_get_version_string();
+  if (major != ucp::kApiMajor || minor < ucp::kApiMinor) {
+    throw ChannelError("UCX " + version + " at " + path + " does not fit: 1.13 or a later 1.x is needed");
+  }
+}
+
+const UcxLibrary& UcxLibrary::load(const std::string& path) {
+  const std::lock_guard lock(load_mutex);
+  check_not_forked();
+  if (!the_library) {
+    the_library.reset(new UcxLibrary(path));
+    loading_process = getpid();
+  } else if (const UcxLibrary other(path); other.path != the_library->path) {
+    throw ChannelError("cannot load " + other.path + ": this process uses UCX of " + the_library->path);
+  }
+  return *the_library;
+}
+
+const UcxLibrary& UcxLibrary::loaded() {
+  const std::lock_guard lock(load_mutex);
+  check_not_forked();
+  if (!the_library) throw ChannelError("UCX is not loaded; call load_ucx() first");
+  return *the_library;
+}
+
+void UcxLibrary::check(ucp::ucs_status_t status, const char* what) const {
+  if (status != ucp::UCS_OK) throw ChannelError(std::string(what) + ": " + ucs_status_string(status));
+}
+
+UcxWorker::UcxWorker(const UcxLibrary& library, const Settings& settings) : ucx_(library) {
+  ucp::ucp_config_t* config = nullptr;
+  ucx_.check(ucx_.ucp_config_read(nullptr, nullptr, &config), "cannot read UCX's configuration");
+  for (const auto& [name, value] : settings) {
+    if (std::getenv(("UCX_" + name).c_str()) == nullptr) {
+      ucx_.ucp_config_modify(config, name.c_str(), value.c_str());
+    }
+  }
+  ucp::ucp_params_t params{};
+  params.field_mask = ucp::UCP_PARAM_FIELD_FEATURES;
+  params.features = ucp::UCP_FEATURE_AM | ucp::UCP_FEATURE_WAKEUP;
+  const auto status = ucx_.ucp_init_version(ucp::kApiMajor, ucp::kApiMinor, &params, config, &context_);
+  ucx_.ucp_config_release(config);
+  ucx_.check(status, "UCX finds no transport; see UCX_TLS and UCX_NET_DEVICES");
+  ucp::ucp_worker_params_t worker_params{};
+  worker_params.field_mask = ucp::UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+  worker_params.thread_mode = ucp::UCS_THREAD_MODE_SERIALIZED;
+  if (const auto created = ucx_.ucp_worker_create(context_, &worker_params, &worker_);
+      created != ucp::UCS_OK) {
+    ucx_.ucp_cleanup(context_);
+    ucx_.check(created, "UCX cannot open its transports; see UCX_TLS and UCX_NET_DEVICES");
+  }
+}
+
+UcxWorker::~UcxWorker() {
+  ucx_.ucp_worker_destroy(worker_);
+  ucx_.ucp_cleanup(context_);
+}
+
+std::vector<std::byte> UcxWorker::address() const {
+  ucp::ucp_address_t* address = nullptr;
+  size_t length = 0;
+  ucx_.check(ucx_.ucp_worker_get_address(worker_, &address, &length), "UCX has no address");
+  const auto* bytes = reinterpret_cast<const std::byte*>(address);
+  std::vector<std::byte> copy(bytes, bytes + length);
+  ucx_.ucp_worker_release_address(worker_, address);
+  return copy;
+}
+
+std::vector<std::string> UcxWorker::transports() const {
+  static const std::regex pattern(R"(resource \d+ .*?([a-z]\w*/\S+))");
+  return find_all(printed([this](FILE* stream) { ucx_.ucp_context_print_info(context_, stream); }), pattern);
+}
+
+ucp::ucp_ep_h UcxWorker::connect(std::span<const std::byte> peer_address,
+                                 ucp::ucp_err_handler_t on_error) const {
+  // UCX is not told where the address ends: if it is not one, zeros stop the parser soon.
+  std::vector<std::byte> padded(peer_address.begin(), peer_address.end());
+  padded.resize(padded.size() + 4096);
+  ucp::ucp_ep_params_t params{};
+  params.field_mask = ucp::UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | ucp::UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
+                      ucp::UCP_EP_PARAM_FIELD_ERR_HANDLER;
+  params.address = reinterpret_cast<const ucp::ucp_address_t*>(padded.data());
+  params.err_mode = ucp::UCP_ERR_HANDLING_MODE_PEER;
+  params.err_handler = on_error;
+  ucp::ucp_ep_h endpoint = nullptr;
+  ucx_.check(ucx_.ucp_ep_create(worker_, &params, &endpoint), "UCX finds no way to the peer");
+  return endpoint;
+}
+
+std::vector<std::string> UcxWorker::transports(ucp::ucp_ep_h endpoint) const {
+  static const std::regex pattern(R"(lane\[\d+\]:\s+\d+:([a-z]\w*/[^\s.]+))");
+  return find_all(printed([&](FILE* stream) { ucx_.ucp_ep_print_info(endpoint, stream); }), pattern);
+}
+
+bool has_rdma(const std::vector<std::string>& transports) {
+  static const std::regex pattern(R"((rc|dc|ud|srd)\w*/.*)");
+  for (const std::string& transport : transports) {
+    if (std::regex_match(transport, pattern)) return true;
+  }
+  return false;
+}
+
+std::vector<std::pair<std::string, std::string>> interface_addresses() {
+  ifaddrs* first = nullptr;
+  if (getifaddrs(&first) != 0) throw std::system_error(errno, std::generic_category(), "getifaddrs");
+  std::vector<std::pair<std::string, std::string>> found;
+  for (const ifaddrs* entry = first; entry != nullptr; entry = entry->ifa_next) {
+    if (entry->ifa_addr == nullptr || (entry->ifa_flags & IFF_UP) == 0) continue;
+    const int family = entry->ifa_addr->sa_family;
+    if (family != AF_INET && family != AF_INET6) continue;
+    char host[NI_MAXHOST];
+    const auto length = static_cast<socklen_t>(family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6));
+    if (getnameinfo(entry->ifa_addr, length, host, sizeof host, nullptr, 0, NI_NUMERICHOST) == 0) {
+      found.emplace_back(entry->ifa_name, host);
+    }
+  }
+  freeifaddrs(first);
+  return found;
+}
+
+}  // namespace lamina

@@ -9,5 +9,5 @@ class ConfigError(LaminaError, ValueError):
     """An option has a value, or a combination of values, that cannot work."""
 
 
-class UnsupportedError(LaminaError, NotImplementedError):
+class UnsupportedError(LaminaError):
     """The model or the engine asks for a feature that Lamina does not implement."""

@@ -144,7 +144,6 @@ REFUSALS: tuple[Refusal, ...] = (
             c.cache_config.block_size is not None and c.cache_config.block_size % BLOCK_SIZE_MULTIPLE != 0
         ),
     ),
-    Refusal("LoRA adapters", "remove --enable-lora", lambda c: c.lora_config is not None),
     Refusal(
         "speculative decoding", "remove --speculative-config", lambda c: c.speculative_config is not None
     ),
@@ -153,11 +152,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "KV offloading",
         "remove --kv-offloading-size",
         lambda c: c.cache_config.kv_offloading_size is not None,
-    ),
-    Refusal(
-        "tensor parallelism",
-        "use --tensor-parallel-size 1",
-        lambda c: c.parallel_config.tensor_parallel_size > 1,
     ),
     Refusal(
         "pipeline parallelism",

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from vllm_lamina._native import AttentionClient
 
 
+class StepFailed(Exception):
+    """Ends a step that cannot be completed because an attention worker was lost."""
+
+
 @dataclass
 class Exchange:
     """The one exchange of a model worker's process.
@@ -25,7 +29,11 @@ class Exchange:
     device: Device
     timeout: float
     """Seconds one wait may take."""
+    ranks_wait: bool = False
+    """Whether other ranks of the model wait in every layer for this one."""
     _client: AttentionClient | None = None
+    _failures: dict[int, str] = field(default_factory=dict)
+    """By lane: why its step cannot be completed."""
     _layer_indices: dict[str, int] = field(default_factory=dict)
 
     _current: ClassVar[Exchange | None] = None
@@ -58,6 +66,29 @@ class Exchange:
         if self._client is None:
             raise LaminaError("The attention worker's KV pool is not configured yet.")
         return self._client
+
+    def fail_step(self, lane: int, error: Exception) -> None:
+        """An attention worker was lost: the lane's step ends here.
+
+        Raises
+        ------
+        StepFailed
+            But not where other ranks of the model wait for this one: there the step runs to its end without the
+            workers, for nothing.
+        Exception
+            ``error``, where no worker is lost.
+        """
+        if lane not in self._failures:
+            if not self.client.failed_workers:
+                raise error
+            self._failures[lane] = str(error)
+            self.client.fail_step(lane, str(error))
+        if not self.ranks_wait:
+            raise StepFailed(str(error)) from error
+
+    def take_failure(self, lane: int) -> str | None:
+        """Why the lane's last step cannot be completed, if it cannot; it is asked once a step."""
+        return self._failures.pop(lane, None)
 
     def layer_index(self, layer: AttentionLayer) -> int:
         """The attention worker's index of a layer of the model."""

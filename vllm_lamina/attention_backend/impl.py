@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_lamina._native import ChannelError
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
 from vllm_lamina.compat import forward_context
 from vllm_lamina.support import LayerOptions, check_layer
@@ -74,7 +75,8 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         attn_metadata
             The step, or None when vLLM profiles or warms up, where nothing is attended.
         output
-            [tokens, num_heads, head_size], written in place.
+            [tokens, num_heads, head_size], written in place; zeros where an attention worker was lost, see
+            `Exchange.fail_step`.
         """
         if attn_metadata is None:
             return output
@@ -87,7 +89,8 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         out = device.host_output(output[:num_tokens])
         call = _LayerCall(step, step.exchange.layer_index(layer), q, k, v, out)
         if not step.prefill_chunks:
-            call.attend()
+            if not call.attend():
+                return output.zero_()
             device.put_output(out, output[:num_tokens])
             return output
 
@@ -104,7 +107,8 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         ]
         context_out = torch.empty(step.num_context_rows, self.num_heads, self.head_size, dtype=q.dtype)
         context_lse = torch.empty(step.num_context_rows, self.num_heads, dtype=torch.float32)
-        call.collect(context_out, context_lse)
+        if not call.collect(context_out, context_lse):
+            return output.zero_()
         # Before the chunks' rows are written: it covers the decodes' rows only where the output had to be staged.
         device.put_output(out, output[:num_tokens])
         for chunk, (chunk_out, chunk_lse) in zip(step.prefill_chunks, local, strict=True):
@@ -135,6 +139,7 @@ class _LayerCall:
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
+        self.exchange = step.exchange
         self.client = step.exchange.client
         self.timeout = step.exchange.timeout
         self.where = (step.lane, layer)
@@ -149,24 +154,34 @@ class _LayerCall:
         )
         self.out = (out.data_ptr(), out.stride(0) * size)
 
-    def attend(self) -> None:
+    def attend(self) -> bool:
+        """Whether there is an output: not if an attention worker was lost."""
         context = forward_context.take_aside()
         try:
             self.client.attend(*self.where, *self.qkv, *self.out, timeout=self.timeout)
+        except ChannelError as error:
+            self.exchange.fail_step(self.where[0], error)
+            return False
         finally:
             forward_context.put_back(context)
+        return True
 
     def post(self) -> None:
         self.client.post(*self.where, *self.qkv, timeout=self.timeout)
 
-    def collect(self, context_out: torch.Tensor, context_lse: torch.Tensor) -> None:
+    def collect(self, context_out: torch.Tensor, context_lse: torch.Tensor) -> bool:
+        """Whether there is an output: not if an attention worker was lost."""
         context = forward_context.take_aside()
         try:
             self.client.collect(
                 *self.where, *self.out, context_out.data_ptr(), context_lse.data_ptr(), timeout=self.timeout
             )
+        except ChannelError as error:
+            self.exchange.fail_step(self.where[0], error)
+            return False
         finally:
             forward_context.put_back(context)
+        return True
 
 
 def merge_by_lse(

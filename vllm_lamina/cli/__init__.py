@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from vllm_lamina.cli import collect_env, plan, trace, worker
+from vllm_lamina.cli import collect_env, plan, ray, secret, trace, worker
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -15,7 +15,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     worker.add_command(commands)
+    secret.add_command(commands)
     trace.add_command(commands)
+    ray.add_command(commands)
     plan.add_command(commands, asked_for=argv[:1] == ["plan"])
     collect_env.add_command(commands)
     arguments = parser.parse_args(argv)

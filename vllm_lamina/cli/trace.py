@@ -21,6 +21,7 @@ def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="of the attention worker; one that the server started says its own in the log, ipc://@... "
         "(default: %(default)s)",
     )
+    parser.add_argument("--secret-file", metavar="FILE", default="", help="of an attention worker elsewhere")
     parser.add_argument(
         "--seconds", type=float, default=1.0, help="length of the window (default: %(default)s)"
     )
@@ -46,7 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     from vllm_lamina.transport.errors import ConnectionFailed
 
     try:
-        with AttentionWorkerConnection.connect(arguments.address, timeout=5.0) as worker:
+        with AttentionWorkerConnection.connect(
+            arguments.address, timeout=5.0, secret_file=arguments.secret_file
+        ) as worker:
             timeline = read_trace(worker.trace(arguments.seconds))
     except (ConnectionFailed, ValueError) as error:
         print(f"vllm-lamina trace: {error}", file=sys.stderr)

@@ -25,6 +25,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
     stats.add_argument(
         "address", metavar="ADDRESS", nargs="?", default=DEFAULT_ADDRESS, help="(default: %(default)s)"
     )
+    stats.add_argument("--secret-file", metavar="FILE", default="", help="of an attention worker elsewhere")
     stats.add_argument("--json", action="store_true", help="print the counters as JSON")
     stats.set_defaults(run=show_stats)
 
@@ -44,7 +45,9 @@ def show_stats(arguments: argparse.Namespace) -> int:
     from vllm_lamina.transport.errors import ConnectionFailed
 
     try:
-        with AttentionWorkerConnection.connect(arguments.address, timeout=3.0) as worker:
+        with AttentionWorkerConnection.connect(
+            arguments.address, timeout=3.0, secret_file=arguments.secret_file
+        ) as worker:
             stats = worker.stats()
     except ConnectionFailed as error:
         print(f"vllm-lamina worker stats: {error}", file=sys.stderr)
@@ -59,7 +62,8 @@ def show_stats(arguments: argparse.Namespace) -> int:
 def format_stats(stats: "WorkerStats") -> str:
     """Lay a worker's counters out as a table of names and values."""
     if not stats.connected:
-        return f"pool       {format_bytes(stats.pool_bytes)}\nengine     none"
+        pool, refused = format_bytes(stats.pool_bytes), stats.refused_clients
+        return f"pool       {pool}\nengine     none\nrefused    {refused} clients"
     busy = stats.ns_attending + stats.ns_appending
     total = max(1, busy + stats.ns_waiting + stats.ns_idle)
 
@@ -80,5 +84,6 @@ def format_stats(stats: "WorkerStats") -> str:
         "appending": time_row(stats.ns_appending),
         "waiting": f"{time_row(stats.ns_waiting)} within steps",
         "idle": time_row(stats.ns_idle),
+        "refused": f"{stats.refused_clients} clients",
     }
     return "\n".join(f"{name:<11}{value}" for name, value in rows.items())

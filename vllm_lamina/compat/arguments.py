@@ -172,9 +172,11 @@ def _wrap_create(engine_args: Any) -> None:
             LaminaConfig.from_additional_config(self.additional_config)
         config = create_engine_config(self, *args, **kwargs)
         if selected:
+            from vllm_lamina.compat.stat_loggers import log_lamina_stats
             from vllm_lamina.executor.preflight import check_before_start
 
             check_before_start(config)
+            log_lamina_stats(config)
         return config
 
     engine_args.create_engine_config = create_and_check
@@ -202,6 +204,11 @@ def _select(engine: Any, given: dict[str, Any]) -> None:
             raise ConfigError(f"{flag} needs --executor lamina")
         return
     backend = engine.distributed_executor_backend
+    if backend == "ray":
+        raise ConfigError(
+            "--distributed-executor-backend ray would run the model workers on Ray, which --executor lamina does not "
+            "do (nor does vLLM on CPU): remove it; --lamina-ray runs the attention workers there"
+        )
     if backend not in (None, EXECUTOR):
         raise ConfigError(
             f"--executor lamina selects its own executor; remove --distributed-executor-backend {backend}"

@@ -15,10 +15,10 @@ BIND = "VLLM_CPU_OMP_THREADS_BIND"
 
 
 @contextlib.contextmanager
-def model_workers_bound_to(cpus: Sequence[int]) -> Iterator[None]:
-    """Let the model worker process that starts meanwhile run on these CPUs, by vLLM's own binding."""
+def model_workers_bound_to(cpus_by_rank: Sequence[Sequence[int]]) -> Iterator[None]:
+    """Let the model worker processes that start meanwhile run on these CPUs, by vLLM's own binding."""
     before = os.environ.get(BIND)
-    os.environ[BIND] = format_cpus(cpus)
+    os.environ[BIND] = "|".join(format_cpus(cpus) for cpus in cpus_by_rank)
     try:
         yield
     finally:

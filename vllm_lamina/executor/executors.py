@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import os
 from collections.abc import Iterator
@@ -15,7 +16,13 @@ from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
-from vllm_lamina.compat.config import with_batches_in_flight
+from vllm_lamina._native import create_turn_log
+from vllm_lamina.compat.config import (
+    tell_attention_workers,
+    tell_block_placement,
+    tell_recovery,
+    with_batches_in_flight,
+)
 from vllm_lamina.compat.threads import ThisProcessOn, model_workers_bound_to
 from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import AUTO, LaminaConfig
@@ -23,25 +30,31 @@ from vllm_lamina.device import device_for
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.parent import end_with_parent
 from vllm_lamina.executor.placement import Placement, place
+from vllm_lamina.executor.recovery import Recovery
+from vllm_lamina.ray.driver import RayDeployment
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
+from vllm_lamina.worker.attention_workers import workers_by_rank
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 from vllm_lamina.worker.host import available_memory
 
 logger = init_logger("vllm.lamina")
 
-SCHEDULER = "vllm_lamina.scheduler.staggered.StaggeredScheduler"
+STAGGERED_SCHEDULER = "vllm_lamina.scheduler.staggered.StaggeredScheduler"
+PLACING_SCHEDULER = "vllm_lamina.scheduler.placement.PlacingScheduler"
 
 SHARE_OF_FREE_MEMORY = 0.7
 """Of the memory free once the model is loaded, what ``--lamina-memory auto`` gives to the KV pool."""
 
 
 class _LaminaExecutor(Executor):
-    """Starts the attention worker with the model worker, and ends it with the engine."""
+    """Starts the attention workers with the model workers, and ends them with the engine."""
 
-    _attention_worker: EmbeddedAttentionWorker | None = None
+    _recovery: Recovery | None = None
+    _on_ray: RayDeployment | None = None
 
     def _init_executor(self) -> None:
+        self._attention_workers: list[EmbeddedAttentionWorker] = []
         check_vllm_version()
         check_engine_config(self.vllm_config)
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
@@ -55,13 +68,27 @@ class _LaminaExecutor(Executor):
             worker_cpus=self.lamina_config.worker_cpus,
             bind=envs.VLLM_CPU_OMP_THREADS_BIND,
             model_on_cpu=device_type == "cpu",
+            num_ranks=self.parallel_config.tensor_parallel_size,
         )
-        self._stagger(self.lamina_config.batches)
+        self._select_scheduler(self.lamina_config.batches)
         with self._ending_on_failure():
+            if self.lamina_config.ray:  # first: the deployment is kept while the model loads
+                self._on_ray = RayDeployment(self.lamina_config, self.parallel_config.tensor_parallel_size)
             self._init_model_workers(self.placement)
-            self.collective_rpc(
-                "attach_attention_worker", args=(self._attention_worker_address(), self.placement.shared)
+            addresses = self._attention_worker_addresses()
+            tell_attention_workers(self.vllm_config, addresses)
+            self.collective_rpc("attach_attention_workers", args=(addresses, self.placement.shared))
+            self._recovery = Recovery(
+                self.collective_rpc,
+                addresses,
+                spares=self.lamina_config.spare_addresses,
+                timeout=self.lamina_config.recovery_timeout,
+                restart=self._restart_embedded if self._attention_workers else None,
+                secret_file=self.lamina_config.secret_file,
+                on_change=lambda now: tell_attention_workers(self.vllm_config, now),
             )
+            if self.lamina_config.batches > 1 and self.parallel_config.tensor_parallel_size > 1:
+                self._share_turns()
 
     @contextlib.contextmanager
     def _ending_on_failure(self) -> Iterator[None]:
@@ -81,22 +108,30 @@ class _LaminaExecutor(Executor):
             return available
 
     def initialize_from_config(self, kv_cache_configs: list[Any]) -> None:
-        """Let the attention worker allocate the KV cache."""
+        """Let the attention workers allocate the KV cache, and the scheduler know where its blocks are."""
         with self._ending_on_failure():
             super().initialize_from_config(kv_cache_configs)
+            placement, *others = self.collective_rpc("block_placement")
+            if any(other != placement for other in others):
+                raise ConfigError(
+                    "each rank of the model needs attention workers with the same --memory, in the same order, to "
+                    f"place KV blocks alike; the ranks have {placement}, {', '.join(map(str, others))}: change "
+                    "--memory, or choose --lamina-partition head"
+                )
+            tell_block_placement(self.vllm_config, placement)
+            assert self._recovery is not None
+            self._recovery.goes_on_without_some = placement is not None
+            tell_recovery(self.vllm_config, self._recovery)
 
-    def _stagger(self, num_batches: int) -> None:
-        if num_batches == 1:
-            return
+    def _select_scheduler(self, num_batches: int) -> None:
         if self.scheduler_config.scheduler_cls is not None:
-            raise ConfigError(
-                "two batches in flight need Lamina's own scheduler; remove --scheduler-cls or use --lamina-batches 1"
-            )
-        self.scheduler_config.scheduler_cls = SCHEDULER
+            raise ConfigError("--executor lamina needs Lamina's own scheduler; remove --scheduler-cls")
+        self.scheduler_config.scheduler_cls = STAGGERED_SCHEDULER if num_batches > 1 else PLACING_SCHEDULER
         with_batches_in_flight(self.vllm_config, num_batches)
 
+    @abc.abstractmethod
     def _init_model_workers(self, placement: Placement) -> None:
-        raise NotImplementedError
+        """Start the model workers and let them load the model."""
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Let the model worker run a step; a step in which it has nothing to do does not reach it."""
@@ -110,25 +145,47 @@ class _LaminaExecutor(Executor):
             return nothing
         return super().execute_model(scheduler_output, non_block)
 
-    def _attention_worker_address(self) -> str:
+    def _share_turns(self) -> None:
+        turn_log = create_turn_log()
+        try:
+            self.collective_rpc("share_turns", args=(f"/proc/{os.getpid()}/fd/{turn_log}",))
+        finally:
+            os.close(turn_log)
+
+    def _attention_worker_addresses(self) -> list[tuple[str, ...]]:
+        """Of each rank's attention workers."""
+        num_ranks = self.parallel_config.tensor_parallel_size
+        if self._on_ray is not None:
+            return workers_by_rank(self._on_ray.addresses, num_ranks)
         if self.lamina_config.workers:
-            return self.lamina_config.workers
-        cpus = self.placement.worker_cpus
+            return workers_by_rank(self.lamina_config.worker_addresses, num_ranks)
+        cpus_by_rank = self.placement.worker_cpus
         if self.placement.shared:
             logger.warning(
-                "Lamina: the attention worker (CPUs %s) and the model worker share CPUs; both will be slower. Choose "
+                "Lamina: attention workers (CPUs %s) and model workers share CPUs; both will be slower. Choose "
                 "disjoint ones with --lamina-worker-cpus and VLLM_CPU_OMP_THREADS_BIND.",
-                format_cpus(cpus),
+                format_cpus({cpu for cpus in cpus_by_rank for cpu in cpus}),
             )
-        memory = self._embedded_memory()
-        self._attention_worker = EmbeddedAttentionWorker.start(memory, list(cpus))
+        self._embedded_bytes = self._embedded_memory() // num_ranks
+        for rank in range(num_ranks):
+            self._attention_workers.append(self._start_embedded(rank))
+        return [(worker.address,) for worker in self._attention_workers]
+
+    def _start_embedded(self, rank: int) -> EmbeddedAttentionWorker:
+        cpus = self.placement.worker_cpus[rank]
+        worker = EmbeddedAttentionWorker.start(self._embedded_bytes, list(cpus))
         logger.info(
             "Lamina: attention worker started, pid %d, CPUs %s, KV pool %s.",
-            self._attention_worker.pid,
+            worker.pid,
             format_cpus(cpus),
-            format_bytes(memory),
+            format_bytes(self._embedded_bytes),
         )
-        return self._attention_worker.address
+        return worker
+
+    def _restart_embedded(self, rank: int, place: int) -> str:
+        self._attention_workers[rank].kill()  # it may be stopped, or hang
+        self._attention_workers[rank] = self._start_embedded(rank)
+        return self._attention_workers[rank].address
 
     def _embedded_memory(self) -> int:
         if self.lamina_config.memory != AUTO:
@@ -136,11 +193,18 @@ class _LaminaExecutor(Executor):
         return self.kv_cache_memory_bytes or int(SHARE_OF_FREE_MEMORY * available_memory())
 
     def shutdown(self) -> None:
-        """End the model worker, then the attention worker."""
+        """End the model workers, then the attention workers."""
+        if self._recovery is not None:
+            self._recovery.stop()
+        on_ray, self._on_ray = self._on_ray, None
+        if on_ray is not None:
+            on_ray.leave()  # first: vLLM kills an engine that takes long to end
         super().shutdown()
-        if self._attention_worker is not None:
-            self._attention_worker.stop()
-            self._attention_worker = None
+        for worker in self._attention_workers:
+            worker.stop()
+        self._attention_workers = []
+        if on_ray is not None:
+            on_ray.close()
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:
@@ -148,7 +212,7 @@ class _LaminaExecutor(Executor):
 
 
 class LaminaExecutor(_LaminaExecutor, MultiprocExecutor):
-    """The model worker is a process of its own, as in vLLM's normal mode."""
+    """Each model worker is a process of its own, as in vLLM's normal mode."""
 
     supports_pp = False
 
@@ -167,9 +231,15 @@ class LaminaUniProcExecutor(_LaminaExecutor, UniProcExecutor):
     _process_on: ThisProcessOn | None = None
     driver_worker: Any = None
 
+    def __new__(cls, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Several ranks have processes of their own in any case, as in vLLM."""
+        if vllm_config.parallel_config.world_size > 1:
+            return LaminaExecutor(vllm_config, *args, **kwargs)
+        return super().__new__(cls)
+
     def _init_model_workers(self, placement: Placement) -> None:
         if placement.model_cpus is not None:
-            self._process_on = ThisProcessOn(placement.model_cpus)
+            self._process_on = ThisProcessOn(placement.model_cpus[0])
         UniProcExecutor._init_executor(self)
 
     def shutdown(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -12,16 +13,21 @@ from vllm_lamina.units import format_cpus, parse_cpus
 
 @dataclass(frozen=True)
 class Placement:
-    """CPUs of either side; ``model_cpus`` is None where vLLM's own binding stands (also for a model on a GPU)."""
+    """CPUs of either side, by ranks of the model; each rank has an embedded attention worker of its own.
 
-    model_cpus: tuple[int, ...] | None
-    worker_cpus: tuple[int, ...]
+    ``model_cpus`` is None where vLLM's own binding stands (also for a model on a GPU).
+    """
+
+    model_cpus: tuple[tuple[int, ...], ...] | None
+    worker_cpus: tuple[tuple[int, ...], ...]
     shared: bool
-    """Some CPU serves both: then nobody may spin on it."""
+    """Some CPU serves several of them: then nobody may spin on it."""
 
 
-def place(*, allowed: Collection[int], worker_cpus: str, bind: str, model_on_cpu: bool) -> Placement:
-    """Divide the CPUs of this host between the model worker and the attention worker.
+def place(
+    *, allowed: Collection[int], worker_cpus: str, bind: str, model_on_cpu: bool, num_ranks: int = 1
+) -> Placement:
+    """Divide the CPUs of this host between the model workers and the attention workers.
 
     Parameters
     ----------
@@ -33,6 +39,8 @@ def place(*, allowed: Collection[int], worker_cpus: str, bind: str, model_on_cpu
         Value of ``VLLM_CPU_OMP_THREADS_BIND``: CPU lists separated by ``|``, ``auto`` or ``nobind``.
     model_on_cpu
         Whether the model itself computes on the CPU; if not it needs two CPUs for the engine and the launches.
+    num_ranks
+        Ranks of the model.
 
     Raises
     ------
@@ -65,9 +73,20 @@ def place(*, allowed: Collection[int], worker_cpus: str, bind: str, model_on_cpu
     else:
         model = cpus[:2]
         chosen = cpus[2:] or cpus[-1:]
-    shared = bool(set(model) & set(chosen)) or bind == "nobind"
     binds_model = model_on_cpu and bound is None and bind != "nobind"
-    return Placement(tuple(model) if binds_model else None, tuple(chosen), shared)
+    workers = _parts(chosen, num_ranks)
+    models = _parts(model, num_ranks) if binds_model else (tuple(model),)
+    used = [cpu for part in (*models, *workers) for cpu in part]
+    shared = len(set(used)) < len(used) or bind == "nobind"
+    return Placement(models if binds_model else None, workers, shared)
+
+
+def _parts(cpus: list[int], count: int) -> tuple[tuple[int, ...], ...]:
+    """``count`` parts of about the same size; with too few CPUs, parts of one CPU that share."""
+    if len(cpus) < count:
+        return tuple((cpus[i % len(cpus)],) for i in range(count))
+    ends = [len(cpus) * i // count for i in range(count + 1)]
+    return tuple(tuple(cpus[begin:end]) for begin, end in itertools.pairwise(ends))
 
 
 def _is_list(bind: str) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm_lamina._native import ModelGeometry, kv_block_bytes
+from vllm_lamina._native import kv_block_bytes
 from vllm_lamina.config import AUTO, LaminaConfig
 from vllm_lamina.errors import ConfigError
+from vllm_lamina.ray.driver import addresses_on_ray
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.messages import Geometry
 from vllm_lamina.units import format_bytes, parse_bytes
-from vllm_lamina.worker.capacity import check_holds_one_request
+from vllm_lamina.worker.attention_workers import workers_by_rank
 from vllm_lamina.worker.host import cgroup_memory, memory_total
+from vllm_lamina.worker.partition import Pool, divide
 
 
 def check_before_start(config: Any) -> None:
@@ -20,22 +23,35 @@ def check_before_start(config: Any) -> None:
     Raises
     ------
     LaminaError
-        A feature is not supported, the attention worker does not answer, or its pool is too small.
+        A feature is not supported, an attention worker does not answer, or a pool is too small.
     """
     check_engine_config(config)
     options = LaminaConfig.from_additional_config(config.additional_config)
-    pool_bytes = None
-    if options.workers:
-        with AttentionWorkerConnection.connect(options.workers) as worker:
-            pool_bytes = worker.pool_bytes
-    elif options.memory != AUTO:
-        pool_bytes = parse_bytes(options.memory)
-        _check_this_host_has(pool_bytes)
+    pools = []
+    num_ranks = config.parallel_config.tensor_parallel_size
+    addresses = addresses_on_ray(options, num_ranks) if options.ray else options.worker_addresses
+    for address in addresses:
+        with AttentionWorkerConnection.connect(address, secret_file=options.secret_file) as worker:
+            worker.check_available(options.transport)
+            pools.append(Pool(address, worker.pool_bytes))
+    if not pools and options.memory != AUTO:
+        memory = parse_bytes(options.memory)
+        _check_this_host_has(memory)
+        pools = [Pool("", memory // num_ranks)] * num_ranks
+    if not pools:
+        return
     model = config.model_config
-    # With a length of -1 vLLM fits the length to the pool.
-    if pool_bytes is not None and model.original_max_model_len != -1:
-        block_size = config.cache_config.block_size
-        check_holds_one_request(pool_bytes, _block_bytes(config, block_size), block_size, model.max_model_len)
+    for of_rank in workers_by_rank(pools, num_ranks):
+        partition = divide(
+            options.partition,
+            of_rank,
+            _geometry(config),
+            lambda worker, geometry: kv_block_bytes(geometry.to_native()),
+            model.max_model_len,
+        )
+        # With a length of -1 vLLM fits the length to the pool.
+        if model.original_max_model_len != -1:
+            partition.check_holds_one_request(model.max_model_len)
 
 
 def _check_this_host_has(pool_bytes: int) -> None:
@@ -48,14 +64,15 @@ def _check_this_host_has(pool_bytes: int) -> None:
         )
 
 
-def _block_bytes(config: Any, block_size: int) -> int:
+def _geometry(config: Any) -> Geometry:
     model, parallel = config.model_config, config.parallel_config
-    geometry = ModelGeometry(
-        block_size,
-        model.get_num_attention_heads(parallel),
-        model.get_num_kv_heads(parallel),
-        model.get_head_size(),
-        str(model.dtype).removeprefix("torch."),
-        [1.0] * model.get_num_layers(parallel),
+    num_layers = model.get_num_layers(parallel)
+    return Geometry(
+        num_layers=num_layers,
+        block_size=config.cache_config.block_size,
+        num_heads=model.get_num_attention_heads(parallel),
+        num_kv_heads=model.get_num_kv_heads(parallel),
+        head_size=model.get_head_size(),
+        dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        scales=(1.0,) * num_layers,
     )
-    return kv_block_bytes(geometry)

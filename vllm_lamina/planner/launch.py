@@ -7,7 +7,6 @@ from pathlib import Path
 from vllm_lamina.planner.cost import MEMORY_UTILISATION
 from vllm_lamina.planner.deployment import Deployment, Lamina
 from vllm_lamina.planner.models import Model
-from vllm_lamina.support import REFUSALS
 
 PORT = 7100
 _MODEL_WORKER_KINDS = ("cpu",)
@@ -36,9 +35,10 @@ def commands(deployment: Deployment, model_argument: str, max_sequences: int) ->
     where = hosts[0] if len(hosts) == 1 else f"each of {hosts[0]} to {hosts[-1]}"
     return [
         f"# on {where}, with one {deployment.attention_device.name}",
-        f"vllm-lamina worker --listen 0.0.0.0:{PORT} --memory {memory}GB",
+        f"vllm-lamina worker --listen 0.0.0.0:{PORT} --memory {memory}GB --secret-file lamina.secret",
         f"# on {deployment.model_workers} x {compute.device.name}",
-        f"{serve} {lamina} --lamina-workers {','.join(f'{host}:{PORT}' for host in hosts)}",
+        f"{serve} {lamina} --lamina-workers {','.join(f'{host}:{PORT}' for host in hosts)} "
+        "--lamina-secret-file lamina.secret",
     ]
 
 
@@ -46,7 +46,6 @@ def limits(deployment: Deployment) -> list[str]:
     """Return what the deployment needs that this release does not do; empty if it can run."""
     if not isinstance(deployment, Lamina):
         return []
-    refused = {refusal.feature for refusal in REFUSALS}
     missing = []
     if deployment.compute.device.kind not in _MODEL_WORKER_KINDS:
         missing.append(
@@ -54,12 +53,6 @@ def limits(deployment: Deployment) -> list[str]:
         )
     if deployment.attention_device.kind not in _ATTENTION_WORKER_KINDS:
         missing.append(f"attention workers on {deployment.attention_device.key} (they run on CPUs)")
-    if deployment.attention_workers > 1 or deployment.attention_device.key != deployment.compute.device.key:
-        missing.append(
-            f"{deployment.attention_workers} attention worker(s) on hosts of their own (one, on the engine's host)"
-        )
-    if deployment.compute.tensor_parallel > 1 and "tensor parallelism" in refused:
-        missing.append("tensor parallelism")
     if deployment.lanes > _MAX_BATCHES:
         missing.append(f"{deployment.lanes} staggered batches ({_MAX_BATCHES} at most)")
     return missing

@@ -22,6 +22,8 @@ class Lane:
     """A step of this lane is on the model worker."""
     previous: set[str] = field(default_factory=set)
     """Requests of the lane's last step: what its input batch on the model worker holds."""
+    adapters: set[int] = field(default_factory=set)
+    """LoRA adapters that the step in flight needs."""
 
 
 class Lanes:
@@ -53,15 +55,17 @@ class Lanes:
         self._last = min(candidates, key=lambda index: (index - self._last - 1) % num_lanes)
         return self._last
 
-    def begin_step(self, index: int, scheduled: Iterable[str]) -> None:
+    def begin_step(self, index: int, scheduled: Iterable[str], adapters: Iterable[int]) -> None:
         """A step of a lane goes to the model worker."""
         lane = self.lanes[index]
         lane.in_flight = True
         lane.previous = set(scheduled)
+        lane.adapters = set(adapters)
 
     def end_step(self, index: int) -> None:
         """The output of the lane's step has arrived."""
         self.lanes[index].in_flight = False
+        self.lanes[index].adapters.clear()
 
     def assign(self, request_id: str, index: int) -> None:
         """Make a request a member of one lane and of no other."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
@@ -15,9 +14,10 @@ from vllm_lamina.compat.step_times import reported_times
 from vllm_lamina.config import ALWAYS, LaminaConfig
 from vllm_lamina.scheduler.costs import MARGIN, StepCosts
 from vllm_lamina.scheduler.lanes import Lanes, request_load
+from vllm_lamina.scheduler.placement import PlacingScheduler
 
 
-class StaggeredScheduler(Scheduler):
+class StaggeredScheduler(PlacingScheduler):
     """Schedules one lane's requests a step, and admits waiting requests to the lane that has room for them.
 
     Where two halves would take longer than one batch, by what the steps so far have cost, there is one lane.
@@ -39,6 +39,8 @@ class StaggeredScheduler(Scheduler):
         self._num_lanes = 1
         """Lanes in use; the others are being emptied, or empty."""
         self._share_of_load, self._share_of_requests = 0.0, 0
+        self._adapters: set[int] = set()
+        """LoRA adapters that the model worker must hold, of both lanes, while a lane is scheduled."""
 
     @property
     def max_num_active_reqs(self) -> int:
@@ -58,6 +60,7 @@ class StaggeredScheduler(Scheduler):
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """Schedule the idle lane that waited longest. The output carries its index as ``lamina_lane``."""
+        self.recover_if_due()
         loads = {request.request_id: request_load(request.num_tokens) for request in self.running}
         self.lanes.keep_only(loads)
         self._choose_num_lanes()
@@ -65,13 +68,14 @@ class StaggeredScheduler(Scheduler):
             self.lanes.gather()
         else:
             self.lanes.spread(loads)
-        index = self.lanes.next_idle(self._useful_lanes())
+        index = None if self.recovery_is_due else self.lanes.next_idle(self._useful_lanes())
         with self._showing(index):
             output = super().schedule(throttle_prefills)
         output.lamina_lane = index
         if output.total_num_scheduled_tokens:
             assert index is not None
-            self.lanes.begin_step(index, output.num_scheduled_tokens)
+            scheduled = output.num_scheduled_tokens
+            self.lanes.begin_step(index, scheduled, _adapters(self.requests[name] for name in scheduled))
         return output
 
     def update_from_output(
@@ -88,6 +92,16 @@ class StaggeredScheduler(Scheduler):
         for lane in self.lanes.lanes:
             lane.previous.clear()
         return bool(super().reset_prefix_cache(*args, **kwargs))
+
+    def _forget_batch(self, names: Iterable[str]) -> None:
+        for lane in self.lanes.lanes:
+            lane.previous.difference_update(names)
+
+    @property
+    def batches_in_flight(self) -> int:
+        """Lanes that have running requests."""
+        running = {request.request_id for request in self.running}
+        return sum(not lane.members.isdisjoint(running) for lane in self.lanes.lanes)
 
     def _learn(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> None:
         times = reported_times(model_runner_output)
@@ -131,6 +145,7 @@ class StaggeredScheduler(Scheduler):
         self.prev_step_scheduled_req_ids = self.lanes.lanes[index].previous if index is not None else set()
         self._admitted = self._max_num_active_reqs - len(hidden) if index is not None else 0
         self._share_of_load, self._share_of_requests = self._shares()
+        self._adapters = _adapters(everyone).union(*(lane.adapters for lane in self.lanes.lanes))
         self.running = shown
         try:
             yield
@@ -142,6 +157,20 @@ class StaggeredScheduler(Scheduler):
                 for request in self.running:
                     self.lanes.assign(request.request_id, index)
             self.running = sorted(hidden + self.running, key=lambda r: place.get(r.request_id, last))
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a waiting request may be scheduled; vLLM asks before each admission.
+
+        vLLM admits no more than ``max_loras`` adapters to a step. Here that bounds both lanes together, and with them
+        the requests that ended while their step was in flight: an adapter that such a step uses must keep its slot.
+        """
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        adapters = self._adapters | _adapters([request])
+        if self.lora_config is not None and len(adapters) > self.lora_config.max_loras:
+            return False
+        self._adapters = adapters
+        return True
 
     def _shares(self) -> tuple[float, int]:
         """Load and number of requests of which each lane should hold its part: all that can run at once."""
@@ -169,3 +198,8 @@ class StaggeredScheduler(Scheduler):
             return False  # an empty lane takes at least one
         load = sum(request_load(request.num_tokens) for request in self.running)
         return load >= self._share_of_load or len(self.running) >= self._share_of_requests
+
+
+def _adapters(requests: Iterable[Request]) -> set[int]:
+    """The LoRA adapters of the requests."""
+    return {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}

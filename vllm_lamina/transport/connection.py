@@ -1,18 +1,23 @@
-"""The model worker's end of an attention worker: control socket, data channel, and how both are opened."""
+"""The model worker's end of an attention worker: control connection, data channel, and how both are opened."""
 
+import contextlib
+import logging
 import os
+import platform
+import secrets
 import socket
+import threading
 import time
 from types import TracebackType
-from typing import TypeVar
-
-import msgspec
-import zmq
 
 import vllm_lamina
-from vllm_lamina._native import AttentionClient, create_shm_memory
-from vllm_lamina.transport.address import control_endpoint
+from vllm_lamina._native import Channel, ChannelError, ShmChannel, ShmEnd, UcxChannel, create_shm_memory
+from vllm_lamina.config import TransportOption
+from vllm_lamina.transport.address import ControlAddress
+from vllm_lamina.transport.control_client import ControlClient
 from vllm_lamina.transport.errors import ConnectionFailed, ProtocolMismatch, WorkerRefused, WorkerUnreachable
+from vllm_lamina.transport.heartbeat import HeartbeatThread
+from vllm_lamina.transport.host_identity import host_identity
 from vllm_lamina.transport.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
@@ -22,51 +27,68 @@ from vllm_lamina.transport.messages import (
     Geometry,
     Goodbye,
     Hello,
-    Refused,
-    Request,
+    Leave,
+    OpenUcx,
     Shutdown,
     StatsRequest,
     Trace,
     TraceRequest,
+    Transport,
+    UcxOpened,
     Welcome,
     WorkerStats,
-    decode_reply,
-    encode,
 )
+from vllm_lamina.transport.secret import ControlKeys
+from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx, network_devices
+
+logger = logging.getLogger("vllm.lamina")
 
 DEFAULT_RING_BYTES = 1 << 30
 
 DATA_CHANNEL_OPEN = b"\x01"
 """What the worker sends on the data socket once it serves the channel."""
 
-ReplyT = TypeVar("ReplyT", Welcome, BlockBytesReply, Configured, WorkerStats, Trace, Goodbye)
+LOCAL_HEARTBEAT_TIMEOUT, REMOTE_HEARTBEAT_TIMEOUT = 1.0, 3.0
+"""Seconds without an answer after which a worker on this host, or another, is lost, unless told otherwise."""
+
+LEAVE_SECONDS = 2.0
+"""How long `close` waits for the worker to drop the pool."""
 
 
 class AttentionWorkerConnection:
-    """A connection to one attention worker. Not thread-safe, but for `client`.
+    """A connection to one attention worker. Not thread-safe, but for `channel`, `alive` and `lost_reason`.
+
+    From `configure` to `close` a thread sends heartbeats, idle or not, which renew the engine's lease, and closes the
+    channel when the worker is lost, so that every wait on it ends.
 
     Examples
     --------
-    >>> with AttentionWorkerConnection.connect("127.0.0.1:7100") as worker:
+    >>> with AttentionWorkerConnection.connect("10.0.0.7:7100", secret_file="/etc/lamina/secret") as worker:
     ...     num_blocks = worker.pool_bytes // worker.block_bytes(geometry)
     ...     worker.configure(geometry, num_blocks)
-    ...     worker.client.begin_step(...)
+    ...     AttentionClient(worker.channel, geometry.to_native()).begin_step(...)
     """
 
-    def __init__(self, address: str, timeout: float = 10.0) -> None:
+    def __init__(
+        self,
+        address: str,
+        timeout: float = 10.0,
+        secret_file: str | os.PathLike[str] = "",
+        waits_for_listener: bool = True,
+    ) -> None:
         self.address = address
         self._timeout = timeout
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.REQ)
-        self._socket.linger = 0
-        # After a timeout the next request may be sent, and a late reply to the old one is not taken for its
-        # answer.
-        self._socket.setsockopt(zmq.REQ_RELAXED, 1)
-        self._socket.setsockopt(zmq.REQ_CORRELATE, 1)
-        self._client: AttentionClient | None = None
+        self._channel: Channel | None = None
+        self._heartbeat: HeartbeatThread | None = None
+        self._token = b""
+        self._lock = threading.Lock()  # guards the channel against a loss that is noticed while it is opened
+        self.lost_reason = ""
+        """Why the worker is lost; empty as long as it is not."""
+        keys = ControlKeys.from_file(secret_file) if secret_file else None
+        self._address = ControlAddress.parse(address)
+        self._control = ControlClient(self._address, keys, timeout, waits_for_listener)
         try:
-            self._socket.connect(control_endpoint(address))
-            self.welcome = self._request(Hello(vllm_lamina.__version__, PROTOCOL_VERSION), Welcome)
+            self.welcome = self._control.request(Hello(vllm_lamina.__version__, PROTOCOL_VERSION), Welcome)
             if self.welcome.protocol_version != PROTOCOL_VERSION:
                 raise ProtocolMismatch(
                     f"the attention worker at {address} runs vllm-lamina {self.welcome.software_version} "
@@ -78,21 +100,32 @@ class AttentionWorkerConnection:
             raise
 
     @classmethod
-    def connect(cls, address: str, timeout: float = 10.0) -> "AttentionWorkerConnection":
-        """Open the control socket and greet the worker.
+    def connect(
+        cls,
+        address: str,
+        timeout: float = 10.0,
+        *,
+        secret_file: str | os.PathLike[str] = "",
+        waits_for_listener: bool = True,
+    ) -> "AttentionWorkerConnection":
+        """Open the control connection and greet the worker.
 
         Parameters
         ----------
         address
-            ``HOST:PORT`` or ``tcp://HOST:PORT`` on loopback, or ``ipc://@NAME``.
+            See `ControlAddress.parse`.
         timeout
             Seconds to wait for each answer of the worker.
+        secret_file
+            The worker's secret; needed where the address is not one of this host's loopback.
+        waits_for_listener
+            Whether a port that nobody listens on may be opened yet; if not, that is an error at once.
 
         Raises
         ------
-        UnsupportedAddress, WorkerUnreachable, ProtocolMismatch
+        UnsupportedAddress, SecretError, WorkerUnreachable, WorkerRefused, ProtocolMismatch
         """
-        return cls(address, timeout)
+        return cls(address, timeout, secret_file, waits_for_listener)
 
     @property
     def pool_bytes(self) -> int:
@@ -100,11 +133,16 @@ class AttentionWorkerConnection:
         return self.welcome.pool_bytes
 
     @property
-    def client(self) -> AttentionClient:
-        """The native client of the data channel; there after `configure`."""
-        if self._client is None:
+    def alive(self) -> bool:
+        """False once the worker is known to be lost; its channel is closed then."""
+        return not self.lost_reason
+
+    @property
+    def channel(self) -> Channel:
+        """The data channel; there after `configure`."""
+        if self._channel is None:
             raise RuntimeError("the attention worker is not configured")
-        return self._client
+        return self._channel
 
     def block_bytes(self, geometry: Geometry) -> int:
         """Ask how many bytes of the pool one KV block takes over all layers.
@@ -114,7 +152,25 @@ class AttentionWorkerConnection:
         WorkerRefused
             No kernel supports the geometry.
         """
-        return self._request(BlockBytesRequest(geometry), BlockBytesReply).num_bytes
+        return self._control.request(BlockBytesRequest(geometry), BlockBytesReply).num_bytes
+
+    def check_available(self, transport: TransportOption = "auto") -> None:
+        """Check what `configure` would refuse, before a model is loaded for it.
+
+        Raises
+        ------
+        WorkerRefused
+            It serves another engine, it is about to end, or shared memory does not reach it.
+        UcxUnavailable
+            UCX would be used and is not installed.
+        """
+        if self.welcome.draining:
+            raise WorkerRefused(
+                f"the attention worker at {self.address} is about to end; use another one, or start it again"
+            )
+        if self.welcome.engine:
+            raise WorkerRefused(f"the attention worker at {self.address} {busy_with(self.welcome.engine)}")
+        self._choose_transport(transport)
 
     def configure(
         self,
@@ -124,6 +180,9 @@ class AttentionWorkerConnection:
         ring_bytes: int = DEFAULT_RING_BYTES,
         spin_us: int = 100,
         worker_spin_us: int = 100,
+        transport: TransportOption = "auto",
+        heartbeat_timeout: float = 0.0,
+        replaces: bytes = b"",
     ) -> int:
         """Let the worker allocate its pool, and open the data channel.
 
@@ -134,6 +193,12 @@ class AttentionWorkerConnection:
             is one layer's q, k and v of a whole step.
         spin_us, worker_spin_us
             How long this side and the worker poll before they sleep; 0 where threads outnumber CPUs.
+        transport
+            Of the data channel: "shm" (same host only), "ucx", or "auto" for the first of them that reaches it.
+        heartbeat_timeout
+            Seconds without a sign of life after which the worker is lost; 0 for the default of where it is.
+        replaces
+            `token` of an earlier connection to the same worker, whose pool is dropped if it is still there.
 
         Returns
         -------
@@ -143,19 +208,98 @@ class AttentionWorkerConnection:
         Raises
         ------
         WorkerRefused
-            The worker serves another engine, or the pool is too small.
+            The worker serves another engine, the pool is too small, or shared memory does not reach it.
+        UcxUnavailable
+            UCX would be used and is not installed, or has no device on the network of the worker.
         """
-        configured = self._request(Configure(geometry, num_blocks, worker_spin_us), Configured)
+        chosen = self._choose_transport(transport)
+        engine = f"pid {os.getpid()} on {platform.node()}"
+        configured = self._control.request(
+            Configure(geometry, num_blocks, worker_spin_us, chosen, engine, replaces), Configured
+        )
+        default = LOCAL_HEARTBEAT_TIMEOUT if self._is_on_this_host else REMOTE_HEARTBEAT_TIMEOUT
+        self._keep_lease(configured.token, heartbeat_timeout or default)
+        open_channel = self._open_shm_channel if chosen == "shm" else self._open_ucx_channel
+        channel = open_channel(configured.token, ring_bytes, spin_us)
+        with self._lock:
+            self._channel = channel
+            if not self.alive:
+                channel.close()
+        return configured.used_bytes
+
+    def _choose_transport(self, transport: TransportOption) -> Transport:
+        same_user = os.getuid() in (0, self.welcome.uid)
+        reaches = self._is_on_this_host and same_user
+        if transport == "shm" and not reaches:
+            raise WorkerRefused(
+                f"the attention worker at {self.address} cannot be reached by shared memory: it runs on another "
+                "host, in another network namespace, or as another user; use transport auto or ucx"
+            )
+        if transport == "ucx" or not reaches:
+            load_ucx()
+            return "ucx"
+        return "shm"
+
+    @property
+    def _is_on_this_host(self) -> bool:
+        return self._address.is_ipc or self.welcome.host == host_identity() != ""
+
+    @property
+    def token(self) -> bytes:
+        """Names the engine to the worker; empty before `configure`."""
+        return self._token
+
+    def _keep_lease(self, token: bytes, timeout: float) -> None:
+        self._token = token
+        self._heartbeat = HeartbeatThread(
+            self._control.open_second_socket(),
+            token,
+            self.welcome.lease_seconds,
+            timeout,
+            self.welcome.pid if self._is_on_this_host else None,
+            self._on_lost,
+            self._on_draining,
+        )
+
+    def _on_lost(self, reason: str) -> None:
+        with self._lock:
+            self.lost_reason = f"the attention worker at {self.address} is lost: {reason}"
+            if self._channel is not None:
+                self._channel.close()
+        logger.error("Lamina: %s.", self.lost_reason)
+
+    def _on_draining(self) -> None:
+        logger.warning("Lamina: the attention worker at %s is asked to end and waits for us.", self.address)
+
+    def _open_shm_channel(self, token: bytes, ring_bytes: int, spin_us: int) -> Channel:
         memory_fd = create_shm_memory(ring_bytes)
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as data_socket:
-                self._open_data_channel(data_socket, configured.token, memory_fd)
-                self._client = AttentionClient(geometry.to_native(), memory_fd, data_socket.fileno(), spin_us)
+                self._open_data_socket(data_socket, token, memory_fd)
+                return ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.CLIENT, spin_us)
         finally:
             os.close(memory_fd)
-        return configured.used_bytes
 
-    def _open_data_channel(self, data_socket: socket.socket, token: bytes, memory_fd: int) -> None:
+    def _open_ucx_channel(self, token: bytes, ring_bytes: int, spin_us: int) -> Channel:
+        info = load_ucx()
+        channel_token = secrets.token_bytes(TOKEN_BYTES)
+        try:
+            devices = network_devices(self._address.local_host())
+            channel = UcxChannel(channel_token, ring_bytes, spin_us, devices)
+            opened = self._control.request(
+                OpenUcx(token, channel_token, ring_bytes, channel.address, self._address.host), UcxOpened
+            )
+            channel.connect(opened.address)
+            channel.wait_connected(self._timeout)
+        except (ChannelError, OSError) as error:
+            raise WorkerUnreachable(
+                f"the data channel to the attention worker at {self.address} could not be opened over UCX ({error}); "
+                "does a firewall close the ports that UCX chooses (UCX_TCP_PORT_RANGE)?"
+            ) from error
+        logger.info("Lamina: attention worker at %s: %s.", self.address, describe_ucx(info, channel))
+        return channel
+
+    def _open_data_socket(self, data_socket: socket.socket, token: bytes, memory_fd: int) -> None:
         """Hand the channel's memory over; the socket then stays open as the sign of life of both sides."""
         data_socket.settimeout(self._timeout)
         try:
@@ -164,8 +308,7 @@ class AttentionWorkerConnection:
             answer = data_socket.recv(1)
         except OSError as error:
             raise WorkerUnreachable(
-                f"the data channel to the attention worker at {self.address} could not be opened ({error}); "
-                "is the worker on this host and in the same network namespace?"
+                f"the data channel to the attention worker at {self.address} could not be opened ({error}); see its log"
             ) from error
         if answer != DATA_CHANNEL_OPEN:
             raise WorkerRefused(
@@ -174,47 +317,39 @@ class AttentionWorkerConnection:
 
     def stats(self) -> WorkerStats:
         """Ask the worker for its counters."""
-        return self._request(StatsRequest(), WorkerStats)
+        return self._control.request(StatsRequest(), WorkerStats)
 
     def trace(self, seconds: float) -> bytes:
         """Record the frames of ``seconds`` (see ``take_trace``). Raises WorkerRefused without an engine."""
-        self._request(TraceRequest("start"), Trace)
+        self._control.request(TraceRequest("start"), Trace)
         time.sleep(seconds)
-        return self._request(TraceRequest("take"), Trace).events
+        return self._control.request(TraceRequest("take"), Trace).events
 
     def shutdown(self) -> None:
         """Ask an embedded worker to end. Raises WorkerRefused if it is not an embedded one."""
-        self._request(Shutdown(), Goodbye)
+        self._control.request(Shutdown(), Goodbye)
 
     def close(self) -> None:
         """Leave the worker, which drops its pool and waits for the next engine. May be called twice."""
-        if self._client is not None:
-            self._client.close()
-            self._client = None
-        self._socket.close(linger=0)
-        self._context.term()
+        configured = self._heartbeat is not None
+        self._stop()
+        if configured and self.alive:
+            with contextlib.suppress(ConnectionFailed):
+                self._control.request(Leave(self._token), Goodbye, min(LEAVE_SECONDS, self._timeout))
+        self._control.close()
 
-    def _request(self, request: Request, reply_type: type[ReplyT]) -> ReplyT:
-        self._socket.send(encode(request))
-        if not self._socket.poll(int(self._timeout * 1000)):
-            raise WorkerUnreachable(
-                f"no attention worker answered at {self.address} within {self._timeout:g} s; start one with "
-                "`vllm-lamina worker`, or correct the address"
-            )
-        try:
-            reply = decode_reply(self._socket.recv())
-        except msgspec.MsgspecError as error:
-            raise ProtocolMismatch(
-                f"the answer from {self.address} is not of vllm-lamina's protocol {PROTOCOL_VERSION}: {error}"
-            ) from error
-        if isinstance(reply, Refused):
-            raise WorkerRefused(f"the attention worker at {self.address} refused: {reply.reason}")
-        if not isinstance(reply, reply_type):
-            raise ProtocolMismatch(
-                f"the attention worker at {self.address} answered {type(request).__name__} with "
-                f"{type(reply).__name__}: install the same version of vllm-lamina on both sides"
-            )
-        return reply
+    def abandon(self) -> None:
+        """Close this end without a word to the worker, which is lost. May be called twice."""
+        self._stop()
+        self._control.close()
+
+    def _stop(self) -> None:
+        heartbeat, self._heartbeat = self._heartbeat, None
+        if heartbeat is not None:
+            heartbeat.stop()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def __enter__(self) -> "AttentionWorkerConnection":
         return self
@@ -223,3 +358,11 @@ class AttentionWorkerConnection:
         self, exc_type: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         self.close()
+
+
+def busy_with(engine: str) -> str:
+    """What a worker that serves another engine is called, and what to do."""
+    return (
+        f"serves another engine ({engine}); stop that one, or start another attention worker (an engine that died is "
+        "forgotten when its lease runs out)"
+    )

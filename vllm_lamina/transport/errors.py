@@ -8,7 +8,11 @@ class ConnectionFailed(LaminaError):
 
 
 class UnsupportedAddress(ConnectionFailed, ValueError):
-    """The address is malformed, or not on this host."""
+    """The address is malformed, or its host is not known."""
+
+
+class SecretError(ConnectionFailed, ValueError):
+    """A secret is missing, unfit or not the other side's."""
 
 
 class WorkerUnreachable(ConnectionFailed):
@@ -21,3 +25,7 @@ class WorkerRefused(ConnectionFailed):
 
 class ProtocolMismatch(ConnectionFailed):
     """The two sides run versions of vllm-lamina that do not understand each other."""
+
+
+class UcxUnavailable(ConnectionFailed):
+    """There is no usable UCX on this host, or no network device for it."""

@@ -1,20 +1,26 @@
 """The attention worker's process: answers control messages, lets native code serve one engine at a time."""
 
 import argparse
+import contextlib
 import logging
 import os
+import resource
 import secrets
 import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
 
 import msgspec
 import zmq
 
 import vllm_lamina
-from vllm_lamina._native import kv_block_bytes
-from vllm_lamina.transport.address import control_endpoint
-from vllm_lamina.transport.errors import ConnectionFailed, UnsupportedAddress
+from vllm_lamina._native import ChannelError, kv_block_bytes
+from vllm_lamina.transport.connection import busy_with
+from vllm_lamina.transport.errors import ConnectionFailed
+from vllm_lamina.transport.host_identity import host_identity
+from vllm_lamina.transport.listener import ControlListener
 from vllm_lamina.transport.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
@@ -22,45 +28,70 @@ from vllm_lamina.transport.messages import (
     Configure,
     Configured,
     Goodbye,
+    Heartbeat,
+    HeartbeatReply,
     Hello,
+    Leave,
+    OpenUcx,
     Refused,
     Reply,
     Request,
     Shutdown,
     StatsRequest,
     TraceRequest,
+    UcxOpened,
     Welcome,
     WorkerStats,
     decode_request,
     encode,
 )
+from vllm_lamina.transport.ucx import describe_ucx, load_ucx
 from vllm_lamina.units import format_bytes, format_cpus
 from vllm_lamina.worker.engine_session import EngineSession, is_same_user
+from vllm_lamina.worker.host import memory_for_pool
 from vllm_lamina.worker.options import WorkerOptions, add_arguments
 
 logger = logging.getLogger("vllm_lamina.attention_worker")
 
 MAX_PENDING_CONNECTIONS = 8
-"""Connections to the data socket that have not shown a token yet; more are turned away."""
+"""Connections to the data socket that have not shown a token yet; one more, and the oldest is turned away."""
+
+MIN_DESCRIPTORS = 128
+"""Open files without which no worker starts: ZeroMQ ends the process where it gets none, and an engine needs some."""
+
+MAX_DESCRIPTORS = 4096
+"""Strangers hold a descriptor, and some memory, each until the time of their handshake is up."""
+
+SPARE_DESCRIPTORS = 16
+"""Kept from strangers, for the data channel of the engine that was admitted."""
+
+PEER_CHECK_SECONDS = 1.0
+"""How often an engine is looked at whose end wakes nobody."""
+
+MAX_REQUESTS_AT_ONCE = 1000
+"""Before this thread looks at its signals and its engine again. ZeroMQ takes one of each client in turn."""
 
 
 class AttentionWorkerProcess:
-    """The control thread: sleeps until something happens to one of its sockets, its engine or its parent."""
+    """The control thread: sleeps until something happens to one of its sockets, its engine or its parent.
+
+    Raises
+    ------
+    ConnectionFailed
+        The address needs a secret, or cannot be listened on.
+    """
 
     def __init__(self, options: WorkerOptions) -> None:
         self._options = options
         self._session: EngineSession | None = None
         self._pending: list[socket.socket] = []
+        self._spare = SpareDescriptors(SPARE_DESCRIPTORS)
         self._running = True
+        self._drain_until: float | None = None
         self._poller = zmq.Poller()
-
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._control = self._context.socket(zmq.ROUTER)
-        self._control.linger = 1000
-        try:
-            self._control.bind(control_endpoint(options.address))
-        except zmq.ZMQError as error:
-            raise ConnectionFailed(f"cannot listen on {options.address}: {error.strerror}") from error
+        # Other hosts need UCX: better no worker than one that only its own host can use.
+        self._ucx = describe_ucx(load_ucx()) if options.address.needs_secret else ""
+        self._listener = ControlListener(options.address, options.keys)
         self._data_name = f"vllm-lamina-{os.getpid()}-{secrets.token_hex(8)}"
         self._data = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._data.bind("\0" + self._data_name)
@@ -68,7 +99,7 @@ class AttentionWorkerProcess:
         self._data.setblocking(False)
         self._signals, self._signal_writer = socket.socketpair()
         self._signal_writer.setblocking(False)
-        for source in (self._control, self._data, self._signals):
+        for source in (*self._listener.sockets, self._data, self._signals):
             self._poller.register(source, zmq.POLLIN)
         self._parent_pidfd = self._watch_parent()
 
@@ -83,7 +114,11 @@ class AttentionWorkerProcess:
         return pidfd
 
     def run(self) -> None:
-        """Serve until SIGTERM, SIGINT (unless embedded), the parent's end or a Shutdown."""
+        """Serve until SIGTERM or SIGINT (SIGTERM alone if embedded), the parent's end or a Shutdown.
+
+        A first signal lets the engine that is connected finish, for the time of `WorkerOptions.drain_seconds`; a second
+        one ends at once.
+        """
         signal.set_wakeup_fd(self._signal_writer.fileno())
         signal.signal(signal.SIGTERM, _leave_to_wakeup_fd)
         # Ctrl-C reaches the whole foreground group; an embedded worker leaves the decision to its parent,
@@ -92,12 +127,15 @@ class AttentionWorkerProcess:
         signal.signal(signal.SIGINT, signal.SIG_IGN if embedded else _leave_to_wakeup_fd)
         cpus = f"CPUs {format_cpus(self._options.cpus)}" if self._options.cpus else "not pinned"
         logger.info(
-            "listening on %s: %s for KV blocks, %d threads (%s)",
-            self._options.address,
+            "listening on %s (%s): %s for KV blocks, %d threads (%s)",
+            self._options.address.text,
+            "encrypted, with a secret" if self._options.keys else "this host only, without a secret",
             format_bytes(self._options.pool_bytes),
             self._options.num_threads,
             cpus,
         )
+        if self._ucx:
+            logger.info("other hosts are served over %s", self._ucx)
         try:
             while self._running:
                 self._handle_events()
@@ -105,34 +143,59 @@ class AttentionWorkerProcess:
             self._close()
 
     def _handle_events(self) -> None:
-        seconds_to_open = self._session.seconds_to_open() if self._session else None
-        timeout = None if seconds_to_open is None else max(0, int(seconds_to_open * 1000) + 1)
-        events = dict(self._poller.poll(timeout))
-        if self._signals.fileno() in events or self._parent_pidfd in events:
+        events = dict(self._poller.poll(self._milliseconds_to_wait()))
+        if self._parent_pidfd in events:
             self._running = False
             return
-        if self._session is not None:
-            self._check_session(self._session, events)
-        if self._control in events:
+        if self._signals.fileno() in events:
+            self._take_signals()
+        self._listener.admit()
+        # Before the deadlines: a heartbeat that is here has come in time, whatever kept this thread.
+        for _ in range(MAX_REQUESTS_AT_ONCE):
+            if not self._running or not self._listener.control.poll(0):
+                break
             self._answer()
+        self._end_session_if_over()
         if self._data.fileno() in events:
             self._accept()
         for connection in list(self._pending):
             if connection.fileno() in events:
                 self._open_session(connection)
+        if self._drain_until is not None and (self._session is None or self._drain_until <= time.monotonic()):
+            self._running = False
 
-    def _check_session(self, session: EngineSession, events: dict[object, int]) -> None:
-        seconds_to_open = session.seconds_to_open()
-        if seconds_to_open is not None:
-            if seconds_to_open <= 0:
-                logger.warning("the engine did not open its data channel in time")
-                self._end_session()
-        elif session.peer_pidfd in events or (session.data_socket and session.data_socket.fileno() in events):
-            # Nothing is ever sent on the data socket after the channel is open, so an event is its end.
-            self._end_session()
+    def _milliseconds_to_wait(self) -> int | None:
+        deadlines = [self._drain_until]
+        if self._session is not None:
+            deadlines.append(self._session.deadline)
+            if not self._session.wakes_control_thread:
+                deadlines.append(time.monotonic() + PEER_CHECK_SECONDS)
+        times = [deadline - time.monotonic() for deadline in deadlines if deadline is not None]
+        return max(0, int(min(times) * 1000) + 1) if times else None
+
+    def _take_signals(self) -> None:
+        for _ in self._signals.recv(64):
+            if self._drain_until is not None or self._session is None or not self._options.drain_seconds:
+                self._running = False
+                return
+            self._drain_until = time.monotonic() + self._options.drain_seconds
+            logger.info(
+                "draining: no new engine is taken; the connected one (%s) has %g s to leave; signal again to end now",
+                self._session.engine,
+                self._options.drain_seconds,
+            )
+
+    def _end_session_if_over(self) -> None:
+        if self._session is None:
+            return
+        deadline = self._session.deadline
+        if self._session.peer_has_gone():
+            self._end_session("left")
+        elif deadline is not None and deadline <= time.monotonic():
+            self._end_session(self._session.overdue)
 
     def _answer(self) -> None:
-        *envelope, payload = self._control.recv_multipart()
+        envelope, payload = self._listener.receive()
         try:
             reply = self._reply(decode_request(payload))
         except msgspec.MsgspecError as error:
@@ -140,7 +203,7 @@ class AttentionWorkerProcess:
                 f"the message is not one of protocol {PROTOCOL_VERSION}, which vllm-lamina "
                 f"{vllm_lamina.__version__} speaks: {error}"
             )
-        self._control.send_multipart([*envelope, encode(reply)])
+        self._listener.answer(envelope, encode(reply))
 
     def _reply(self, request: Request) -> Reply:
         match request:
@@ -153,11 +216,28 @@ class AttentionWorkerProcess:
                     cpus=self._options.cpus,
                     pid=os.getpid(),
                     data_socket=self._data_name,
+                    host=host_identity(),
+                    uid=os.getuid(),
+                    lease_seconds=self._options.lease_seconds,
+                    engine=self._session.engine if self._session else "",
+                    draining=self._drain_until is not None,
                 )
+            case Heartbeat():
+                if self._session is None or not self._session.is_of(request.token):
+                    return Refused("it does not hold this engine's KV blocks any more; see its log")
+                self._session.renew()
+                return HeartbeatReply(draining=self._drain_until is not None, progress=self._session.progress)
+            case Leave():
+                if self._session is not None and self._session.is_of(request.token):
+                    self._end_session("left")
+                return Goodbye()
             case StatsRequest():
+                refused = self._listener.refused_clients
                 if self._session is None:
-                    return WorkerStats(connected=False, pool_bytes=self._options.pool_bytes)
-                return self._session.stats(self._options.pool_bytes)
+                    return WorkerStats(
+                        connected=False, pool_bytes=self._options.pool_bytes, refused_clients=refused
+                    )
+                return self._session.stats(self._options.pool_bytes, refused)
             case TraceRequest():
                 if self._session is None:
                     return Refused("no engine is connected; send requests to a server that uses this worker")
@@ -168,7 +248,10 @@ class AttentionWorkerProcess:
                 except ValueError as error:
                     return Refused(str(error))
             case Configure():
-                return self._configure(request)
+                with self._spare.released():
+                    return self._configure(request)
+            case OpenUcx():
+                return self._open_ucx(request)
             case Shutdown():
                 if self._options.parent_pid is None:
                     return Refused("only an embedded worker can be shut down by a message; send it SIGTERM")
@@ -176,11 +259,13 @@ class AttentionWorkerProcess:
                 return Goodbye()
 
     def _configure(self, request: Configure) -> Configured | Refused:
+        self._end_session_if_over()
+        if self._session is not None and self._session.is_of(request.replaces):
+            self._end_session("begins anew")
         if self._session is not None:
-            return Refused(
-                f"it serves another engine (pid {self._session.peer_pid or 'unknown'}); "
-                "stop that one, or start another attention worker on another port"
-            )
+            return Refused(f"it {busy_with(self._session.engine)}")
+        if self._drain_until is not None:
+            return Refused("it is about to end; use another one, or start it again")
         try:
             needed = request.num_blocks * kv_block_bytes(request.geometry.to_native())
             if needed > self._options.pool_bytes:
@@ -188,20 +273,61 @@ class AttentionWorkerProcess:
                     f"{request.num_blocks} KV blocks take {format_bytes(needed)}, more than the worker's "
                     f"{format_bytes(self._options.pool_bytes)}; raise its memory or ask for fewer blocks"
                 )
-            self._session = EngineSession(request, self._options.num_threads, self._options.cpus)
+            # What was free when the worker started may be taken by now.
+            if needed > (free := memory_for_pool()):
+                return Refused(
+                    f"{request.num_blocks} KV blocks take {format_bytes(needed)}, and its host, or the cgroup around "
+                    f"it, can hold {format_bytes(free)} now; free memory there, or ask for fewer blocks"
+                )
+            self._session = EngineSession(
+                request,
+                self._options.num_threads,
+                self._options.cpus,
+                lease_seconds=self._options.lease_seconds,
+                inject_latency_us=self._options.inject_latency_us,
+            )
         except (ValueError, MemoryError) as error:
             return Refused(str(error) or "the system refuses the pool's memory")
+        except RuntimeError as error:  # a thread that the system refuses
+            return Refused(f"the system refuses the kernel's threads: {error}; raise ulimit -u")
         return Configured(self._session.used_bytes, self._session.token, self._session.isa)
+
+    def _open_ucx(self, request: OpenUcx) -> UcxOpened | Refused:
+        if self._session is None or not self._session.is_of(request.token):
+            return Refused("the engine did not open its data channel in time")
+        try:
+            with self._spare.released():
+                address, description = self._session.open_ucx(request)
+        # RuntimeError: what the system refuses, descriptors and memory say.
+        except (ConnectionFailed, ChannelError, ValueError, RuntimeError, MemoryError) as error:
+            return Refused(str(error) or "the system refuses the channel's memory")
+        self._log_connected(self._session, description)
+        return UcxOpened(address)
+
+    def _log_connected(self, session: EngineSession, transport: str) -> None:
+        logger.info(
+            "engine connected (%s): %d KV blocks, %s, kernel %s; %s",
+            session.engine,
+            session.num_blocks,
+            format_bytes(session.used_bytes),
+            session.isa,
+            transport,
+        )
 
     def _accept(self) -> None:
         try:
-            connection, _ = self._data.accept()
-        except BlockingIOError:
+            with self._spare.released():
+                connection, _ = self._data.accept()
+        except OSError:  # nobody is there any more, or no descriptor for it
             return
         connection.setblocking(False)
-        if len(self._pending) >= MAX_PENDING_CONNECTIONS or not is_same_user(connection):
+        if not is_same_user(connection):
             connection.close()
             return
+        # An engine sends its token as soon as it is connected, so the oldest one is no engine.
+        if len(self._pending) >= MAX_PENDING_CONNECTIONS:
+            self._poller.unregister(self._pending[0])
+            self._pending.pop(0).close()
         self._pending.append(connection)
         self._poller.register(connection, zmq.POLLIN)
 
@@ -209,45 +335,69 @@ class AttentionWorkerProcess:
         self._pending.remove(connection)
         self._poller.unregister(connection)
         session = self._session
-        if session is None or not session.open(connection):
+        with self._spare.released():
+            opened = session is not None and session.open(connection)
+        if session is None or not opened:
             logger.warning("a connection to the data socket was turned away: wrong token or no channel")
             connection.close()
             return
         self._poller.register(connection, zmq.POLLIN)
         if session.peer_pidfd is not None:
             self._poller.register(session.peer_pidfd, zmq.POLLIN)
-        logger.info(
-            "engine connected (pid %d): %d KV blocks, %s, kernel %s",
-            session.peer_pid,
-            session.num_blocks,
-            format_bytes(session.used_bytes),
-            session.isa,
-        )
+        self._log_connected(session, "shared memory")
 
-    def _end_session(self) -> None:
+    def _end_session(self, why: str) -> None:
         session = self._session
         if session is None:
             return
         if session.data_socket is not None:
             self._poller.unregister(session.data_socket)
-            logger.info("engine left (pid %d), its KV blocks are dropped", session.peer_pid)
         if session.peer_pidfd is not None:
             self._poller.unregister(session.peer_pidfd)
         self._session = None
         session.close()
+        logger.info("engine %s (%s), its KV blocks are dropped", why, session.engine)
 
     def _close(self) -> None:
-        self._end_session()
+        self._end_session("was left alone: this worker ends")
         for connection in self._pending:
             connection.close()
+        self._spare.close()
         self._data.close()
-        self._control.close()
-        self._context.term()
+        self._listener.close()
         signal.set_wakeup_fd(-1)
         self._signals.close()
         self._signal_writer.close()
         if self._parent_pidfd is not None:
             os.close(self._parent_pidfd)
+
+
+class SpareDescriptors:
+    """Open files kept for who is admitted, when strangers hold all others that this process may have."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._held: list[int] = []
+        self._take()
+
+    def _take(self) -> None:
+        with contextlib.suppress(OSError):
+            while len(self._held) < self._number:
+                self._held.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
+
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Let the body have them; those that it does not use are taken back."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def close(self) -> None:
+        """Give them back."""
+        while self._held:
+            os.close(self._held.pop())
 
 
 def _leave_to_wakeup_fd(signum: int, frame: object) -> None:
@@ -259,7 +409,8 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         options = WorkerOptions.parse(arguments)
         _stay_on(options.cpus)
-    except (UnsupportedAddress, ValueError) as error:
+        _limit_descriptors()
+    except ValueError as error:
         print(f"vllm-lamina worker: {error}", file=sys.stderr)
         return 2
     logging.basicConfig(
@@ -273,6 +424,24 @@ def serve(arguments: argparse.Namespace) -> int:
         print(f"vllm-lamina worker: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _limit_descriptors() -> None:
+    """Take the descriptors that this process may have, up to `MAX_DESCRIPTORS`.
+
+    Raises
+    ------
+    ValueError
+        There are too few.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    number = MAX_DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, MAX_DESCRIPTORS)
+    if number < MIN_DESCRIPTORS:
+        raise ValueError(
+            f"this process may open {number} files, and a worker needs {MIN_DESCRIPTORS}: raise the hard limit "
+            "(ulimit -Hn, systemd's LimitNOFILE)"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
 
 
 def _stay_on(cpus: list[int]) -> None:

@@ -96,6 +96,11 @@ class EmbeddedAttentionWorker:
         """Return the worker's exit status, negative for a signal; None while it runs."""
         return self._process.poll()
 
+    def kill(self) -> None:
+        """End the worker at once, whatever state it is in. No effect if it ended already."""
+        self._process.kill()
+        self._process.wait()
+
     def stop(self, timeout: float = 5.0) -> None:
         """End the worker: ask it to, and after `timeout` seconds kill it. No effect if it ended already."""
         if self._process.poll() is not None:

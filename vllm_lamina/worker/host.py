@@ -2,6 +2,14 @@
 
 from pathlib import Path
 
+POOL_RESERVE_BYTES = 256 << 20
+"""Left free beside a pool of KV blocks: for the channel's rings, the worker itself and the rest of the machine."""
+
+
+def memory_for_pool() -> int:
+    """Return how large a pool this host and the cgroups around this process can hold now, in bytes."""
+    return max(0, available_memory() - POOL_RESERVE_BYTES)
+
 
 def available_memory() -> int:
     """Return the bytes this process may still take: what the system has, or less where a cgroup limits it."""
@@ -14,14 +22,18 @@ def available_memory() -> int:
 def cgroup_memory(
     root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> list[tuple[int, int]]:
-    """Return (limit, use) in bytes of each limited cgroup around this process, of version 1 or 2."""
+    """Return (limit, use) in bytes of each limited cgroup around this process, of version 1 or 2.
+
+    Cached files, such as a model's that were read, count as free: the kernel drops them before it kills anybody.
+    """
     found = []
     for line in _read(own).splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            top, names = root, ("memory.max", "memory.current")
+            top, names, prefix = root, ("memory.max", "memory.current"), ""
         elif "memory" in controllers.split(","):
             top, names = root / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            prefix = "total_"  # of the cgroup with those below it, as the usage is
         else:
             continue
         group = top / path.lstrip("/")
@@ -29,10 +41,17 @@ def cgroup_memory(
             limit, used = (_read(directory / name).strip() for name in names)
             # No limit is the word "max" in version 2, and a number beyond any memory in version 1.
             if limit.isdigit() and used.isdigit() and int(limit) < 2**60:
-                found.append((int(limit), int(used)))
+                cached = _cached_files(directory / "memory.stat", prefix)
+                found.append((int(limit), max(0, int(used) - cached)))
             if directory == top:
                 break
     return found
+
+
+def _cached_files(stat: Path, prefix: str) -> int:
+    rows = (line.split() for line in _read(stat).splitlines())
+    names = (f"{prefix}inactive_file", f"{prefix}active_file")
+    return sum(int(row[1]) for row in rows if len(row) == 2 and row[0] in names)
 
 
 def transparent_hugepages() -> str:

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
+from vllm.logger import init_logger
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
-from vllm_lamina.compat.step_times import StepTimes, report_times
+from vllm_lamina.attention_backend.exchange import StepFailed
+from vllm_lamina.compat.failed_steps import forget_step, step_failed
+from vllm_lamina.compat.random_states import keep_random_states
+from vllm_lamina.compat.step_times import report_times, times_of_step
 from vllm_lamina.compat.threads import set_num_threads
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 
-    from vllm_lamina._native import AttentionClient
+    from vllm_lamina.attention_backend.exchange import Exchange
+
+logger = init_logger("vllm.lamina")
 
 JOIN_SECONDS = 5.0
 
@@ -31,13 +40,13 @@ class Lane:
     with the other lane's runner.
     """
 
-    def __init__(self, index: int, runner: Any, client: AttentionClient, timeout: float) -> None:
+    def __init__(self, index: int, runner: Any, exchange: Exchange) -> None:
         self.runner = runner
         self.finished_req_ids: set[str] = set()
         """Requests that have finished since the lane's last step, and may still be in its input batch."""
         self._index = index
-        self._client = client
-        self._timeout = timeout
+        self._exchange = exchange
+        self._client = exchange.client
         self._num_threads = torch.get_num_threads()
         self._execute_seconds = 0.0
         self._executed: Future[Any] = Future()
@@ -54,6 +63,8 @@ class Lane:
             begin = time.perf_counter()
             try:
                 return self.runner.execute_model(scheduler_output)
+            except StepFailed:
+                return None
             finally:
                 self._execute_seconds = time.perf_counter() - begin
 
@@ -66,11 +77,13 @@ class Lane:
         def sample() -> ModelRunnerOutput:
             begin = time.perf_counter()
             output = executed.result()
+            if step_failed(self._exchange, self._index):
+                return forget_step(self.runner)
             if output is None:
+                keep_random_states(self.runner)
                 output = self.runner.sample_tokens(grammar_output)
-            waiting, attention = self._client.step_times(self._index)
-            model = self._execute_seconds - waiting + time.perf_counter() - begin
-            report_times(output, StepTimes(model, attention))
+            seconds = self._execute_seconds + time.perf_counter() - begin
+            report_times(output, times_of_step(self._client, self._index, seconds))
             return output
 
         return self._submit(sample)
@@ -84,6 +97,10 @@ class Lane:
         self.runner.requests[request_id] = other.runner.requests[request_id]
         if request_id in other.runner.num_prompt_logprobs:
             self.runner.num_prompt_logprobs[request_id] = other.runner.num_prompt_logprobs.pop(request_id)
+
+    def finish_steps(self) -> None:
+        """Wait until the steps that were begun are over, whatever came of them."""
+        self._submit(lambda: None).result()
 
     def stop(self) -> None:
         """End the thread, after what it is doing."""
@@ -107,7 +124,7 @@ class Lane:
                     future.set_exception(error)
 
     def _in_turn(self, task: Callable[[], Any]) -> Any:
-        self._client.begin_turn(self._index, self._timeout)
+        self._client.begin_turn(self._index, self._exchange.timeout)
         try:
             return task()
         finally:
@@ -115,10 +132,14 @@ class Lane:
 
 
 class Lanes:
-    """The lanes of a model worker, driven by vLLM's ``execute_model`` and ``sample_tokens``."""
+    """The lanes of a model worker, driven by vLLM's ``execute_model`` and ``sample_tokens``.
 
-    def __init__(self, lanes: list[Lane]) -> None:
+    Of several ranks of a model vLLM asks one for its output: ``answers`` says whether it is this one.
+    """
+
+    def __init__(self, lanes: list[Lane], answers: bool) -> None:
         self._lanes = lanes
+        self._answers = answers
         self._last = lanes[0]
         self._lane_of: dict[str, Lane] = {}
         """The lane that ran a request's last step."""
@@ -134,6 +155,8 @@ class Lanes:
         lane = self._last = self._lanes[scheduler_output.lamina_lane]
         for request in scheduler_output.scheduled_new_reqs:
             self._lane_of[request.req_id] = lane
+            if request.lora_request is not None and request.lora_request.load_inplace:
+                self._load_in_place(lane, request)
         for request_id in scheduler_output.scheduled_cached_reqs.req_ids:
             other = self._lane_of[request_id]
             if other is not lane:
@@ -144,14 +167,40 @@ class Lanes:
         lane.execute(step)
         return None
 
+    def _load_in_place(self, lane: Lane, request: NewRequestData) -> None:
+        """Load the request's adapter anew. vLLM would in each step of the request, also amid one of another lane."""
+        self.finish_steps()
+        lane.runner.add_lora(request.lora_request)
+        request.lora_request = msgspec.structs.replace(request.lora_request, load_inplace=False)
+
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput:
         """What the step begun last samples, when it is done."""
-        return _LaneOutput(self._last.sample(grammar_output))
+        if grammar_output is not None and grammar_output.grammar_bitmask is not None:
+            # In the engine's own process this is a view of a buffer that the next step of any lane overwrites.
+            bitmask = grammar_output.grammar_bitmask.copy()
+            grammar_output = dataclasses.replace(grammar_output, grammar_bitmask=bitmask)
+        sampled = self._last.sample(grammar_output)
+        if not self._answers:
+            sampled.add_done_callback(_end_process_on_failure)
+        return _LaneOutput(sampled)
+
+    def finish_steps(self) -> None:
+        """Wait until no lane has a step in flight."""
+        for lane in self._lanes:
+            lane.finish_steps()
 
     def stop(self) -> None:
         """End all lanes."""
         for lane in self._lanes:
             lane.stop()
+
+
+def _end_process_on_failure(sampled: Future[ModelRunnerOutput]) -> None:
+    """For a rank that nobody asks for its output: the other ranks would wait for it for ever."""
+    error = sampled.exception()
+    if error is not None:
+        logger.error("Lamina: a step failed on this rank of the model; ending it.", exc_info=error)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class _LaneOutput(AsyncModelRunnerOutput):

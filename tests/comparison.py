@@ -1,7 +1,8 @@
 """Compares what Lamina generated with what stock vLLM generated.
 
 In float32 stock vLLM agrees with itself whatever else is in the batch: tokens equal, log-probabilities within 3e-5. So
-Lamina must give the same tokens, and log-probabilities within `FLOAT32_TOLERANCE`.
+Lamina must give the same tokens, and log-probabilities within `FLOAT32_TOLERANCE`. Where the two likeliest tokens of
+stock are nearer to each other than that (`FLOAT32_TIE`), either is right, and what follows has nothing to do with it.
 
 In bfloat16 and float16 stock does not agree with itself. Rounding depends on the composition of the batch, and where
 the two likeliest tokens are near each other the choice flips; from there on the texts have nothing to do with each
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from jobs import Completion, JobResult, PhaseResult
 
 FLOAT32_TOLERANCE = 1e-4
+FLOAT32_TIE = 3e-5
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,13 @@ def assert_same_phase(stock: PhaseResult, lamina: PhaseResult, tolerance: float 
         assert_close(theirs.prompt_logprobs, ours.prompt_logprobs, tolerance, f"{where}, prompt")
         for expected, actual in zip(theirs.completions, ours.completions, strict=True):
             divergence = first_divergence(expected, actual)
-            assert divergence is None, f"{where}: {describe(expected, actual, divergence)}"
+            if divergence is not None:
+                assert margin(expected, divergence) < FLOAT32_TIE, (
+                    f"{where}: {describe(expected, actual, divergence)}"
+                )
+                same = slice(divergence)
+                assert_close(expected.logprobs[same], actual.logprobs[same], tolerance, where)
+                continue
             assert expected.text == actual.text, where
             assert expected.finish_reason == actual.finish_reason, where
             assert_close(expected.logprobs, actual.logprobs, tolerance, where)
@@ -110,8 +118,9 @@ def assert_close(
         common = expected.keys() & actual.keys()
         assert common or not (expected or actual), f"{where}, position {position}: no common token"
         for token in common:
-            difference = abs(expected[token] - actual[token])
-            assert difference <= tolerance, (
+            # A forbidden token's is minus infinity.
+            same = expected[token] == actual[token]
+            assert same or abs(expected[token] - actual[token]) <= tolerance, (
                 f"{where}, position {position}, token {token}: log-probability {actual[token]:.6f}, "
                 f"stock {expected[token]:.6f}"
             )

@@ -1,12 +1,17 @@
-"""Fixtures for tests with whole engines: small random models, and engines that run jobs with them."""
+"""Fixtures for tests with whole engines: small random models and a real one, and engines that run jobs with them."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from engines import Engines
 from models import ModelZoo
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,14 @@ def model_zoo(tmp_path_factory: pytest.TempPathFactory) -> ModelZoo:
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engines]:
     with Engines(tmp_path_factory.mktemp("engines")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def real_model() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face directory; the GGUF file that it was made of lies beside it.
+
+    Takes seconds to make the first time, and is kept in the checkout.
+    """
+    program = [sys.executable, str(ROOT / "scripts" / "get_model.py")]
+    output = subprocess.run(program, check=True, stdout=subprocess.PIPE, text=True, timeout=600).stdout
+    return Path(output.strip())

@@ -7,6 +7,7 @@ each with a line holding the process id of the fork, and one with its exit statu
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
@@ -43,26 +44,54 @@ def _redirect(log_file: str) -> None:
         os.dup2(source, target)
 
 
+class Adapters:
+    """vLLM's requests of LoRA adapters: each directory has a number of its own."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+
+    def __call__(self, directory: str) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        number = self._numbers.setdefault(directory, len(self._numbers) + 1)
+        return LoRARequest(Path(directory).name, number, directory)
+
+
 def run(job: Job) -> JobResult:
     """Starts the engine, runs the job's phases one after the other, and shuts the engine down."""
     from vllm import LLM
 
-    pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
-    if job.executor is not None:
-        pool = {"executor": job.executor, "lamina_memory": f"{job.kv_memory_mib}MiB"}
-        # Two batches in flight wherever there are two requests, also where these small models gain nothing by it.
-        pool["lamina_stagger"] = "always"
-    llm = LLM(job.model, disable_log_stats=False, **pool, **job.engine)
-    try:
+    os.environ.update(job.environment)
+    with contextlib.ExitStack() as stack:
+        pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
+        if job.executor is not None:
+            pool = {"executor": job.executor, **_pool_options(job, stack)}
+            # Two batches in flight wherever there are two requests, also where these small models gain nothing by it.
+            pool["lamina_stagger"] = "always"
+        llm = LLM(job.model, disable_log_stats=False, **pool, **job.engine)
+        stack.callback(llm.llm_engine.engine_core.shutdown)
         executor = type(llm.llm_engine.model_executor).__name__
-        return JobResult(executor, [_run_phase(llm, phase) for phase in job.phases])
-    finally:
-        llm.llm_engine.engine_core.shutdown()
+        adapters = Adapters()
+        return JobResult(executor, [_run_phase(llm, phase, adapters) for phase in job.phases])
 
 
-def _run_phase(llm: Any, phase: Phase) -> PhaseResult:
-    from vllm import SamplingParams
+def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
+    from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
+    if "lamina_workers" in job.engine or "lamina_ray" in job.engine:
+        return {}
+    if not job.worker_memory_mib:
+        return {"lamina_memory": f"{job.kv_memory_mib}MiB"}
+    last_cpu = max(os.sched_getaffinity(0))
+    addresses = []
+    for mib in job.worker_memory_mib:
+        worker = EmbeddedAttentionWorker.start(mib << 20, [last_cpu])
+        stack.callback(worker.stop)
+        addresses.append(worker.address)
+    return {"lamina_workers": ",".join(addresses)}
+
+
+def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     engine = llm.llm_engine
     before = _counters(llm)
     waiting = sorted(enumerate(phase.requests), key=lambda item: item[1].after_step)
@@ -73,7 +102,10 @@ def _run_phase(llm: Any, phase: Phase) -> PhaseResult:
         while waiting and (waiting[0][1].after_step <= step or not engine.has_unfinished_requests()):
             index, request = waiting.pop(0)
             prompt = {"prompt_token_ids": request.prompt}
-            engine.add_request(f"{phase.name}-{index}", prompt, SamplingParams(**request.params))
+            adapter = adapters(request.adapter) if request.adapter is not None else None
+            engine.add_request(
+                f"{phase.name}-{index}", prompt, _sampling_params(request.params), lora_request=adapter
+            )
         outputs = engine.step()
         step += 1
         for output in outputs:
@@ -86,6 +118,18 @@ def _run_phase(llm: Any, phase: Phase) -> PhaseResult:
                 aborted.add(output.request_id)
     gained = {name: value - before[name] for name, value in _counters(llm).items()}
     return PhaseResult(phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"])
+
+
+def _sampling_params(params: dict[str, Any]) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    params = dict(params)
+    if "structured_outputs" in params:
+        params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
+    if "logit_bias" in params:  # JSON's keys are strings; token ids are not
+        params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+    return SamplingParams(**params)
 
 
 def _record(result: RequestResult, output: Any) -> None:

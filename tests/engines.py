@@ -40,10 +40,14 @@ class JobFailed(AssertionError):
 
 
 class Engines:
-    """Runs each distinct job once; `directory` keeps jobs, results and logs. Use as a context manager."""
+    """Runs each distinct job once; `directory` keeps jobs, results and logs. Use as a context manager.
 
-    def __init__(self, directory: Path) -> None:
+    `prefix` before a command runs it elsewhere, such as on another host.
+    """
+
+    def __init__(self, directory: Path, prefix: tuple[str, ...] = ()) -> None:
         self._directory = directory
+        self._prefix = prefix
         self._results: dict[str, JobResult] = {}
         self._process: subprocess.Popen[str] | None = None
 
@@ -90,7 +94,7 @@ class Engines:
     def _start(self) -> subprocess.Popen[str]:
         program = Path(__file__).with_name("engine_process.py")
         return subprocess.Popen(
-            [sys.executable, str(program)],
+            [*self._prefix, sys.executable, str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self._directory / "engine_process.err").open("w"),

@@ -12,14 +12,16 @@ from typing import Any, Self
 class Request:
     """One request of a phase.
 
-    `params` are the fields of vLLM's SamplingParams. The request arrives once `after_step` engine steps of its phase
-    are done, and is aborted as soon as it has `abort_after` output tokens.
+    `params` are the fields of vLLM's SamplingParams, with those of `structured_outputs` in their place. The request
+    arrives once `after_step` engine steps of its phase are done, and is aborted as soon as it has `abort_after` output
+    tokens. `adapter` is the directory of its LoRA adapter.
     """
 
     prompt: list[int]
     params: dict[str, Any]
     after_step: int = 0
     abort_after: int | None = None
+    adapter: str | None = None
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,9 @@ class Job:
     """All that one engine does in its life.
 
     `engine` are the keyword arguments of vLLM's LLM; `executor` is None for stock vLLM; `kv_memory_mib` is the size of
-    the KV pool, wherever it is. Equal jobs give equal results, which is what makes them cacheable.
+    the KV pool, wherever it is; `worker_memory_mib` are those of attention workers that run already, where Lamina is to
+    use these instead; `environment` are variables of its process. Equal jobs give equal results, which is what makes
+    them cacheable.
     """
 
     model: str
@@ -43,6 +47,8 @@ class Job:
     engine: dict[str, Any] = field(default_factory=dict)
     executor: str | None = None
     kv_memory_mib: int = 256
+    worker_memory_mib: tuple[int, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

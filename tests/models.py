@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 VOCAB_SIZE = 1024
 NUM_SPECIAL_TOKENS = 4  # <pad> <s> </s> <unk>
+EOS = 2
 MAX_POSITION = 8192
 
 # Standard deviation of every weight. At hidden size 256 it gives logits a standard deviation of about 1.6, hence
@@ -79,6 +81,13 @@ SUPPORTED: dict[str, ModelSpec] = {
             "bias": False,
             "max_position_embeddings": MAX_POSITION,
         },
+    ),
+}
+
+# Four KV heads: they divide by two and by four, and unevenly by three.
+OTHERS: dict[str, ModelSpec] = {
+    "four_kv_heads": ModelSpec(
+        "LlamaConfig", _decoder(num_attention_heads=8, num_key_value_heads=4, head_dim=32)
     ),
 }
 
@@ -182,7 +191,7 @@ def create_model(spec: ModelSpec, directory: Path, seed: int = 0, **overrides: A
         vocab_size=VOCAB_SIZE,
         pad_token_id=0,
         bos_token_id=1,
-        eos_token_id=2,
+        eos_token_id=EOS,
         tie_word_embeddings=False,
         initializer_range=_WEIGHT_STD,
         **(spec.config | overrides),
@@ -220,9 +229,43 @@ def create_tokenizer(directory: Path) -> None:
         tokenizer_object=tokenizer,
         pad_token=special[0],
         bos_token=special[1],
-        eos_token=special[2],
+        eos_token=special[EOS],
         unk_token=special[3],
     ).save_pretrained(directory)
+
+
+# Modules of Llama that a LoRA adapter may change.
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+
+
+def create_adapter(model: Path, directory: Path, rank: int, modules: tuple[str, ...], seed: int) -> Path:
+    """Writes a LoRA adapter in PEFT's format, with random float32 weights, for a Llama made by `create_model`.
+
+    It is as large as the weights that it changes, so that tokens depend on it. Returns `directory`.
+    """
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(seed)
+    scale = _WEIGHT_STD**0.5 / rank**0.25
+    weights = {}
+    with safe_open(model / "model.safetensors", "pt") as base:
+        for name in base.keys():  # noqa: SIM118 - it is no mapping
+            module = name.removesuffix(".weight")
+            if module.rpartition(".")[2] in modules:
+                rows, columns = base.get_slice(name).get_shape()
+                a = torch.randn(rank, columns, generator=generator) * scale
+                b = torch.randn(rows, rank, generator=generator) * scale
+                weights |= {
+                    f"base_model.model.{module}.lora_{letter}.weight": w for letter, w in (("A", a), ("B", b))
+                }
+    directory.mkdir()
+    save_file(weights, directory / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules)}
+    (directory / "adapter_config.json").write_text(json.dumps(config | {"bias": "none"}))
+    return directory
 
 
 class ModelZoo:
@@ -232,8 +275,8 @@ class ModelZoo:
         self._root = root
 
     def __call__(self, name: str) -> str:
-        """The directory of the model called `name` in `SUPPORTED` or `UNSUPPORTED`."""
+        """The directory of the model called `name` in one of the tables above."""
         directory = self._root / name
         if not (directory / "tokenizer.json").exists():
-            create_model((SUPPORTED | UNSUPPORTED)[name], directory)
+            create_model((SUPPORTED | OTHERS | UNSUPPORTED)[name], directory)
         return str(directory)

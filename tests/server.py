@@ -32,23 +32,33 @@ class ServerFailed(AssertionError):
 
 
 class VllmServer:
-    """`vllm serve MODEL ARGS...` on a free port of the loopback interface, healthy on entry, gone on exit.
+    """`vllm serve MODEL ARGS...` on a free port of `host`, healthy on entry, gone on exit.
 
     The exit sends SIGTERM and raises ServerFailed if the server does not end, or if it leaves a process or a file in
-    shared memory behind. `directory` receives its log, and is its directory for temporary files.
+    shared memory behind. `directory` receives its log, and is its directory for temporary files. `prefix` before a
+    command runs it where `host` is an address.
     """
 
-    def __init__(self, model: str, *args: str, directory: Path, start_deadline: float = 400.0) -> None:
+    def __init__(
+        self,
+        model: str,
+        *args: str,
+        directory: Path,
+        start_deadline: float = 400.0,
+        host: str = "127.0.0.1",
+        prefix: tuple[str, ...] = (),
+    ) -> None:
+        self.host = host
         self.port = _free_port()
         self.log_file = directory / "server.log"
         self.temporary = directory / "tmp"
         self._start_deadline = start_deadline
         vllm = str(Path(sys.executable).with_name("vllm"))
-        self._command = [vllm, "serve", model, "--host", "127.0.0.1", "--port", str(self.port), *args]
+        self._command = [*prefix, vllm, "serve", model, "--host", host, "--port", str(self.port), *args]
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     def __enter__(self) -> VllmServer:
         self._make_temporary_directory()
@@ -92,6 +102,17 @@ class VllmServer:
         if files:
             raise self._failure(f"the server left files in shared memory: {files}")
 
+    def get(self, path: str) -> str:
+        """The body of an answer of status 200; raises OSError for any other."""
+        with urllib.request.urlopen(f"{self.url}/{path}", timeout=10) as answer:
+            body: bytes = answer.read()
+            return body.decode()
+
+    def metric(self, name: str) -> float:
+        """The value of one of vLLM's metrics that has no labels but those of the engine."""
+        [value] = re.findall(rf"^vllm:{name}{{[^}}]*}} (\S+)$", self.get("metrics"), re.MULTILINE)
+        return float(value)
+
     def session_processes(self) -> dict[int, str]:
         """Process id and command line of every living process that the server started."""
         found = {}
@@ -124,6 +145,14 @@ class VllmServer:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
         raise self._failure(f"the server was not healthy within {self._start_deadline:g} s")
+
+    def kill(self) -> None:
+        """Kills every process of the server at once, and removes what they would have removed."""
+        mapped = {inode for pid in self.session_processes() for inode in _mapped_shared_memory(pid)}
+        self._kill()
+        _wait_until_empty(self.session_processes)
+        for name in _shared_memory_files(mapped):
+            Path("/dev/shm", name).unlink(missing_ok=True)
 
     def _kill(self) -> None:
         for pid in [self.process.pid, *self.session_processes()]:

@@ -21,6 +21,13 @@ def test_same() -> None:
     assert_same(STOCK, _result([7, 8], [{7: -1.00005, 9: -1.2}, {8: -1.0, 3: -4.0}]))
 
 
+def test_a_tie_of_stock_may_fall_either_way() -> None:
+    tie = _result([7, 8, 3], [{7: -1.0, 9: -1.2}, {8: -1.0, 9: -1.00001}, {3: -1.0, 4: -2.0}])
+    assert_same(tie, _result([7, 9, 5], [{7: -1.0, 9: -1.2}, {9: -1.0, 8: -1.0}, {5: -0.5, 4: -2.0}]))
+    with pytest.raises(AssertionError):
+        assert_same(tie, _result([6, 9, 5], [{6: -1.0, 7: -1.2}, {9: -1.0, 8: -1.0}, {5: -0.5, 4: -2.0}]))
+
+
 @pytest.mark.parametrize(
     "other",
     [

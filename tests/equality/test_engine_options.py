@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from comparison import assert_same
 from engines import Engines
 from jobs import Job, Phase, Request
 from models import ModelZoo
-from workloads import EDGE_LENGTHS, greedy, prompt, requests
+from workloads import EDGE_LENGTHS, greedy, prompt, requests, sampled
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,13 @@ def test_preemption(engines: Engines, model_zoo: ModelZoo) -> None:
     assert_same(stock, lamina)
     assert stock.phase("crowded").preemptions > 0
     assert lamina.phase("crowded").preemptions > 0
+
+
+def test_seeds_of_prompts_in_chunks(engines: Engines, model_zoo: ModelZoo) -> None:
+    """Stock vLLM on the CPU serves them in one piece only; the random numbers are the same in several."""
+    prompts = [Request(prompt(150 + i, seed=i), sampled(20, seed=i)) for i in range(4)]
+    job = Job(model_zoo("llama"), [Phase("seeds", prompts)])
+    stock = engines.run(job)
+    for batches in (1, 2):
+        engine = {"max_num_batched_tokens": 64, "lamina_batches": batches}
+        assert_same(stock, engines.run(replace(job, executor="lamina", engine=engine)))

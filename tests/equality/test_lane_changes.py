@@ -1,4 +1,7 @@
-"""Requests that go from lane to lane and back again keep their tokens, whatever the lanes' input batches still hold."""
+"""Requests that go from lane to lane and back again keep their tokens, whatever the lanes' input batches still hold.
+
+Whatever a request can ask for is among them: the state behind it moves along.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from engines import ENGINE_DEFAULTS, ENGINE_ENV
-from models import ModelZoo
+from models import ATTENTION_MODULES, MLP_MODULES, ModelZoo, create_adapter
 
 PROGRAM = """
 import json, random, sys
 from vllm import LLM, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import StructuredOutputsParams
 from vllm_lamina.scheduler.staggered import StaggeredScheduler
 
 rng = random.Random(0)
@@ -28,14 +34,27 @@ def choose_at_random(self):
         self._num_lanes = 1
 
 StaggeredScheduler._choose_num_lanes = choose_at_random
-model, options, lamina = json.loads(sys.argv[1])
+model, adapters, options, lamina = json.loads(sys.argv[1])
 prefix = [4 + 11 * i % 900 for i in range(150)]
 prompts = [[4 + (7 * i + n) % 900 for i in range(n)] for n in (3, 40, 130, 200)] + [prefix + [9], prefix + [5, 6]]
-params = [SamplingParams(temperature=0, max_tokens=60 + 40 * i, ignore_eos=True) for i in range(len(prompts))]
+digits = StructuredOutputsParams(regex="([0-9]{1,9} ){40}")
+asked = [
+    dict(repetition_penalty=1.1, presence_penalty=0.5),
+    dict(temperature=1.0, seed=3, top_k=40),
+    dict(structured_outputs=digits, ignore_eos=False, max_tokens=300),
+    dict(logit_bias={50: 4.0, 60: 3.5}, bad_words=["a", "b"]),
+    dict(ignore_eos=False, temperature=1.0, seed=4, logit_bias={2: 8.0}, min_tokens=150),
+    dict(),
+]
+default = dict(temperature=0, ignore_eos=True)
+params = [SamplingParams(**default | dict(max_tokens=60 + 40 * i) | more) for i, more in enumerate(asked)]
+requests = [LoRARequest(f"adapter-{i}", i + 1, path) for i, path in enumerate(adapters)]
+loras = [requests[0], None, requests[1], requests[1], None, requests[0]]
 
 def generate(**engine):
     llm = LLM(model, **options, **engine)
-    outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    prompts_ = [{"prompt_token_ids": p} for p in prompts]
+    outputs = llm.generate(prompts_, params, use_tqdm=False, lora_request=loras)
     llm.llm_engine.engine_core.shutdown()
     return [list(output.outputs[0].token_ids) for output in outputs]
 
@@ -44,10 +63,17 @@ print("FOUND " + json.dumps(found | {"changes": changes}))
 """
 
 
-def test_lanes_change_at_random(model_zoo: ModelZoo) -> None:
+def test_lanes_change_at_random(model_zoo: ModelZoo, tmp_path: Path) -> None:
+    model = model_zoo("llama")
+    adapters = [
+        str(create_adapter(Path(model), tmp_path / f"adapter-{i}", 4, modules, seed=i))
+        for i, modules in enumerate([ATTENTION_MODULES, MLP_MODULES])
+    ]
+    # One slot more than adapters: see test_lora.py.
+    options = ENGINE_DEFAULTS | {"enable_lora": True, "max_loras": 3}
     lamina = {"executor": "lamina", "lamina_memory": "64MiB"}
     finished = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps([model_zoo("llama"), ENGINE_DEFAULTS, lamina])],
+        [sys.executable, "-c", PROGRAM, json.dumps([model, adapters, options, lamina])],
         env=os.environ | ENGINE_ENV,
         capture_output=True,
         text=True,

@@ -6,10 +6,11 @@ import pytest
 from comparison import assert_same_phase, assert_same_until_aborted
 from engines import Engines
 from jobs import Job, JobResult, Phase, Request
-from models import ModelZoo
+from models import EOS, ModelZoo
 from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(400, seed=7)
+PRINTABLE = [chr(code) for code in range(33, 127)]
 
 PHASES = [
     # Several thousand tokens of context, beside short requests.
@@ -35,6 +36,25 @@ PHASES = [
                 prompt(20, seed=112),
                 greedy(20, repetition_penalty=1.3, allowed_token_ids=list(range(4, 200))),
             ),
+        ],
+    ),
+    Phase(
+        "logits",
+        [
+            Request(
+                prompt(21, seed=113), greedy(30, logit_bias={str(token): 3.0 for token in range(40, 60)})
+            ),
+            Request(prompt(22, seed=114), greedy(30, bad_words=PRINTABLE)),
+            Request(prompt(23, seed=115), greedy(30, extra_args={"no_repeats": 8})),
+            Request(prompt(24, seed=116), sampled(30, seed=5, bad_words=PRINTABLE, min_p=0.02)),
+            Request(prompt(25, seed=117), sampled(30, seed=6, extra_args={"no_repeats": 2}, top_k=50)),
+            # Sampled ends are likely, and early ones are forbidden.
+            Request(
+                prompt(26, seed=118),
+                sampled(40, seed=7, ignore_eos=False, min_tokens=9, logit_bias={str(EOS): 6.0}),
+            ),
+            Request(prompt(27, seed=119), greedy(30, logprobs=20)),
+            Request(prompt(28, seed=120), greedy(30, logprobs=None)),
         ],
     ),
     Phase(
@@ -68,7 +88,8 @@ AFTER_ABORTS = Phase("after aborts", requests((500, 20, 310, 129), seed=160))
 @pytest.fixture(scope="module")
 def results(engines: Engines, model_zoo: ModelZoo) -> tuple[JobResult, JobResult]:
     phases = [*PHASES, ABORTS, AFTER_ABORTS]
-    return engines.pair(Job(model_zoo("llama"), phases, {"max_model_len": 8192}))
+    engine = {"max_model_len": 8192, "logits_processors": ["logits_processors:NoRepeats"]}
+    return engines.pair(Job(model_zoo("llama"), phases, engine))
 
 
 @pytest.mark.parametrize("name", [phase.name for phase in (*PHASES, AFTER_ABORTS)])

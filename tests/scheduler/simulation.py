@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 from vllm.config import VllmConfig
+from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -18,6 +19,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
+from vllm_lamina.compat.config import tell_block_placement
 from vllm_lamina.compat.step_times import StepTimes, report_times
 from vllm_lamina.scheduler.staggered import StaggeredScheduler
 
@@ -25,7 +27,11 @@ BLOCK_SIZE = 32
 VOCAB_SIZE = 1000
 
 
-def make_scheduler(config: VllmConfig, num_blocks: int) -> StaggeredScheduler:
+def make_scheduler(
+    config: VllmConfig, num_blocks: int, placement: tuple[str, list[int]] | None = None
+) -> StaggeredScheduler:
+    """A scheduler of so many blocks; ``placement`` is what a model worker says of several attention workers."""
+    tell_block_placement(config, placement)
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
     kv_cache_config = KVCacheConfig(
         num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
@@ -71,8 +77,15 @@ class Simulation:
         self._shared_prefix = [self.random.randrange(VOCAB_SIZE) for _ in range(4 * BLOCK_SIZE)]
         self._requests: dict[str, Request] = {}
 
-    def add(self, prompt_len: int, max_tokens: int, priority: int = 0, shared_prefix: bool = False) -> str:
-        """Queue a request of random tokens, perhaps behind a prefix that others have too."""
+    def add(
+        self,
+        prompt_len: int,
+        max_tokens: int,
+        priority: int = 0,
+        shared_prefix: bool = False,
+        adapter: int | None = None,
+    ) -> str:
+        """Queue a request of random tokens, perhaps behind a prefix that others have too, or with a LoRA adapter."""
         prompt = [self.random.randrange(VOCAB_SIZE) for _ in range(prompt_len)]
         request = Request(
             request_id=f"r{len(self._requests)}",
@@ -82,6 +95,7 @@ class Simulation:
             priority=priority,
             arrival_time=float(len(self._requests)),
             block_hasher=self._hasher,
+            lora_request=LoRARequest(f"adapter-{adapter}", adapter, "nowhere") if adapter else None,
         )
         self._requests[request.request_id] = request
         self.scheduler.add_request(request)
@@ -113,6 +127,7 @@ class Simulation:
         assert len(scheduler.running) <= config.max_num_seqs
         for one, other in zip(scheduler.lanes.lanes, scheduler.lanes.lanes[1:], strict=False):
             assert not one.members & other.members, "a request is in two lanes"
+        self._check_adapters([*(step.output for step in self.queue), output])
         written = {
             block
             for request_id, count in output.num_scheduled_tokens.items()
@@ -123,6 +138,16 @@ class Simulation:
         if self.queue and self.queue[0].output.num_scheduled_tokens and output.num_scheduled_tokens:
             self.overlapping_steps += 1
         return InFlight(output, written)
+
+    def _check_adapters(self, in_flight: list[SchedulerOutput]) -> None:
+        """The model worker has room for the adapters of all steps in flight, whatever became of their requests."""
+        lora = self.scheduler.lora_config
+        if lora is not None:
+            requests = [self._requests[r] for output in in_flight for r in output.num_scheduled_tokens]
+            adapters = {
+                r.lora_request.lora_int_id for r in requests + self.scheduler.running if r.lora_request
+            }
+            assert len(adapters) <= lora.max_loras, "more adapters are in use than the model worker holds"
 
     def _blocks_written(self, request_id: str, count: int) -> set[int]:
         (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
@@ -137,17 +162,21 @@ class Simulation:
             self.scheduler.update_from_output(output, EMPTY_MODEL_RUNNER_OUTPUT)
             return
         request_ids = list(output.num_scheduled_tokens)
-        answer = ModelRunnerOutput(
-            req_ids=request_ids,
-            req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
-            sampled_token_ids=[self._sampled(request_id) for request_id in request_ids],
-        )
+        answer = self._model_output(output)
         report_times(answer, self.times(len(request_ids), self._context(request_ids)))
         for outputs in self.scheduler.update_from_output(output, answer).values():
             for request_output in outputs.outputs:
                 if request_output.finish_reason is not None:
                     request = self._requests[request_output.request_id]
                     self.finished[request_output.request_id] = request.num_output_tokens
+
+    def _model_output(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        request_ids = list(output.num_scheduled_tokens)
+        return ModelRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
+            sampled_token_ids=[self._sampled(request_id) for request_id in request_ids],
+        )
 
     def _context(self, request_ids: list[str]) -> int:
         requests = (self.scheduler.requests.get(request_id) for request_id in request_ids)

@@ -16,8 +16,14 @@ MAX_NUM_SEQS = 12
 @pytest.fixture
 def make_simulation(model_zoo: ModelZoo):
     def make(
-        seed: int, *, num_blocks: int = 120, policy: str = "fcfs", stagger: str = "always"
+        seed: int,
+        *,
+        num_blocks: int = 120,
+        policy: str = "fcfs",
+        stagger: str = "always",
+        max_loras: int | None = None,
     ) -> Simulation:
+        lora = {"enable_lora": True, "max_loras": max_loras} if max_loras is not None else {}
         config: VllmConfig = EngineArgs(
             model=model_zoo("llama"),
             max_model_len=1024,
@@ -27,6 +33,7 @@ def make_simulation(model_zoo: ModelZoo):
             enforce_eager=True,
             executor="lamina",
             lamina_stagger=stagger,
+            **lora,
         ).create_engine_config()
         return Simulation(make_scheduler(with_batches_in_flight(config, 2), num_blocks), seed)
 
@@ -58,11 +65,7 @@ def test_random_arrivals_aborts_and_preemptions(
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
             simulation.abort(rng.choice(waiting))
         simulation.step()
-    steps = 0
-    while simulation.unfinished():
-        simulation.step()
-        steps += 1
-        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
+    finish(simulation)
     assert simulation.preemptions > 0
     assert simulation.overlapping_steps > 100
     assert simulation.finished == {r: n for r, n in wanted.items() if r in simulation.finished}
@@ -71,6 +74,32 @@ def test_random_arrivals_aborts_and_preemptions(
         simulation.step()
     # Everything was given back: the pool is as free as at the start (vLLM keeps block 0 for itself).
     assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
+
+
+@pytest.mark.parametrize("max_loras", [1, 3])
+def test_lanes_share_the_slots_for_adapters(make_simulation, max_loras: int) -> None:
+    """More adapters than slots, and aborts that leave a step in flight with an adapter that nothing else uses."""
+    simulation = make_simulation(max_loras, max_loras=max_loras)
+    rng = simulation.random
+    for step in range(1500):
+        if step < 900 and rng.random() < 0.2:
+            simulation.add(
+                rng.choice([1, 20, 100]), rng.randrange(1, 40), adapter=rng.choice([None, 1, 2, 3, 4, 5])
+            )
+        if rng.random() < 0.1 and (unfinished := simulation.unfinished()):
+            simulation.abort(rng.choice(unfinished))
+        simulation.step()
+    finish(simulation)
+    assert simulation.overlapping_steps > 100
+
+
+def finish(simulation: Simulation) -> None:
+    """Let all requests end, in a bounded number of steps."""
+    steps = 0
+    while simulation.unfinished():
+        simulation.step()
+        steps += 1
+        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
 
 
 def fill(simulation: Simulation, prompt_lens: list[int]) -> None:

@@ -18,7 +18,7 @@ def test_a_failed_start_lamina_stock_and_lamina(in_turn: InTurn, stock: dict[str
     before, failed, lamina, between, again, _ = in_turn(
         too_many_blocks, LAMINA, {}, LAMINA | {"lamina_batches": 1}, **IN_PROCESS, OMP_NUM_THREADS="2"
     )
-    assert "more than the worker's 64 MiB" in failed.pop("error")
+    assert "100000 KV blocks are asked for" in failed.pop("error")
     assert failed == before
     assert lamina["tokens"] == between["tokens"] == again["tokens"] == stock["tokens"]
     counts = [engine["attention_workers_meanwhile"] for engine in (lamina, between, again)]

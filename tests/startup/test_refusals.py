@@ -42,7 +42,6 @@ FEATURES: dict[str, tuple[dict[str, Any], str, str]] = {
         "remove --kv-transfer-config",
     ),
     "offloading": ({"kv_offloading_size": 1.0}, "KV connectors|KV offloading", "remove --kv-"),
-    "tensor": ({"tensor_parallel_size": 2}, "tensor parallelism", "--tensor-parallel-size 1"),
     "data": ({"data_parallel_size": 2}, "data parallelism", "--data-parallel-size 1"),
     "block size": ({"block_size": 16}, "not a multiple of 32", "choose 32, 64 or 128"),
 }
@@ -65,6 +64,26 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "unreachable": (
         {"executor": "lamina", "lamina_workers": NOT_LISTENING},
         f"no attention worker answered at {NOT_LISTENING} .*; start one with `vllm-lamina worker`",
+    ),
+    "no secret": (
+        {"executor": "lamina", "lamina_workers": "192.0.2.1:7100"},
+        "the attention worker at 192.0.2.1:7100 is reached over the network and needs a secret",
+    ),
+    "no secret file": (
+        {"executor": "lamina", "lamina_workers": "192.0.2.1:7100", "lamina_secret_file": "/no/such/file"},
+        r"the secret file '/no/such/file' cannot be read \(No such file or directory\)",
+    ),
+    "model workers on Ray": (
+        {"executor": "lamina", "distributed_executor_backend": "ray"},
+        "--distributed-executor-backend ray would run the model workers on Ray, .*: remove it; --lamina-ray",
+    ),
+    "no Ray cluster": (
+        {"executor": "lamina", "lamina_ray": NOT_LISTENING, "lamina_memory": "64MiB"},
+        rf"no Ray cluster can be reached at {NOT_LISTENING} \(.*\); start one \(`ray start --head`\)",
+    ),
+    "attention workers on Ray for half of the ranks": (
+        {"executor": "lamina", "lamina_ray": "auto", "lamina_memory": "64MiB", "tensor_parallel_size": 2},
+        "choose a multiple of it for --lamina-ray-workers, not 1",
     ),
     "unknown keyword": (
         {"executor": "lamina", "lamina_memroy": "1GiB"},

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
 import pytest
-from models import ModelZoo
+from models import ATTENTION_MODULES, MLP_MODULES, ModelZoo, create_adapter
 from openai import OpenAI
 from programs import LAMINA, TINY_ENGINE, process_named, session, wait_for
 from server import VllmServer
@@ -21,9 +23,21 @@ EMPTY_ENGINE_RSS_MIB = 1024
 
 @pytest.fixture(scope="module")
 def server(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
-    flags = (*TINY_ENGINE, "--enforce-eager", "--served-model-name", MODEL, *LAMINA)
-    with VllmServer(model_zoo("llama"), *flags, directory=tmp_path_factory.mktemp("server")) as server:
-        yield server
+    flags = (
+        *TINY_ENGINE,
+        "--enforce-eager",
+        "--served-model-name",
+        MODEL,
+        *LAMINA,
+        "--lamina-stagger",
+        "always",
+    )
+    lora = ("--enable-lora", "--max-loras", "3")  # one slot more than adapters: see equality/test_lora.py
+    directory = tmp_path_factory.mktemp("server")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        with VllmServer(model_zoo("llama"), *flags, *lora, directory=directory) as server:
+            yield server
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +48,14 @@ def client(server: VllmServer) -> OpenAI:
 def get(server: VllmServer, path: str) -> str:
     with urllib.request.urlopen(f"{server.url}/{path}", timeout=10) as answer:
         return answer.read().decode()
+
+
+def post(server: VllmServer, path: str, **body: str | bool) -> None:
+    request = urllib.request.Request(
+        f"{server.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30):
+        pass
 
 
 def metric(server: VllmServer, name: str) -> float:
@@ -89,6 +111,54 @@ def test_a_client_that_disconnects_frees_its_request(server: VllmServer, client:
         assert client.completions.create(**options, prompt="Hello", max_tokens=30).choices[0].text == alone
     assert wait_for(lambda: metric(server, "num_requests_running") == 0, 30.0)
     assert wait_for(lambda: metric(server, "kv_cache_usage_perc") == 0, 10.0)
+
+
+def test_structured_output(client: OpenAI) -> None:
+    """Several grammars and none at the same time."""
+
+    def ask(name: str | None) -> str:
+        form = {"type": "object", "properties": {name: {"enum": [1, 2]}}, "required": [name]}
+        schema = {"name": "form", "schema": form | {"additionalProperties": False}}
+        body = {"response_format": {"type": "json_schema", "json_schema": schema}} if name else {}
+        return (
+            client.completions.create(model=MODEL, prompt="Fill in:", max_tokens=200, extra_body=body)
+            .choices[0]
+            .text
+        )
+
+    names = ["lane", "worker", None, "batch", "token", None]
+    with ThreadPoolExecutor(len(names)) as pool:
+        texts = list(pool.map(ask, names))
+    for name, text in zip(names, texts, strict=True):
+        if name is not None:
+            assert json.loads(text)[name] in (1, 2)
+
+
+def test_adapters_come_and_go(
+    server: VllmServer, client: OpenAI, model_zoo: ModelZoo, tmp_path: Path
+) -> None:
+    """LoRA adapters are loaded and unloaded while both batches are in flight."""
+
+    def ask(model: str, max_tokens: int = 40) -> str:
+        options = {"temperature": 0.0, "max_tokens": max_tokens, "extra_body": {"ignore_eos": True}}
+        return client.completions.create(model=model, prompt="Once upon a time", **options).choices[0].text
+
+    long = ask(MODEL, 400)
+    with ThreadPoolExecutor(12) as pool:
+        meanwhile = [pool.submit(ask, MODEL, 400) for _ in range(4)]
+        for name, modules in (("one", ATTENTION_MODULES), ("other", MLP_MODULES)):
+            adapter = create_adapter(Path(model_zoo("llama")), tmp_path / name, 8, modules, seed=1)
+            post(server, "v1/load_lora_adapter", lora_name=name, lora_path=str(adapter))
+        models = [MODEL, "one", "other"]
+        alone = [ask(model) for model in models]
+        assert len(set(alone)) == len(models)
+        assert list(pool.map(ask, models * 3)) == alone * 3
+        post(server, "v1/load_lora_adapter", lora_name="one", lora_path=str(adapter), load_inplace=True)
+        assert ask("one") == alone[models.index("other")]
+        post(server, "v1/unload_lora_adapter", lora_name="one")
+        with pytest.raises(openai.NotFoundError):
+            ask("one")
+        assert [answer.result() for answer in meanwhile] == [long] * 4
 
 
 def test_where_the_memory_and_the_threads_are(server: VllmServer) -> None:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,13 @@ def stats(address: str) -> dict[str, Any]:
     return json.loads(shown.stdout) if shown.returncode == 0 else {}
 
 
-def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any], log: Path) -> None:
+def free_address() -> str:
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any], log: Path) -> None:
+    address = free_address()
     engine = {"executor": "lamina", "lamina_workers": address}
     command = console("vllm-lamina", "worker", "--listen", address, "--memory", "256MiB")
     with running(command, log) as worker, ThreadPoolExecutor() as pool:
@@ -39,3 +44,20 @@ def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any],
         worker.send_signal(signal.SIGTERM)
         assert worker.wait(10.0) == 0, tail(log)
     assert log.read_text().count("engine left") == 2
+
+
+def test_engines_on_two_workers(in_turn: InTurn, stock: dict[str, Any], tmp_path: Path) -> None:
+    """One engine lets the workers hold half of the heads each, the next one half of the blocks."""
+    with ExitStack() as stack:
+        addresses = [free_address(), free_address()]
+        logs = [tmp_path / "first", tmp_path / "second"]
+        for address, log in zip(addresses, logs, strict=True):
+            command = console("vllm-lamina", "worker", "--listen", address, "--memory", "128MiB")
+            stack.enter_context(running(command, log))
+            assert wait_for(lambda address=address: stats(address), 30.0), tail(log)
+        engine = {"executor": "lamina", "lamina_workers": ",".join(addresses)}
+        _, head, sequence, _ = in_turn(engine, engine | {"lamina_partition": "sequence"}, **IN_PROCESS)
+        assert head["tokens"] == sequence["tokens"] == stock["tokens"]
+        for log in logs:
+            connected = [line for line in log.read_text().splitlines() if "engine connected" in line]
+            assert len(connected) == 2, tail(log)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from vllm_lamina.transport.address import control_endpoint
+from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import (
     ProtocolMismatch,
@@ -30,26 +30,31 @@ GEOMETRY = Geometry(2, 32, 4, 2, 64, "float32", (0.125, 0.125))
 
 
 @pytest.mark.parametrize(
-    ("address", "endpoint"),
+    ("address", "endpoint", "needs_secret"),
     [
-        ("127.0.0.1:7100", "tcp://127.0.0.1:7100"),
-        ("tcp://localhost:1", "tcp://localhost:1"),
-        ("[::1]:7100", "tcp://[::1]:7100"),
-        ("ipc://@vllm-lamina-1", "ipc://@vllm-lamina-1"),
+        ("127.0.0.1:7100", "tcp://127.0.0.1:7100", False),
+        ("tcp://localhost:1", "tcp://127.0.0.1:1", False),
+        ("[::1]:7100", "tcp://[::1]:7100", False),
+        ("ipc://@vllm-lamina-1", "ipc://@vllm-lamina-1", False),
+        ("0.0.0.0:7100", "tcp://0.0.0.0:7100", True),
+        ("10.0.0.7:7100", "tcp://10.0.0.7:7100", True),
+        ("[::]:7100", "tcp://[::]:7100", True),
+        ("[2001:db8::7]:7100", "tcp://[2001:db8::7]:7100", True),
     ],
 )
-def test_addresses(address: str, endpoint: str) -> None:
-    assert control_endpoint(address) == endpoint
+def test_addresses(address: str, endpoint: str, needs_secret: bool) -> None:
+    parsed = ControlAddress.parse(address)
+    assert (parsed.text, parsed.endpoint, parsed.needs_secret) == (address, endpoint, needs_secret)
 
 
 @pytest.mark.parametrize(
     ("address", "reason"),
     [
-        ("0.0.0.0:7100", "remote attention workers are not supported yet"),
-        ("host.example:7100", "remote attention workers are not supported yet"),
+        ("no-such-host.invalid:7100", "the host name has no address"),
         ("127.0.0.1", "write HOST:PORT"),
         ("127.0.0.1:99999", "write HOST:PORT"),
         ("ipc:///tmp/socket", "ipc://@NAME"),
+        ("[::1:7100", "write HOST:PORT"),
         ("inproc://name", "write HOST:PORT"),
     ],
 )

@@ -1,11 +1,13 @@
 """A model worker played by the tests: sends steps and keeps a float64 reference beside them."""
 
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_lamina._native import AttentionClient
+from vllm_lamina._native import AttentionClient, Partition
+from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.messages import Geometry
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
@@ -35,6 +37,12 @@ def softmax_attention(
     return np.einsum("qhk,khd->qhd", np.exp(scores - lse[..., None]), np.repeat(v, group, axis=1)), lse
 
 
+def client_of_one(connection: AttentionWorkerConnection, geometry: Geometry) -> AttentionClient:
+    """A client of one worker, which is configured and holds everything."""
+    partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+    return AttentionClient([connection.channel], partition)
+
+
 @dataclass
 class Request:
     """One request's part of a step; a decode has one query token and is listed before all prefill chunks."""
@@ -59,6 +67,11 @@ class Engine:
         )
         self.k, self.v = np.zeros(shape), np.zeros(shape)
         self.rng = np.random.default_rng(seed)
+
+    @classmethod
+    def on(cls, connection: AttentionWorkerConnection, geometry: Geometry, num_blocks: int) -> Self:
+        """The only lane of a client of one worker, which is configured."""
+        return cls(client_of_one(connection, geometry), geometry, num_blocks)
 
     def slots(self, request: Request, begin: int, end: int) -> NDArray[np.int64]:
         size = self.geometry.block_size

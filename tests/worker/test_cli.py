@@ -51,7 +51,7 @@ def test_worker_and_stats() -> None:
             assert connection.welcome.cpus == [0]
             assert connection.pool_bytes == 64 << 20
             connection.configure(GEOMETRY, 8)
-            Engine(connection.client, GEOMETRY, 8).step(0, [Request(0, 40, [1, 2])])
+            Engine.on(connection, GEOMETRY, 8).step(0, [Request(0, 40, [1, 2])])
             table = run("worker", "stats", address).stdout
             assert "steps      1\n" in table
             assert "appended   80 tokens" in table
@@ -61,6 +61,21 @@ def test_worker_and_stats() -> None:
         _, log = process.communicate(timeout=10.0)
         assert process.returncode == 0
         assert "64 MiB for KV blocks, 1 threads (CPUs 0)" in log
+
+
+def test_injected_latency() -> None:
+    """Each layer's exchange takes longer by the latency; what the worker does with it does not."""
+    with (
+        serving("--cpus", "0", "--inject-latency-us", "30000") as (address, _),
+        AttentionWorkerConnection.connect(address) as connection,
+    ):
+        connection.configure(GEOMETRY, 8)
+        engine = Engine.on(connection, GEOMETRY, 8)
+        engine.step(0, [Request(0, 40, [1, 2])])
+        engine.step(1, [Request(40, 1, [1, 2])])
+        waiting, attention = engine.client.step_times(0)
+        assert waiting > GEOMETRY.num_layers * 0.03
+        assert attention < waiting / 2
 
 
 def test_idle_worker_uses_no_cpu() -> None:
@@ -86,7 +101,8 @@ def test_port_in_use() -> None:
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["--listen", "0.0.0.0:7100"], "remote attention workers are not supported yet"),
+        (["--lease-seconds", "0.1"], "--lease-seconds 0.1 is less than 1"),
+        (["--drain-seconds", "-1"], "--drain-seconds -1 is less than 0"),
         (["--memory", "much"], "'much' is not a size"),
         (["--memory", "900TiB"], "--memory 900TiB is more than the"),
         (["--cpus", "0,0"], "names a CPU twice"),
@@ -120,11 +136,13 @@ def test_memory_limits(tmp_path) -> None:  # type: ignore[no-untyped-def]
     (inner / "memory.current").write_text("5\n")
     (inner.parent / "memory.max").write_text("1000\n")
     (inner.parent / "memory.current").write_text("10\n")
+    (inner.parent / "memory.stat").write_text("anon 3\ninactive_file 4\nactive_file 2\nslab 1\n")
     old = tmp_path / "memory" / "job"
     old.mkdir(parents=True)
     (old / "memory.limit_in_bytes").write_text("2000\n")
     (old / "memory.usage_in_bytes").write_text("20\n")
+    (old / "memory.stat").write_text("inactive_file 9\ntotal_inactive_file 30\n")
     own = tmp_path / "own"
     own.write_text("4:cpu,memory:/job\n0::/outer/inner\n")
-    assert cgroup_memory(tmp_path, own) == [(2000, 20), (1000, 10)]
+    assert cgroup_memory(tmp_path, own) == [(2000, 0), (1000, 4)]
     assert 0 < available_memory() <= memory_total()

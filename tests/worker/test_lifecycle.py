@@ -15,11 +15,13 @@ import zmq
 from engine import Engine, Request
 from test_cli import serving
 from wire_frames import STEP, frame, raw_channel
+from worker_processes import pause
 
 from vllm_lamina._native import AttentionWorkerError, ChannelClosed, create_shm_memory
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import WorkerRefused, WorkerUnreachable
 from vllm_lamina.transport.messages import (
+    PROTOCOL_VERSION,
     Configure,
     Configured,
     Geometry,
@@ -69,7 +71,7 @@ def test_next_engine_gets_a_clean_pool(worker: EmbeddedAttentionWorker) -> None:
         with AttentionWorkerConnection.connect(worker.address) as connection:
             used = connection.configure(GEOMETRY, NUM_BLOCKS)
             assert used >= NUM_BLOCKS * connection.block_bytes(GEOMETRY)
-            engine = Engine(connection.client, GEOMETRY, NUM_BLOCKS)
+            engine = Engine.on(connection, GEOMETRY, NUM_BLOCKS)
             engine.step(1, [Request(33, 1, [3, 4])])  # attends zeros where an earlier engine left its tokens
             engine.step(0, [Request(0, 64, [3, 4])])
             engine.step(1, [Request(63, 1, [3, 4])])
@@ -82,15 +84,15 @@ def test_next_engine_gets_a_clean_pool(worker: EmbeddedAttentionWorker) -> None:
 
 def test_one_engine_at_a_time(connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker) -> None:
     connection.configure(GEOMETRY, NUM_BLOCKS)
-    engine = Engine(connection.client, GEOMETRY, NUM_BLOCKS)
+    engine = Engine.on(connection, GEOMETRY, NUM_BLOCKS)
     with AttentionWorkerConnection.connect(worker.address) as second:
-        with pytest.raises(WorkerRefused, match=f"serves another engine \\(pid {os.getpid()}\\)"):
+        with pytest.raises(WorkerRefused, match=f"serves another engine \\(pid {os.getpid()} on"):
             second.configure(GEOMETRY, NUM_BLOCKS)
         assert second.stats().connected
         engine.step(0, [Request(0, 10, [1])])
         connection.close()
         second.configure(GEOMETRY, NUM_BLOCKS)
-        Engine(second.client, GEOMETRY, NUM_BLOCKS).step(0, [Request(0, 10, [1])])
+        Engine.on(second, GEOMETRY, NUM_BLOCKS).step(0, [Request(0, 10, [1])])
 
 
 def test_pool_too_small(connection: AttentionWorkerConnection) -> None:
@@ -109,21 +111,21 @@ def test_unsupported_geometry_is_named(connection: AttentionWorkerConnection) ->
 
 
 def test_data_channel_needs_the_token(connection: AttentionWorkerConnection) -> None:
-    configured = connection._request(Configure(GEOMETRY, NUM_BLOCKS, 0), Configured)
+    configured = connection._control.request(Configure(GEOMETRY, NUM_BLOCKS, 0), Configured)
     memory_fd = create_shm_memory(1 << 20)
     for token in (b"", b"guess", bytes(len(configured.token)), configured.token + b"x"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger, pytest.raises(WorkerRefused):
-            connection._open_data_channel(stranger, token or b"\0", memory_fd)
+            connection._open_data_socket(stranger, token or b"\0", memory_fd)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger, pytest.raises(WorkerRefused):
-        connection._open_data_channel(stranger, configured.token, os.open("/dev/null", os.O_RDWR))
+        connection._open_data_socket(stranger, configured.token, os.open("/dev/null", os.O_RDWR))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as owner:
-        connection._open_data_channel(owner, configured.token, memory_fd)
+        connection._open_data_socket(owner, configured.token, memory_fd)
         assert connection.stats().connected
     os.close(memory_fd)
 
 
 def test_pool_that_is_never_used_is_freed(connection: AttentionWorkerConnection) -> None:
-    connection._request(Configure(GEOMETRY, NUM_BLOCKS, 0), Configured)
+    connection._control.request(Configure(GEOMETRY, NUM_BLOCKS, 0), Configured)
     with pytest.raises(WorkerRefused, match="serves another engine"):
         connection.configure(GEOMETRY, NUM_BLOCKS)
     wait_until(lambda: not connection.stats().connected, deadline=20.0)
@@ -134,9 +136,9 @@ def test_killed_worker_is_noticed(
     connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker
 ) -> None:
     connection.configure(GEOMETRY, NUM_BLOCKS)
-    engine = Engine(connection.client, GEOMETRY, NUM_BLOCKS)
+    engine = Engine.on(connection, GEOMETRY, NUM_BLOCKS)
     engine.begin_step(1, [Request(3, 1, [1])])
-    os.kill(worker.pid, signal.SIGSTOP)
+    pause(worker.pid)
     engine.post(0)
     os.kill(worker.pid, signal.SIGKILL)
     begin = time.monotonic()
@@ -149,7 +151,7 @@ def test_killed_worker_is_noticed(
 def test_rejected_frame_reaches_the_caller(connection: AttentionWorkerConnection) -> None:
     """A block id that the client cannot judge."""
     connection.configure(GEOMETRY, NUM_BLOCKS)
-    engine = Engine(connection.client, GEOMETRY, 2 * NUM_BLOCKS)
+    engine = Engine.on(connection, GEOMETRY, 2 * NUM_BLOCKS)
     engine.begin_step(1, [Request(3, 1, [NUM_BLOCKS])])
     engine.post(0)
     with pytest.raises(AttentionWorkerError, match="names a block outside the pool"):
@@ -237,7 +239,7 @@ def test_stop_leaves_no_process(worker: EmbeddedAttentionWorker) -> None:
 
 
 def test_stopped_worker_is_killed(worker: EmbeddedAttentionWorker) -> None:
-    os.kill(worker.pid, signal.SIGSTOP)
+    pause(worker.pid)
     worker.stop(timeout=0.2)
     assert worker.poll() == -signal.SIGKILL
 
@@ -293,15 +295,19 @@ def test_rubbish_on_the_control_socket(
             b"\x80",
             encode({"type": "later"}),
             encode({"type": "configure"}),
-            bytes(10**6),
+            bytes(60_000),
+            encode({"type": "hello", "software_version": "x"}).replace(b"x", b"\xff"),  # no UTF-8
+            encode({"type": "stats", "more": None})[:-1] + b"\x91" * 60_000 + b"\xc0",  # arrays in arrays
+            encode({"type": "hello", "more": None})[:-1] + b"\x91" * 60_000 + b"\xc0",
         ):
             stranger.send_multipart([b"", payload])
             assert stranger.poll(int(DEADLINE * 1000))
             reply = decode_reply(stranger.recv_multipart()[-1])
             assert isinstance(reply, Refused)
-            assert "is not one of protocol 1" in reply.reason
+            assert f"is not one of protocol {PROTOCOL_VERSION}" in reply.reason
         stranger.send(b"")
         stranger.send_multipart([b"x"] * 10)
+        stranger.send_multipart([b"", bytes(10**6)])  # too large: ends the connection
     assert not connection.stats().connected
 
 
@@ -319,11 +325,11 @@ def test_rubbish_on_the_tcp_port() -> None:
 def test_error_of_a_step_without_queries_reaches_the_next(connection: AttentionWorkerConnection) -> None:
     """Nobody waits for a prefill chunk without context; its lost KV must not go unnoticed."""
     connection.configure(GEOMETRY, NUM_BLOCKS)
-    engine = Engine(connection.client, GEOMETRY, 2 * NUM_BLOCKS)
+    engine = Engine.on(connection, GEOMETRY, 2 * NUM_BLOCKS)
     engine.step(0, [Request(0, 20, [NUM_BLOCKS])])
     engine.begin_step(1, [Request(3, 1, [1])])
     engine.post(0)
-    with pytest.raises(AttentionWorkerError, match="names a block outside the pool"):
+    with pytest.raises(AttentionWorkerError, match="names a slot outside the pool"):
         engine.collect_and_check(0)
     engine.client.generation += 1
     with pytest.raises(AttentionWorkerError, match=r"outside the pool|is not in"):

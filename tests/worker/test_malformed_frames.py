@@ -29,7 +29,7 @@ from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
 DEADLINE = 10.0
-VALID_STEP = step_payload(1, [1, 2, 3], [40, 33, 0], [1, 2, 3, 4, 5], [40, 97, 98, 160, 161, 162])
+VALID_STEP = step_payload(1, [1, 2], [41, 33], [1, 2, 3, 4], [40, 97, 98, 160, 161, 162])
 VALID_ATTEND = attend_payload(GEOMETRY, 3, 6)
 
 
@@ -51,19 +51,20 @@ def check_alive(channel: ShmChannel) -> None:
         (VALID_STEP[:-1], "size does not fit"),
         (VALID_STEP + b"\0", "size does not fit"),
         (struct.pack("<4I", 2**32 - 1, 0, 2**32 - 1, 2**32 - 1), "size does not fit"),
-        (step_payload(2, [1], [0], [0], [0]), "more decodes than requests"),
-        (step_payload(1, [2], [0], [0], [0, 1]), "decode of more than one token"),
+        (step_payload(2, [1], [1], [0], [0]), "more rows without LSE than rows"),
         (step_payload(0, [0], [1], [0], []), "invalid length"),
+        (step_payload(0, [-1], [1], [0], []), "invalid length"),
+        (step_payload(0, [1], [0], [], [0]), "invalid length"),
         (step_payload(0, [1], [-1], [0], [0]), "invalid length"),
-        (step_payload(0, [1], [2**31 - 1], [0], [0]), "invalid length"),
-        (step_payload(0, [33], [0], [0], range(33)), "too few block ids"),
-        (step_payload(0, [1], [0], [0, 1], [0]), "too many block ids"),
-        (step_payload(0, [2], [0], [0], [0]), "exceed its tokens"),
-        (step_payload(0, [1], [0], [0], [0, 1]), "do not add up"),
-        (step_payload(0, [1], [0], [NUM_BLOCKS], [0]), "a block outside the pool"),
-        (step_payload(0, [1], [0], [-1], [0]), "a block outside the pool"),
-        (step_payload(0, [1], [0], [0], [32 * NUM_BLOCKS]), "a slot outside the pool"),
-        (step_payload(0, [1], [0], [0], [-2]), "a slot outside the pool"),
+        (step_payload(0, [1], [2**31 - 1], [0], [0]), "too few block ids"),
+        (step_payload(0, [1], [33], [0], [0]), "too few block ids"),
+        (step_payload(0, [1], [32], [0, 1], [0]), "too many block ids"),
+        (step_payload(0, [], [], [0], [0]), "too many block ids"),
+        (step_payload(0, [2**31 - 1, 1], [1, 1], [0, 1], []), "too many rows"),
+        (step_payload(0, [1], [1], [NUM_BLOCKS], [0]), "a block outside the pool"),
+        (step_payload(0, [1], [1], [-1], [0]), "a block outside the pool"),
+        (step_payload(0, [1], [1], [0], [32 * NUM_BLOCKS]), "a slot outside the pool"),
+        (step_payload(0, [1], [1], [0], [-2]), "a slot outside the pool"),
     ],
 )
 def test_step(connection: AttentionWorkerConnection, payload: bytes, reason: str) -> None:
@@ -107,7 +108,7 @@ def test_frames_after_a_valid_step(connection: AttentionWorkerConnection, attend
 
 @pytest.mark.parametrize(
     "data",
-    [b"", b"short", bytes(64), frame(STEP, VALID_STEP)[:-8], b"LMNA\2\0" + frame(STEP, VALID_STEP)[6:]],
+    [b"", b"short", bytes(64), frame(STEP, VALID_STEP)[:-8], b"LMNA\1\0" + frame(STEP, VALID_STEP)[6:]],
 )
 def test_without_a_valid_header_there_is_no_answer(
     connection: AttentionWorkerConnection, data: bytes
@@ -195,4 +196,4 @@ def test_the_next_engine_is_not_affected(connection: AttentionWorkerConnection) 
         channel.send(b"rubbish", DEADLINE)
     connection.configure(GEOMETRY, NUM_BLOCKS)
     assert connection.stats().rejected_frames == 0
-    Engine(connection.client, GEOMETRY, NUM_BLOCKS).step(0, [Request(0, 40, [1, 2])])
+    Engine.on(connection, GEOMETRY, NUM_BLOCKS).step(0, [Request(0, 40, [1, 2])])

@@ -1,5 +1,7 @@
 """Two lanes that take turns: in every layer the step scheduled first reaches the attention worker first."""
 
+import contextlib
+import os
 import random
 import threading
 import time
@@ -7,12 +9,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from engine import Engine, Request
+from engine import Engine, Request, client_of_one
 
-from vllm_lamina._native import AttentionClient, ChannelTimeout
+from vllm_lamina._native import WAIT_BOUNDS, AttentionClient, ChannelTimeout, create_turn_log
 from vllm_lamina.timeline import read_trace
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 NUM_LAYERS = 4
 STEPS = 60
@@ -22,7 +25,7 @@ GEOMETRY = Geometry(NUM_LAYERS, 32, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
 @pytest.fixture
 def client(connection: AttentionWorkerConnection) -> AttentionClient:
     connection.configure(GEOMETRY, 16, ring_bytes=8 << 20, spin_us=20, worker_spin_us=20)
-    return connection.client
+    return client_of_one(connection, GEOMETRY)
 
 
 def run_lane(engine: Engine, blocks: list[int], scheduled: threading.Semaphore, seed: int) -> None:
@@ -108,6 +111,15 @@ def test_a_lane_alone_keeps_its_turn(client: AttentionClient) -> None:
     client.end_turn(0)
     waiting, attention = client.step_times(0)
     assert 0 < attention <= waiting
+    counts, waited = client.step_waits(0)
+    assert len(counts) == len(WAIT_BOUNDS) + 1
+    assert sum(counts) == NUM_LAYERS
+    assert attention < waited <= waiting
+    bounds = zip((0.0, *WAIT_BOUNDS), (*WAIT_BOUNDS, np.inf), counts, strict=True)
+    lowest, highest = np.sum(
+        [(count * low, count * high if count else 0.0) for low, high, count in bounds], axis=0
+    )
+    assert lowest <= waited <= highest
 
 
 def test_another_lane_waits_for_the_turn(client: AttentionClient) -> None:
@@ -118,3 +130,51 @@ def test_another_lane_waits_for_the_turn(client: AttentionClient) -> None:
     client.begin_turn(1, 1.0)
     client.end_turn(1)
     assert np.isfinite(client.step_times(1)).all()
+
+
+def test_all_ranks_take_the_same_turns() -> None:
+    """Lanes of two ranks, held up at random on either: what rank 0 decides, rank 1 follows."""
+    errors: list[BaseException] = []
+    turns: list[list[int]] = [[], []]
+    turn_log = create_turn_log()
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, turn_log)
+        threads = []
+        for rank in range(2):
+            worker = EmbeddedAttentionWorker.start(64 << 20)
+            stack.callback(worker.stop)
+            connection = stack.enter_context(AttentionWorkerConnection.connect(worker.address))
+            connection.configure(GEOMETRY, 16, ring_bytes=8 << 20, spin_us=0, worker_spin_us=0)
+            engine = Engine.on(connection, GEOMETRY, 16)
+            engine.client.share_turns(turn_log, rank)
+            for lane in range(2):
+                lane_engine = Engine(engine.client, GEOMETRY, 16, seed=lane, lane=lane)
+                threads.append(
+                    in_thread(
+                        lambda engine=lane_engine, rank=rank: run_rank(engine, turns[rank], seed=rank), errors
+                    )
+                )
+        for thread in threads:
+            thread.join(60)
+    assert not errors
+    assert len(turns[0]) == 2 * STEPS * (NUM_LAYERS + 1)
+    assert turns[0] == turns[1]
+
+
+def run_rank(engine: Engine, turns: list[int], seed: int) -> None:
+    rng = random.Random(2 * seed + engine.lane)
+    blocks = [3 * engine.lane + i for i in range(3)]
+    for step in range(STEPS):
+        time.sleep(rng.choice((0.0, 0.0, 0.003)))
+        engine.client.begin_turn(engine.lane, 20.0)
+        turns.append(engine.lane)
+        if step == 0:
+            engine.begin_step(0, [Request(0, 20, blocks)])
+        else:
+            engine.begin_step(1, [Request(19 + step, 1, blocks)])
+        for layer in range(NUM_LAYERS):
+            engine.post(layer)
+            time.sleep(rng.choice((0.0, 0.0, 0.001)))
+            engine.collect_and_check(layer)
+            turns.append(engine.lane)
+        engine.client.end_turn(engine.lane)

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 from engine import Engine, Request
+from worker_processes import pause
 
 from vllm_lamina._native import ChannelTimeout, FrameTooLarge
 from vllm_lamina.transport.connection import AttentionWorkerConnection
@@ -26,7 +27,7 @@ def geometry(
 @pytest.fixture
 def engine(connection: AttentionWorkerConnection) -> Engine:
     connection.configure(geometry(), NUM_BLOCKS, ring_bytes=8 << 20, spin_us=20, worker_spin_us=20)
-    return Engine(connection.client, geometry(), NUM_BLOCKS)
+    return Engine.on(connection, geometry(), NUM_BLOCKS)
 
 
 def test_prefill_then_decode(engine: Engine) -> None:
@@ -53,7 +54,7 @@ def test_prefill_chunks_attend_their_context(engine: Engine) -> None:
 def test_mixed_step(connection: AttentionWorkerConnection, dtype: str, padding: int) -> None:
     """Decodes, prefill with and without context in one step, from contiguous and from strided rows."""
     connection.configure(geometry(dtype), NUM_BLOCKS, ring_bytes=8 << 20)
-    engine = Engine(connection.client, geometry(dtype), NUM_BLOCKS)
+    engine = Engine.on(connection, geometry(dtype), NUM_BLOCKS)
     a, b, c = [7, 8, 9], [39, 0], [11, 12, 13]
     engine.step(0, [Request(0, 64, a[:2]), Request(0, 5, b[:1]), Request(0, 20, c[:1])], padding)
     engine.step(
@@ -70,7 +71,7 @@ def test_shapes(
 ) -> None:
     shape = geometry("bfloat16", num_heads, num_kv_heads, head_size)
     connection.configure(shape, NUM_BLOCKS, ring_bytes=8 << 20)
-    engine = Engine(connection.client, shape, NUM_BLOCKS)
+    engine = Engine.on(connection, shape, NUM_BLOCKS)
     engine.step(0, [Request(0, 70, [1, 2, 3])])
     engine.step(1, [Request(70, 1, [1, 2, 3]), Request(64, 3, [1, 2, 4])])
 
@@ -186,7 +187,7 @@ def test_arguments_are_checked(engine: Engine) -> None:
 
 def test_collect_has_a_deadline(engine: Engine, worker: EmbeddedAttentionWorker) -> None:
     engine.begin_step(1, [Request(3, 1, [1])])
-    os.kill(worker.pid, signal.SIGSTOP)
+    pause(worker.pid)
     try:
         engine.post(0)
         with pytest.raises(ChannelTimeout):

@@ -12,7 +12,7 @@ from vllm_lamina.transport.messages import Configure, Configured, Geometry
 
 STEP, ATTEND, OUTPUT, ZERO_BLOCKS, COPY_BLOCKS, ERROR = range(1, 7)
 HEADER = struct.Struct("<IHHQQQII24x")
-MAGIC, VERSION = 0x414E4D4C, 1
+MAGIC, VERSION = 0x414E4D4C, 2
 
 
 def frame(
@@ -35,15 +35,15 @@ def int32s(values: Sequence[int]) -> bytes:
 
 
 def step_payload(
-    num_decodes: int,
-    query: Sequence[int],
-    context: Sequence[int],
+    num_rows_without_lse: int,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
     blocks: Sequence[int],
     slots: Sequence[int],
 ) -> bytes:
     """STEP's payload. The 64-byte header ends at a multiple of 8, so padding the payload pads the frame."""
-    counts = struct.pack("<4I", len(query), num_decodes, len(slots), len(blocks))
-    return pad(counts + int32s(query) + int32s(context) + int32s(blocks), 8) + struct.pack(
+    counts = struct.pack("<4I", len(query_lens), num_rows_without_lse, len(slots), len(blocks))
+    return pad(counts + int32s(query_lens) + int32s(kv_lens) + int32s(blocks), 8) + struct.pack(
         f"<{len(slots)}q", *slots
     )
 
@@ -61,11 +61,11 @@ def raw_channel(
     connection: AttentionWorkerConnection, geometry: Geometry, num_blocks: int, ring_bytes: int = 1 << 20
 ) -> Iterator[ShmChannel]:
     """Configure the worker and open its data channel by hand."""
-    configured = connection._request(Configure(geometry, num_blocks, 0), Configured)
+    configured = connection._control.request(Configure(geometry, num_blocks, 0), Configured)
     memory_fd = create_shm_memory(ring_bytes)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as data_socket:
         data_socket.settimeout(10.0)
-        connection._open_data_channel(data_socket, configured.token, memory_fd)
+        connection._open_data_socket(data_socket, configured.token, memory_fd)
         channel = ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.CLIENT, 0)
         try:
             yield channel

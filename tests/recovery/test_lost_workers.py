@@ -1,0 +1,186 @@
+"""Attention workers are lost while an engine generates: every request ends with the tokens of stock vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from comparison import assert_same
+from engines import Engines, JobFailed
+from jobs import Job, JobResult, Phase, Request
+from losing import embedded_worker, meanwhile, wait_for_steps
+from models import ModelZoo
+from worker_processes import Worker, free_port, pause, wait_until, worker_process
+from workloads import greedy, prompt, requests, sampled
+
+PREFIX = prompt(300, seed=7)
+# Prompts longer than the token budget, requests that share a prefix and arrive one by one, seeds, several samples.
+PHASES = [
+    Phase(
+        "all at once",
+        [
+            *requests((1, 33, 129, 700), max_tokens=60),
+            *requests((25,), max_tokens=400, seed=60),  # until a worker that is started again has joined
+            *(Request(PREFIX + prompt(i, seed=i), greedy(60), after_step=2 * i) for i in range(4)),
+            Request(prompt(40, seed=3), sampled(60, seed=5)),
+            Request(prompt(50, seed=4), sampled(60, seed=6, n=2)),
+        ],
+    ),
+    Phase("afterwards", [Request(PREFIX + prompt(9, seed=9), greedy(8)), *requests((40,), seed=30)]),
+]
+OPTIONS = {"max_model_len": 2048, "max_num_batched_tokens": 512, "block_size": 32}
+
+
+@pytest.fixture(scope="module")
+def job(model_zoo: ModelZoo) -> Job:
+    return Job(model_zoo("four_kv_heads"), PHASES, OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def stock(engines: Engines, job: Job) -> JobResult:
+    return engines.run(job)
+
+
+class Scene:
+    """An engine of its own, and attention workers that can be lost and come back."""
+
+    def __init__(self, directory: Path, job: Job, engines: Engines, stack: ExitStack) -> None:
+        self._directory, self._job, self._engines, self._stack = directory, job, engines, stack
+        self._count = 0
+
+    def start(self, address: str = "", memory: str = "64MiB") -> Worker:
+        """A worker; at the address of one that was lost, where it is given."""
+        self._count += 1
+        log = self._directory / f"worker{self._count}.log"
+        arguments = ("--cpus", str(max(os.sched_getaffinity(0))), "--memory", memory)
+        return self._stack.enter_context(
+            worker_process(log, address or f"127.0.0.1:{free_port()}", *arguments)
+        )
+
+    def kill(self, worker: Worker) -> None:
+        worker.process.kill()
+        worker.process.wait()
+
+    def run(self, act: Callable[[], None], **options: Any) -> JobResult:
+        """The job, with options of Lamina, and what happens meanwhile."""
+        engine = self._job.engine | options
+        with meanwhile(act):
+            result = self._engines.run(replace(self._job, executor="lamina", engine=engine))
+        assert "Lamina" in result.executor
+        return result
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self._directory.glob("job-*.log")))
+
+    def addresses(self, *workers: Worker) -> str:
+        return ",".join(worker.address for worker in workers)
+
+
+@pytest.fixture
+def scene(tmp_path: Path, job: Job) -> Iterator[Scene]:
+    with Engines(tmp_path) as engines, ExitStack() as stack:
+        yield Scene(tmp_path, job, engines, stack)
+
+
+@pytest.mark.parametrize(("batches", "kind"), [(2, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_embedded_worker(scene: Scene, stock: JobResult, batches: int, kind: signal.Signals) -> None:
+    """It is started again; twice."""
+
+    def lose() -> None:
+        pid = 0
+        for _ in range(2):
+            pid, address = embedded_worker(after=pid)
+            wait_for_steps(address, 20)
+            os.kill(pid, kind)
+
+    assert_same(stock, scene.run(lose, lamina_batches=batches))
+    assert scene.log.count("attention workers complete again") == 2
+
+
+def test_comes_back_at_its_address(scene: Scene, stock: JobResult) -> None:
+    worker = scene.start()
+
+    def lose() -> None:
+        wait_for_steps(worker.address, 20)
+        scene.kill(worker)
+        scene.start(worker.address)
+
+    assert_same(stock, scene.run(lose, lamina_workers=worker.address, lamina_transport="ucx"))
+    assert "attention workers complete again" in scene.log
+
+
+def test_paused_worker_goes_on(scene: Scene, stock: JobResult) -> None:
+    """It still holds the engine's old pool, which it gives up for a new one."""
+    worker = scene.start()
+
+    def lose() -> None:
+        wait_for_steps(worker.address, 20)
+        pause(worker.process.pid)
+        wait_until(lambda: "is lost: it has not answered" in scene.log)
+        os.kill(worker.process.pid, signal.SIGCONT)
+
+    assert_same(stock, scene.run(lose, lamina_workers=worker.address))
+    assert "attention workers complete again" in scene.log
+
+
+@pytest.mark.parametrize(
+    ("partition", "transport"), [("head", "ucx"), ("sequence", "shm"), ("request", "ucx")]
+)
+def test_spare_takes_its_place(scene: Scene, stock: JobResult, partition: str, transport: str) -> None:
+    workers, small, spare = [scene.start() for _ in range(3)], scene.start(memory="4MiB"), scene.start()
+
+    def lose() -> None:
+        wait_for_steps(workers[1].address, 10)
+        scene.kill(workers[1])
+
+    options = {
+        "lamina_workers": scene.addresses(*workers),
+        "lamina_spares": scene.addresses(small, spare),
+        "lamina_partition": partition,
+        "lamina_transport": transport,
+    }
+    assert_same(stock, scene.run(lose, **options))
+    assert f"{spare.address} takes the place of {workers[1].address}" in scene.log
+    assert f"the attention worker at {small.address} cannot take the lost one's place" in scene.log
+
+
+@pytest.mark.parametrize(("partition", "batches"), [("sequence", 1), ("request", 2)])
+def test_goes_on_without(scene: Scene, stock: JobResult, partition: str, batches: int) -> None:
+    """With two of three workers; the third joins again later, without a pause."""
+    workers = [scene.start() for _ in range(3)]
+
+    def lose() -> None:
+        wait_for_steps(workers[1].address, 10)
+        scene.kill(workers[1])
+        wait_until(lambda: "going on without" in scene.log)
+        scene.start(workers[1].address)
+        wait_until(lambda: "attention workers complete again" in scene.log)
+
+    options = {
+        "lamina_workers": scene.addresses(*workers),
+        "lamina_partition": partition,
+        "lamina_batches": batches,
+    }
+    assert_same(stock, scene.run(lose, **options))
+    log = scene.log
+    assert log.index("going on without") < log.index("attention workers complete again")
+    if partition == "request":
+        assert "12 of 12 running requests are recomputed" not in log
+
+
+def test_nobody_takes_its_place(scene: Scene) -> None:
+    worker = scene.start()
+
+    def lose() -> None:
+        wait_for_steps(worker.address, 20)
+        scene.kill(worker)
+
+    with pytest.raises(JobFailed, match=r"has not been replaced within 2 s \(--lamina-recovery-timeout\)"):
+        scene.run(lose, lamina_workers=worker.address, lamina_recovery_timeout=2.0)

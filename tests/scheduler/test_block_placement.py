@@ -1,0 +1,175 @@
+"""Where requests' KV blocks go, over a real scheduler with two lanes, and what the queue of free blocks promises."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from models import ModelZoo
+from simulation import BLOCK_SIZE, Simulation, make_scheduler
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
+
+from vllm_lamina.compat.config import with_batches_in_flight
+from vllm_lamina.scheduler.placement import PlacedBlocks
+
+Simulate = Callable[..., Simulation]
+
+
+@pytest.fixture
+def simulate(model_zoo: ModelZoo) -> Simulate:
+    def make(seed: int, kind: str, blocks_per_worker: list[int]) -> Simulation:
+        config = EngineArgs(
+            model=model_zoo("llama"),
+            max_model_len=1024,
+            max_num_seqs=12,
+            max_num_batched_tokens=160,
+            enforce_eager=True,
+            executor="lamina",
+            lamina_stagger="always",
+        ).create_engine_config()
+        placement = (kind, blocks_per_worker)
+        scheduler = make_scheduler(
+            with_batches_in_flight(config, 2), sum(blocks_per_worker), placement=placement
+        )
+        return Simulation(scheduler, seed)
+
+    return make
+
+
+def holdings(simulation: Simulation) -> dict[str, list[int]]:
+    """Blocks on each worker of every running request."""
+    scheduler = simulation.scheduler
+    placed = scheduler.placed_blocks
+    assert placed is not None
+    found = {}
+    for request in scheduler.running:
+        (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        workers = [placed.worker_of(block) for block in blocks]
+        found[request.request_id] = [workers.count(worker) for worker in range(len(placed._sizes))]
+    return found
+
+
+def run_all(simulation: Simulation) -> None:
+    steps = 0
+    while simulation.unfinished():
+        simulation.step()
+        steps += 1
+        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
+    while simulation.queue or simulation.scheduler.has_finished_requests():
+        simulation.step()
+
+
+@pytest.mark.parametrize("kind", ["sequence", "request"])
+@pytest.mark.parametrize("blocks_per_worker", [[20, 20], [25, 10, 5], [10, 10, 10, 10]])
+def test_random_arrivals_aborts_and_preemptions(
+    simulate: Simulate, kind: str, blocks_per_worker: list[int]
+) -> None:
+    """Pools too small for all: no block has two owners, whatever spills, and everything is given back."""
+    simulation = simulate(1, kind, blocks_per_worker)
+    rng = simulation.random
+    for step in range(900):
+        if step < 600 and rng.random() < 0.2:
+            prompt_len = rng.choice([1, 20, 33, 100, 300, 600])
+            simulation.add(prompt_len, rng.randrange(1, 80), 0, shared_prefix=rng.random() < 0.4)
+        if rng.random() < 0.03 and (waiting := simulation.unfinished()):
+            simulation.abort(rng.choice(waiting))
+        simulation.step()
+    run_all(simulation)
+    assert simulation.preemptions > 0
+    assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
+
+
+@pytest.mark.parametrize("blocks_per_worker", [[100, 100], [90, 60, 30], [40, 40, 40, 80]])
+def test_sequence_divides_every_request_in_proportion(
+    simulate: Simulate, blocks_per_worker: list[int]
+) -> None:
+    simulation = simulate(0, "sequence", blocks_per_worker)
+    for prompt_len in (700, 300, 90, 64, 20, 20, 20):
+        simulation.add(prompt_len, max_tokens=100)
+    seen = 0
+    while simulation.unfinished():
+        simulation.step()
+        for held in holdings(simulation).values():
+            seen += 1
+            for count, size in zip(held, blocks_per_worker, strict=True):
+                assert abs(count - sum(held) * size / sum(blocks_per_worker)) <= 1
+    assert seen > 100
+
+
+def test_short_sequences_use_all_workers(simulate: Simulate) -> None:
+    simulation = simulate(0, "sequence", [50, 50, 50])
+    for _ in range(9):
+        simulation.add(20, max_tokens=8)
+    while len(simulation.scheduler.running) < 9:
+        simulation.step()
+    assert [sum(counts) for counts in zip(*holdings(simulation).values(), strict=True)] == [3, 3, 3]
+
+
+def test_requests_stay_on_one_worker(simulate: Simulate) -> None:
+    simulation = simulate(0, "request", [120, 60, 60])
+    for _ in range(8):
+        simulation.add(200, max_tokens=100)
+    together = {}
+    while simulation.unfinished():
+        simulation.step()
+        found = holdings(simulation)
+        for held in found.values():
+            assert sum(count > 0 for count in held) <= 1
+        together = max(together, found, key=len)
+    assert len(together) == 8
+    used = [sum(counts) for counts in zip(*together.values(), strict=True)]
+    # Each worker has its part of the blocks in use, up to a request of ten blocks.
+    for blocks, size in zip(used, (120, 60, 60), strict=True):
+        assert abs(blocks - sum(used) * size / 240) <= 10
+
+
+def test_a_request_goes_to_its_cached_prefix(simulate: Simulate) -> None:
+    simulation = simulate(0, "request", [100, 100])
+    simulation.add(200, max_tokens=2, shared_prefix=True)
+    run_all(simulation)
+    for _ in range(4):
+        simulation.add(200, max_tokens=40, shared_prefix=True)
+    while len(simulation.scheduler.running) < 4:
+        simulation.step()
+    found = list(holdings(simulation).values())
+    home = found[0].index(max(found[0]))
+    assert all(held[home] == sum(held) > 0 for held in found)
+
+
+def test_a_request_that_fits_nowhere_spills(simulate: Simulate) -> None:
+    simulation = simulate(0, "request", [12, 10])
+    simulation.add(500, max_tokens=10)
+    while not simulation.scheduler.running or not any(map(all, holdings(simulation).values())):
+        simulation.step()
+    run_all(simulation)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "request"])
+def test_the_queue_keeps_the_order_of_each_worker(kind: str) -> None:
+    """Against lists: blocks come back as they were given, at the head or at the tail, and leave from the head."""
+    rng = random.Random(0)
+    blocks = [KVCacheBlock(i) for i in range(40)]
+    placed = PlacedBlocks(kind, blocks, [10, 5, 25], BLOCK_SIZE)
+    model: list[list[int]] = [list(range(10)), list(range(10, 15)), list(range(15, 40))]
+    taken: list[KVCacheBlock] = []
+    for _ in range(3000):
+        match rng.randrange(4):
+            case 0 if placed.num_free_blocks:
+                for block in placed.popleft_n(rng.randint(1, min(6, placed.num_free_blocks))):
+                    assert model[placed.worker_of(block.block_id)].pop(0) == block.block_id
+                    taken.append(block)
+            case 1 if placed.num_free_blocks:
+                block_id = rng.choice([i for ids in model for i in ids])
+                placed.remove(blocks[block_id])
+                model[placed.worker_of(block_id)].remove(block_id)
+                taken.append(blocks[block_id])
+            case 2 | 3 as where if taken:
+                rng.shuffle(taken)
+                back, taken = taken[:4], taken[4:]
+                (placed.append_n if where == 2 else placed.prepend_n)(back)
+                for worker, ids in enumerate(model):
+                    mine = [b.block_id for b in back if placed.worker_of(b.block_id) == worker]
+                    model[worker] = ids + mine if where == 2 else mine + ids
+        assert placed.num_free_blocks == sum(map(len, model))

@@ -1,0 +1,203 @@
+"""Attention workers are lost at random under vLLM's scheduler: every request still ends with the right tokens.
+
+The simulated attention workers hold what was written to them, slot by slot. The token after a prefix is a function of
+the prefix, so that the right output is known; a step that reads a slot which does not hold what it should gives a wrong
+token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+from models import ModelZoo
+from simulation import BLOCK_SIZE, VOCAB_SIZE, InFlight, Simulation, make_scheduler
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_lamina.compat.config import tell_recovery, with_batches_in_flight
+from vllm_lamina.config import HEAD, REQUEST, SEQUENCE
+from vllm_lamina.executor.recovery import Recovered
+
+WRONG = VOCAB_SIZE - 1
+NUM_WORKERS = 3
+BLOCKS_PER_WORKER = 30
+
+
+@dataclass
+class Part:
+    """What a step does for one request: tokens [begin, end), in these blocks."""
+
+    begin: int
+    end: int
+    blocks: list[int]
+
+
+@dataclass
+class LossySimulation(Simulation):
+    """Workers lose what they hold; the executor's part of a recovery is played here."""
+
+    kind: str = HEAD
+    slots: dict[tuple[int, int], int] = field(default_factory=dict)
+    parts: dict[int, dict[str, Part]] = field(default_factory=dict)
+    failing: set[int] = field(default_factory=set)
+    """Steps in flight that fail, by identity."""
+    lost: set[int] = field(default_factory=set)
+    down: set[int] = field(default_factory=set)
+    recoveries: int = 0
+    wrong_steps: int = 0
+    may_rejoin: bool = False
+
+    def worker_of(self, block: int) -> int:
+        return block // BLOCKS_PER_WORKER
+
+    def holds(self, worker: int, block: int) -> bool:
+        return self.kind == HEAD or self.worker_of(block) == worker
+
+    def renew_shared_prefix(self) -> None:
+        self._shared_prefix = [self.random.randrange(VOCAB_SIZE) for _ in range(4 * BLOCK_SIZE)]
+
+    def lose(self, worker: int) -> None:
+        """The worker's memory is gone. Steps in flight that need it fail, from the layer that they are at."""
+        self.lost.add(worker)
+        self.slots = {slot: value for slot, value in self.slots.items() if not self.holds(worker, slot[0])}
+        for step in self.queue:
+            parts = self.parts.get(id(step.output), {})
+            if any(self.holds(worker, block) for part in parts.values() for block in part.blocks):
+                self.failing.add(id(step.output))
+
+    def recover(self) -> Recovered:
+        assert not any(step.output.num_scheduled_tokens for step in self.queue), "a step is in flight"
+        lost = frozenset(self.lost | self.down)
+        allowed = NUM_WORKERS - 1 if self.kind != HEAD else 0
+        self.down = set(self.random.sample(sorted(lost), self.random.randint(0, min(allowed, len(lost)))))
+        self.lost.clear()
+        self.may_rejoin = False
+        self.recoveries += 1
+        return Recovered(lost, frozenset(self.down), (), 0.0)
+
+    def _check(self, output: SchedulerOutput) -> InFlight:
+        step = super()._check(output)
+        parts = {}
+        for name, count in output.num_scheduled_tokens.items():
+            (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+            end = self.scheduler.requests[name].num_computed_tokens
+            parts[name] = Part(end - count, end, list(blocks[: -(-end // BLOCK_SIZE)]))
+            assert not self.down & {self.worker_of(block) for block in parts[name].blocks}
+        self.parts[id(output)] = parts
+        if any(self.holds(worker, b) for worker in self.lost for part in parts.values() for b in part.blocks):
+            self.failing.add(id(output))
+        return step
+
+    def _model_output(self, output: SchedulerOutput) -> ModelRunnerOutput:
+        parts = self.parts.pop(id(output))
+        if id(output) in self.failing:
+            self.failing.discard(id(output))
+            failed = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+            failed.lamina_failed = True
+            return failed
+        # Of all requests first: one may read a prefix that another one of the same step writes.
+        for name, part in parts.items():
+            prefix = self._prefix_hashes(name)
+            for position in range(part.begin, part.end):
+                self.slots[part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE] = prefix[position]
+        tokens = [self._token(name, part) for name, part in parts.items()]
+        names = list(parts)
+        return ModelRunnerOutput(
+            req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=tokens
+        )
+
+    def _token(self, name: str, part: Part) -> list[int]:
+        request = self.scheduler.requests.get(name)
+        if request is None or part.end < request.num_tokens:
+            return []
+        prefix = self._prefix_hashes(name)
+        if any(
+            self.slots.get((part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE)) != prefix[position]
+            for position in range(part.end)
+        ):
+            self.wrong_steps += 1
+            return [WRONG]
+        return [prefix[part.end - 1] % WRONG]
+
+    def _prefix_hashes(self, name: str) -> list[int]:
+        hashes, value = [], 0
+        for token in self._requests[name].all_token_ids:
+            value = hash((value, token))
+            hashes.append(value)
+        return hashes
+
+    def expected(self, name: str) -> list[int]:
+        request, value, tokens = self._requests[name], 0, []
+        for token in request.prompt_token_ids or []:
+            value = hash((value, token))
+        for _ in range(request.max_tokens):
+            tokens.append(value % WRONG)
+            value = hash((value, tokens[-1]))
+        return tokens
+
+    def output_of(self, name: str) -> list[int]:
+        return list(self._requests[name].output_token_ids)
+
+
+@pytest.fixture
+def make_simulation(model_zoo: ModelZoo) -> Callable[[int, str], LossySimulation]:
+    def make(seed: int, kind: str) -> LossySimulation:
+        config = EngineArgs(
+            model=model_zoo("llama"),
+            max_model_len=1024,
+            max_num_seqs=12,
+            max_num_batched_tokens=160,
+            enforce_eager=True,
+            executor="lamina",
+            lamina_stagger="always",
+        ).create_engine_config()
+        simulation = LossySimulation(None, seed, kind=kind)  # type: ignore[arg-type]
+        tell_recovery(config, simulation)
+        placement = None if kind == HEAD else (kind, [BLOCKS_PER_WORKER] * NUM_WORKERS)
+        num_blocks = NUM_WORKERS * BLOCKS_PER_WORKER
+        simulation.scheduler = make_scheduler(with_batches_in_flight(config, 2), num_blocks, placement)
+        return simulation
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_lost_at_random(
+    make_simulation: Callable[[int, str], LossySimulation], seed: int, kind: str
+) -> None:
+    simulation = make_simulation(seed, kind)
+    rng = simulation.random
+    for step in range(700):
+        if step < 500 and rng.random() < 0.15:
+            # They come together and share a prefix that nobody has computed yet: one lane fills it, the other hits it.
+            simulation.renew_shared_prefix()
+            for _ in range(rng.randrange(1, 4)):
+                prompt_len, max_tokens = rng.choice([1, 20, 33, 100]), rng.randrange(1, 60)
+                simulation.add(prompt_len, max_tokens, shared_prefix=rng.random() < 0.8)
+        if rng.random() < 0.03 and (waiting := simulation.unfinished()):
+            simulation.abort(rng.choice(waiting))
+        if rng.random() < 0.05:
+            simulation.lose(rng.randrange(NUM_WORKERS))
+        if simulation.down and rng.random() < 0.05:
+            simulation.may_rejoin = True
+        simulation.step()
+    steps = 0
+    while simulation.unfinished():
+        simulation.may_rejoin = bool(simulation.down)
+        simulation.step()
+        steps += 1
+        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
+    assert simulation.recoveries > 10
+    for name in simulation.finished:
+        assert simulation.output_of(name) == simulation.expected(name), name
+    while simulation.queue or simulation.scheduler.has_finished_requests() or simulation.down:
+        simulation.may_rejoin = bool(simulation.down)
+        simulation.step()
+        if not simulation.queue and not simulation.scheduler.has_requests():
+            break
+    pool = simulation.scheduler.kv_cache_manager.block_pool
+    assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null), "blocks are leaked"

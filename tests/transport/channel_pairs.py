@@ -1,0 +1,50 @@
+"""Both ends of a channel in one process, of either kind."""
+
+import contextlib
+import mmap
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from vllm_lamina._native import Channel, ShmChannel, ShmEnd, UcxChannel, create_shm_memory
+from vllm_lamina.transport.ucx import TOKEN_BYTES, load_ucx
+
+RING_BYTES = 64 << 10
+DEADLINE = 10.0
+
+
+@dataclass
+class Pair:
+    """Both ends, and of a channel over shared memory the memory."""
+
+    client: Channel
+    worker: Channel
+    memory: mmap.mmap | None = None
+
+
+@contextlib.contextmanager
+def shm_pair() -> Iterator[Pair]:
+    memory_fd = create_shm_memory(RING_BYTES)
+    here, there = socket.socketpair()
+    client = ShmChannel(memory_fd, here.fileno(), ShmEnd.CLIENT, spin_us=0)
+    worker = ShmChannel(memory_fd, there.fileno(), ShmEnd.WORKER, spin_us=0)
+    with here, there, mmap.mmap(memory_fd, 0) as memory:
+        yield Pair(client, worker, memory)
+    os.close(memory_fd)
+
+
+@contextlib.contextmanager
+def ucx_pair(ring_bytes: int = RING_BYTES, spin_us: int = 0) -> Iterator[Pair]:
+    load_ucx()
+    token = secrets.token_bytes(TOKEN_BYTES)
+    client = UcxChannel(token, ring_bytes, spin_us, "lo")
+    worker = UcxChannel(token, ring_bytes, spin_us, "lo")
+    client.connect(worker.address)
+    worker.connect(client.address)
+    client.wait_connected(DEADLINE)
+    worker.wait_connected(DEADLINE)
+    yield Pair(client, worker)
+    client.close()
+    worker.close()

@@ -1,0 +1,33 @@
+"""One end of a UCX channel as a process: `python ucx_end.py HOST`.
+
+Writes its address, in hexadecimal, and then the channel's transports; reads the token, before, and the peer's address.
+Echoes until the peer leaves, or with `ping-pong` as the second argument sends frames to a peer that echoes.
+"""
+
+import sys
+
+from vllm_lamina._native import UcxChannel
+from vllm_lamina.transport.ucx import load_ucx, network_devices
+
+RING_BYTES = 64 << 20
+SIZES = [64, 4096, 1 << 20, 32 << 20]
+
+
+def main() -> None:
+    load_ucx()
+    token = bytes.fromhex(sys.stdin.readline())
+    channel = UcxChannel(token, RING_BYTES, 50, network_devices(sys.argv[1]))
+    print(channel.address.hex(), flush=True)
+    channel.connect(bytes.fromhex(sys.stdin.readline()))
+    channel.wait_connected(20.0)
+    print(" ".join(channel.transports), flush=True)
+    if sys.argv[2:] == ["ping-pong"]:
+        for size in SIZES:
+            channel.ping_pong(size, 10, 20.0)
+        channel.close()
+    else:
+        channel.echo_until_closed()
+
+
+if __name__ == "__main__":
+    main()

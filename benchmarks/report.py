@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
+import json
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 Values = dict[tuple[str, str], float]
 """(workload, system) -> value."""
@@ -26,6 +29,16 @@ def describe_machine() -> dict[str, str]:
         "torch": importlib.metadata.version("torch"),
         "vllm-lamina": importlib.metadata.version("vllm-lamina"),
     }
+
+
+def write_results(file: Path, machine: dict[str, str], options: argparse.Namespace, rows: list[Any]) -> None:
+    """What was measured, on what, with which options, as JSON; rows are dictionaries."""
+    results = {
+        "machine": machine,
+        "options": {name: str(value) for name, value in vars(options).items()},
+        "rows": rows,
+    }
+    file.write_text(json.dumps(results, indent=2) + "\n")
 
 
 def table(values: Values) -> str:

@@ -1,131 +1,118 @@
 #!/usr/bin/env python
-"""Throughput of Lamina and of stock vLLM on one machine with two cores: same model, same requests, in turns.
+"""Decode throughput of Lamina and of stock vLLM on the same two cores: same model, same requests, in turns.
+
+Lamina has one core for the model and one for attention, with its default settings; stock vLLM has both cores, or one.
+With `s`, the share of attention in a step of stock vLLM on one core, moving attention to the second core can at best
+speed a step up by 1 / max(s, 1 - s): that is the bound beside the measured figure. `s` is what a step takes beyond one
+with next to no context.
 
 The engines of all systems are started once and take turns run by run, so that whatever else changes on the machine
-changes for all of them. The prompts of a workload are random tokens and the same in every run: the first run of a
-workload prefills them, the later ones find them in the prefix cache. Decode throughput is the median of all runs,
-total throughput that of the first run, which alone contains the prefill.
+changes for all of them; each figure is a median. The KV cache of the prompts is filled by copies, not computed.
 
-    python benchmarks/throughput.py --output results            # the full table, about half an hour
-    python benchmarks/throughput.py --output results --quick    # a few minutes
+    python benchmarks/throughput.py --output results                                     # the real model
+    python benchmarks/throughput.py --output results --model benchmarks/models/llama-1b  # a random one of 1B
+    python benchmarks/throughput.py --output results --quick                             # a few minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import random
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from report import describe_machine, plot, table
-from systems import Engine, System, two_core_systems
+from report import describe_machine, plot, write_results
+from systems import DEFAULT_MODEL, STOCK_1, STOCK_2, Engine, Model, Workload, lamina
 
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / ".models" / "SmolLM2-135M-Instruct"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """`batch` requests with `context` prompt tokens each."""
-
-    context: int
-    batch: int
-
-    @classmethod
-    def parse(cls, text: str) -> Workload:
-        """Reads CONTEXTxBATCH, such as 2048x8."""
-        context, separator, batch = text.partition("x")
-        if not separator:
-            raise argparse.ArgumentTypeError(f"{text!r} is not CONTEXTxBATCH, such as 2048x8")
-        return cls(int(context), int(batch))
-
-    @property
-    def name(self) -> str:
-        return f"{self.context} x {self.batch}"
-
-    def prompts(self, vocab_size: int) -> list[list[int]]:
-        """Random tokens from the upper half of the vocabulary, where no special tokens are."""
-        rng = random.Random(self.name)
-        return [
-            [rng.randrange(vocab_size // 2, vocab_size) for _ in range(self.context)]
-            for _ in range(self.batch)
-        ]
+LAMINA = lamina("Lamina, 1 + 1")
+SYSTEMS = (LAMINA, STOCK_2, STOCK_1)
+FULL = ["512x1", "512x8", "512x32", "512x64", "2048x1", "2048x8", "2048x32", "8064x1", "8064x8", "8064x16"]
+QUICK = ["512x8", "2048x8"]
+SHORT_CONTEXT = 32
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One workload on one system; tokens per second."""
+class Row:
+    """One workload: decode tokens/s of each system, medians."""
 
     workload: str
-    system: str
-    decode: float
-    decode_runs: list[float]
-    total: float
+    decode: dict[str, float]
+    runs: dict[str, list[float]]
+    attention_share: float
+    """Of a step of stock vLLM on one core."""
+
+    @property
+    def bound(self) -> float:
+        """Of the speed-up over stock vLLM on one core."""
+        return 1 / max(self.attention_share, 1 - self.attention_share)
+
+    def speed_up(self, system: str) -> float:
+        """Over stock vLLM on one core."""
+        return self.decode[system] / self.decode[STOCK_1.name]
 
 
-FULL = [Workload(512, 8), Workload(512, 32), Workload(2048, 8), Workload(2048, 32), Workload(7936, 8)]
-QUICK = [Workload(512, 8), Workload(2048, 8)]
-
-
-def run_all(args: argparse.Namespace, systems: list[System]) -> list[Measurement]:
-    config = json.loads((args.model / "config.json").read_text())
-    limit = config["max_position_embeddings"]
+def run_all(args: argparse.Namespace) -> list[Row]:
+    model = Model(args.model, args.dtype)
+    limit = model.config["max_position_embeddings"]
     for workload in args.workloads:
-        if workload.context + args.output_tokens > limit:
+        if workload.context + 1 + args.output_tokens > limit:
             raise SystemExit(f"{workload.name}: the model's limit is {limit} tokens with the output")
-    engine = {
-        "model": str(args.model),
-        "dtype": args.dtype,
-        "max_model_len": limit,
-        "max_num_seqs": max(workload.batch for workload in args.workloads),
-        "gpu_memory_utilization": 0.2,
-        "enforce_eager": args.enforce_eager,
-        "skip_tokenizer_init": True,
-    }
-    # Room for the prompts of one workload and of the one before, with what blocks round up.
+    options = model.engine(
+        max_num_seqs=max(w.batch for w in args.workloads), enforce_eager=args.enforce_eager
+    )
     tokens = max(w.batch * (w.context + args.output_tokens + 256) for w in args.workloads)
-    pool = 2 * tokens * kv_bytes_per_token(config, args.dtype)
-    measurements = []
+    pool = int(1.1 * max(tokens, limit + 256) * model.kv_bytes_per_token)
+    rows = []
     with contextlib.ExitStack() as stack:
-        engines = []
-        for system in systems:
+        engines = {}
+        for system in SYSTEMS:
             print(f"starting: {system.name}", flush=True)
             log_file = args.output / f"{system.name.replace(', ', '-').replace(' ', '-')}.log"
-            engines.append(stack.enter_context(Engine(system, engine, pool, log_file)))
+            engines[system.name] = stack.enter_context(Engine(system, options, pool, log_file))
+        without_attention: dict[int, float] = {}
         for workload in args.workloads:
-            measurements += run_workload(workload, engines, config["vocab_size"], args)
-    return measurements
+            if workload.batch not in without_attention:
+                short = Workload(SHORT_CONTEXT, workload.batch).prompts(model.vocab_size)
+                run = engines[STOCK_1.name].run(short, args.output_tokens, fill=False)
+                without_attention[workload.batch] = workload.batch / run["decode_tokens_per_s"]
+            rows.append(run_workload(workload, engines, model, without_attention[workload.batch], args))
+    return rows
 
 
 def run_workload(
-    workload: Workload, engines: list[Engine], vocab_size: int, args: argparse.Namespace
-) -> list[Measurement]:
-    prompts = workload.prompts(vocab_size)
-    runs: dict[str, list[dict[str, float]]] = {engine.system.name: [] for engine in engines}
+    workload: Workload,
+    engines: dict[str, Engine],
+    model: Model,
+    other_seconds: float,
+    args: argparse.Namespace,
+) -> Row:
+    prompts = workload.prompts(model.vocab_size)
+    runs: dict[str, list[float]] = {name: [] for name in engines}
     for _ in range(args.repeats):
-        for engine in engines:
-            measured = engine.run(prompts, args.output_tokens)
-            runs[engine.system.name].append(measured)
-            print(f"{workload.name}, {engine.system.name}: {measured}", flush=True)
-    return [
-        Measurement(
-            workload.name,
-            system,
-            decode=statistics.median(run["decode_tokens_per_s"] for run in measured_runs),
-            decode_runs=[run["decode_tokens_per_s"] for run in measured_runs],
-            total=measured_runs[0]["total_tokens_per_s"],
-        )
-        for system, measured_runs in runs.items()
+        for name, engine in engines.items():
+            runs[name].append(engine.run(prompts, args.output_tokens)["decode_tokens_per_s"])
+    decode = {name: statistics.median(values) for name, values in runs.items()}
+    step_seconds = workload.batch / decode[STOCK_1.name]
+    row = Row(workload.name, decode, runs, max(0.0, 1 - other_seconds / step_seconds))
+    print(f"{workload.name}: {decode}, bound {row.bound:.2f}", flush=True)
+    return row
+
+
+def table(rows: list[Row]) -> str:
+    lines = [
+        "| context x batch | Lamina, 1 + 1 | stock, 2 cores | stock, 1 core | attention share s "
+        "| bound 1 / max(s, 1 - s) | Lamina / stock 1 | of the bound | stock 2 / stock 1 | Lamina / stock 2 |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-
-
-def kv_bytes_per_token(config: dict[str, int], dtype: str) -> int:
-    """Bytes of K and V of all layers for one token."""
-    heads = config.get("num_key_value_heads", config["num_attention_heads"])
-    head_size = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    return 2 * config["num_hidden_layers"] * heads * head_size * (4 if dtype == "float32" else 2)
+    for row in rows:
+        ours, theirs = row.speed_up(LAMINA.name), row.speed_up(STOCK_2.name)
+        cells = " | ".join(f"{row.decode[system.name]:.1f}" for system in SYSTEMS)
+        lines.append(
+            f"| {row.workload} | {cells} | {row.attention_share:.0%} | {row.bound:.2f} | {ours:.2f} "
+            f"| {ours / row.bound:.2f} | {theirs:.2f} | {ours / theirs:.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def parse_args() -> argparse.Namespace:
@@ -134,18 +121,18 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--workloads", type=Workload.parse, nargs="+", metavar="CONTEXTxBATCH")
-    parser.add_argument("--output-tokens", type=int, help="per request (default: 96, quick 48)")
-    parser.add_argument(
-        "--repeats", type=int, help="runs of each workload on each system (default: 5, quick 3)"
-    )
+    parser.add_argument("--workloads", nargs="+", metavar="CONTEXTxBATCH")
+    parser.add_argument("--output-tokens", type=int, default=32, help="per request (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs on each system (default: %(default)s)")
     parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--quick", action="store_true", help="fewer workloads and runs, not compiled")
+    parser.add_argument("--quick", action="store_true", help="fewer workloads, not compiled")
     parser.add_argument("--output", type=Path, default=Path("results"), help="directory for JSON, PNG, logs")
     args = parser.parse_args()
-    args.workloads = args.workloads or (QUICK if args.quick else FULL)
-    args.output_tokens = args.output_tokens or (48 if args.quick else 96)
-    args.repeats = args.repeats or (3 if args.quick else 5)
+    try:
+        names = args.workloads or (QUICK if args.quick else FULL)
+        args.workloads = [Workload.parse(name) for name in names]
+    except ValueError as error:
+        parser.error(str(error))
     args.enforce_eager = args.enforce_eager or args.quick
     return args
 
@@ -154,17 +141,13 @@ def main() -> None:
     args = parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()
-    measurements = run_all(args, two_core_systems())
-    results = {
-        "machine": machine,
-        "options": {key: str(value) for key, value in vars(args).items()},
-        "measurements": [asdict(measurement) for measurement in measurements],
-    }
-    (args.output / "throughput.json").write_text(json.dumps(results, indent=2) + "\n")
-    for quantity, title in (("decode", "Decode tokens/s"), ("total", "Total tokens/s, with prefill")):
-        values = {(m.workload, m.system): getattr(m, quantity) for m in measurements}
-        print(f"\n{title} (prompt tokens x requests)\n\n{table(values)}")
-        plot(values, title, machine["cpu"], args.output / f"throughput-{quantity}.png")
+    rows = run_all(args)
+    write_results(
+        args.output / "throughput.json", machine, args, [asdict(row) | {"bound": row.bound} for row in rows]
+    )
+    print(f"\nDecode tokens/s, {args.model.name}\n\n{table(rows)}")
+    values = {(row.workload, name): value for row in rows for name, value in row.decode.items()}
+    plot(values, f"Decode tokens/s, {args.model.name}", machine["cpu"], args.output / "throughput.png")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Round trips of the exchange between two processes: the bare channel by frame size, and attend() calls.
+"""Round trips of the exchange between two processes: the bare channels by frame size, and attend() calls.
 
     python benchmarks/transport.py --cpus 0,1 --output results/
 
 The first CPU is the model worker's, the second the attention worker's. A round trip writes a frame of the
 given size, has the other process read it and write one of the same size, and reads that, all in place, as in
-serving. Writes transport.json and transport.png.
+serving. Where UCX is installed the channel over UCX is measured too, over TCP on loopback, beside a ping-pong over
+bare libucp with UCX's defaults, which neither writes nor reads what it carries; LAMINA_UCX_LIBRARY chooses the UCX.
+Writes transport.json and transport.png.
 """
 
 import argparse
@@ -12,17 +14,30 @@ import json
 import multiprocessing
 import os
 import platform
+import secrets
 import socket
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 
-from vllm_lamina._native import AttentionClient, ShmChannel, ShmEnd, create_shm_memory
+from vllm_lamina._native import (
+    AttentionClient,
+    Channel,
+    Partition,
+    ShmChannel,
+    ShmEnd,
+    UcxChannel,
+    UcxPingPong,
+    create_shm_memory,
+)
 from vllm_lamina.transport.connection import AttentionWorkerConnection
+from vllm_lamina.transport.errors import UcxUnavailable
 from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx
 from vllm_lamina.units import format_bytes, parse_cpus
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
@@ -30,6 +45,8 @@ SIZES = [64, 4 << 10, 64 << 10, 512 << 10, 4 << 20]
 BATCH_SIZES = [1, 8, 32, 128]
 CONTEXT = 16
 SPIN_US = 2000
+RING_BYTES = 64 << 20
+UCX_DEVICES = "lo"
 
 
 @dataclass(frozen=True)
@@ -54,28 +71,95 @@ class RoundTrip:
         )
 
 
+@dataclass(frozen=True)
+class UcxRoundTrips:
+    """The channel over UCX and bare libucp, in one run."""
+
+    library: str
+    channel: list[RoundTrip]
+    bare: list[RoundTrip]
+
+
+def repetitions(size: int, count: int) -> tuple[int, int]:
+    """Round trips to warm up, and to measure."""
+    measured = max(50, min(count, count * (64 << 10) // size))
+    return measured // 10 + 5, measured
+
+
+def ping_pong(channel: Channel, count: int) -> list[RoundTrip]:
+    results = []
+    for size in SIZES:
+        warm_up, measured = repetitions(size, count)
+        channel.ping_pong(size, warm_up, 30.0)
+        results.append(RoundTrip.of(size, channel.ping_pong(size, measured, 60.0)))
+    return results
+
+
 def echo(cpu: int, memory_fd: int, data_socket: socket.socket) -> None:
     os.sched_setaffinity(0, [cpu])
     ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.WORKER, SPIN_US).echo_until_closed()
 
 
 def measure_channel(cpus: list[int], count: int) -> list[RoundTrip]:
-    memory_fd = create_shm_memory(64 << 20)
+    memory_fd = create_shm_memory(RING_BYTES)
     here, there = socket.socketpair()
     process = multiprocessing.get_context("fork").Process(target=echo, args=(cpus[1], memory_fd, there))
     process.start()
     there.close()
     os.sched_setaffinity(0, [cpus[0]])
     channel = ShmChannel(memory_fd, here.fileno(), ShmEnd.CLIENT, SPIN_US)
-    results = []
-    for size in SIZES:
-        repetitions = max(50, min(count, count * (64 << 10) // size))
-        channel.ping_pong(size, repetitions // 10 + 5, 30.0)
-        results.append(RoundTrip.of(size, channel.ping_pong(size, repetitions, 60.0)))
+    results = ping_pong(channel, count)
     channel.close()
     process.join(10.0)
     os.close(memory_fd)
     return results
+
+
+def ucx_echo(cpu: int, pipe: Connection, token: bytes, count: int) -> None:
+    os.sched_setaffinity(0, [cpu])
+    try:
+        load_ucx()
+    except UcxUnavailable:
+        return  # The other end says so.
+    bare = UcxPingPong(max(SIZES), UCX_DEVICES)
+    pipe.send(bare.address)
+    bare.connect(pipe.recv())
+    for size in SIZES:
+        bare.echo(size, sum(repetitions(size, count)), 60.0)
+    channel = UcxChannel(token, RING_BYTES, SPIN_US, UCX_DEVICES)
+    pipe.send(channel.address)
+    channel.connect(pipe.recv())
+    channel.echo_until_closed()
+
+
+def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
+    pipe, child_pipe = multiprocessing.Pipe()
+    token = secrets.token_bytes(TOKEN_BYTES)
+    # Forked before this process loads UCX, which does not survive a fork.
+    process = multiprocessing.get_context("fork").Process(
+        target=ucx_echo, args=(cpus[1], child_pipe, token, count), daemon=True
+    )
+    process.start()
+    child_pipe.close()
+    os.sched_setaffinity(0, [cpus[0]])
+    library = load_ucx()
+    bare = UcxPingPong(max(SIZES), UCX_DEVICES)
+    bare.connect(pipe.recv())
+    pipe.send(bare.address)
+    bare_results = []
+    for size in SIZES:
+        warm_up, measured = repetitions(size, count)
+        bare.ping_pong(size, warm_up, 30.0)
+        bare_results.append(RoundTrip.of(size, bare.ping_pong(size, measured, 60.0)))
+    channel = UcxChannel(token, RING_BYTES, SPIN_US, UCX_DEVICES)
+    channel.connect(pipe.recv())
+    pipe.send(channel.address)
+    channel.wait_connected(10.0)
+    results = ping_pong(channel, count)
+    description = describe_ucx(library, channel)
+    channel.close()
+    process.join(10.0)
+    return UcxRoundTrips(description, results, bare_results)
 
 
 def measure_attend(cpus: list[int], count: int) -> list[RoundTrip]:
@@ -86,10 +170,9 @@ def measure_attend(cpus: list[int], count: int) -> list[RoundTrip]:
     try:
         with AttentionWorkerConnection.connect(worker.address) as connection:
             connection.configure(geometry, max(BATCH_SIZES), spin_us=SPIN_US, worker_spin_us=SPIN_US)
-            return [
-                RoundTrip.of(batch, time_attend(connection.client, geometry, batch, count))
-                for batch in BATCH_SIZES
-            ]
+            partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+            client = AttentionClient([connection.channel], partition)
+            return [RoundTrip.of(batch, time_attend(client, geometry, batch, count)) for batch in BATCH_SIZES]
     finally:
         worker.stop()
 
@@ -112,21 +195,26 @@ def time_attend(client: AttentionClient, geometry: Geometry, batch: int, count: 
     return round_trips[100:]
 
 
-def plot(channel: list[RoundTrip], attend: list[RoundTrip], path: Path) -> None:
+def plot(channels: dict[str, list[RoundTrip]], attend: list[RoundTrip], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4))
-    for axis, series, label in ((axes[0], channel, "bytes each way"), (axes[1], attend, "requests per step")):
-        sizes = [point.size for point in series]
-        axis.plot(sizes, [point.median for point in series], marker="o", label="median")
-        axis.plot(sizes, [point.p99 for point in series], marker=".", linestyle=":", label="99th percentile")
-        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="round trip, us")
+    for axis, lines, label in (
+        (axes[0], channels, "bytes each way"),
+        (axes[1], {"attend()": attend}, "requests per step"),
+    ):
+        for name, series in lines.items():
+            sizes = [point.size for point in series]
+            (line,) = axis.plot(sizes, [point.median for point in series], marker="o", label=name)
+            p99 = [point.p99 for point in series]
+            axis.plot(sizes, p99, marker=".", linestyle=":", color=line.get_color())
+        axis.set(xscale="log", yscale="log", xlabel=label, ylabel="round trip, us: median, 99th percentile")
         axis.grid(alpha=0.3)
         axis.legend()
-    axes[0].set_title("channel over shared memory")
+    axes[0].set_title("channels")
     axes[1].set_title(f"attend(), {CONTEXT} tokens of context")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
@@ -147,23 +235,36 @@ def main() -> None:
     if len(arguments.cpus) != 2:
         parser.error("--cpus needs two CPUs")
 
-    channel = measure_channel(arguments.cpus, arguments.count)
+    # UCX last: nothing forks after it is loaded.
+    channels = {"shared memory": measure_channel(arguments.cpus, arguments.count)}
     attend = measure_attend(arguments.cpus, arguments.count)
-    for point in channel:
-        print(
-            f"channel {format_bytes(point.size):>8}: median {point.median:9.2f} us, p99 {point.p99:9.2f} us"
-        )
+    ucx_library = None
+    try:
+        ucx = measure_ucx(arguments.cpus, arguments.count)
+    except UcxUnavailable as error:
+        print(f"UCX is left out: {error}")
+    else:
+        ucx_library = ucx.library
+        channels |= {"UCX, TCP": ucx.channel, "bare libucp, TCP": ucx.bare}
+        print(ucx_library)
+    for name, series in channels.items():
+        for point in series:
+            print(
+                f"{name:>16} {format_bytes(point.size):>8}: "
+                f"median {point.median:9.2f} us, p99 {point.p99:9.2f} us"
+            )
     for point in attend:
         print(f"attend {point.size:>4} requests: median {point.median:8.2f} us, p99 {point.p99:9.2f} us")
     arguments.output.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": platform.processor() or platform.machine(),
         "cpus": arguments.cpus,
-        "channel_us": [asdict(point) for point in channel],
+        "ucx": ucx_library,
+        "channels_us": {name: [asdict(point) for point in series] for name, series in channels.items()},
         "attend_us": [asdict(point) for point in attend],
     }
     (arguments.output / "transport.json").write_text(json.dumps(report, indent=2) + "\n")
-    plot(channel, attend, arguments.output / "transport.png")
+    plot(channels, attend, arguments.output / "transport.png")
 
 
 if __name__ == "__main__":

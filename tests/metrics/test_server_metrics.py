@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -117,12 +118,21 @@ def test_two_batches_and_the_kv_pool_in_use(serving: Serving, served: Scrape) ->
     assert served.value("batches_in_flight") == 0
     assert served.value("worker_kv_cache_usage_perc") == 0
     began = time.monotonic()
+    seen = threading.Event()
+
+    def keep_asking(prompt_len: int) -> None:
+        while not seen.is_set():
+            serving.complete(prompt_len, 400)
+
     with ThreadPoolExecutor(4) as pool:
-        answers = [pool.submit(serving.complete, PROMPT_LEN + i, 400) for i in range(4)]
-        busy = serving.scrape_when(lambda scrape: scrape.value("batches_in_flight") == 2)
+        clients = [pool.submit(keep_asking, PROMPT_LEN + i) for i in range(4)]
+        try:
+            busy = serving.scrape_when(lambda scrape: scrape.value("batches_in_flight") == 2)
+        finally:
+            seen.set()
         assert 0 < busy.value("worker_kv_cache_usage_perc") <= 1
-        for answer in answers:
-            answer.result(timeout=120)
+        for client in clients:
+            client.result(timeout=120)
     after = serving.scrape_when(lambda scrape: scrape.value("batches_in_flight") == 0)
     # The model worker computes for one batch at a time, or waits, or has no step.
     took = sum(

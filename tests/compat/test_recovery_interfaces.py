@@ -62,3 +62,16 @@ def test_draws_for_nothing_are_taken_back_by_an_offset() -> None:
     source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
     assert "self.discard_request_mask.np" in source
     assert "gen.set_offset(gen.get_offset() - 4)" in source
+
+
+def test_a_request_can_end_with_an_error() -> None:
+    """Relies on ``update_from_output`` ending the requests in ``grammar_compile_error_reqs`` with FINISHED_ERROR, and
+    telling their clients.
+    """
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    assert "self.grammar_compile_error_reqs: set[str] = set()" in inspect.getsource(Scheduler.__init__)
+    source = inspect.getsource(Scheduler.update_from_output)
+    _, _, ending = source.partition("error_req_ids = set(self.grammar_compile_error_reqs)")
+    assert "RequestStatus.FINISHED_ERROR" in ending
+    assert "finish_reason=request.get_finished_reason()" in ending

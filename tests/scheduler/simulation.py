@@ -14,6 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.engine import FinishReason
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -64,6 +65,8 @@ class Simulation:
     seed: int
     queue: deque[InFlight] = field(default_factory=deque)
     finished: dict[str, int] = field(default_factory=dict)
+    errors: set[str] = field(default_factory=set)
+    """Of those that finished: the ones whose clients got an error."""
     aborted: set[str] = field(default_factory=set)
     preemptions: int = 0
     overlapping_steps: int = 0
@@ -159,16 +162,18 @@ class Simulation:
         output = step.output
         self.preemptions = sum(request.num_preemptions for request in self._requests.values())
         if not output.num_scheduled_tokens:
-            self.scheduler.update_from_output(output, EMPTY_MODEL_RUNNER_OUTPUT)
-            return
-        request_ids = list(output.num_scheduled_tokens)
-        answer = self._model_output(output)
-        report_times(answer, self.times(len(request_ids), self._context(request_ids)))
+            answer = EMPTY_MODEL_RUNNER_OUTPUT
+        else:
+            request_ids = list(output.num_scheduled_tokens)
+            answer = self._model_output(output)
+            report_times(answer, self.times(len(request_ids), self._context(request_ids)))
         for outputs in self.scheduler.update_from_output(output, answer).values():
             for request_output in outputs.outputs:
                 if request_output.finish_reason is not None:
                     request = self._requests[request_output.request_id]
                     self.finished[request_output.request_id] = request.num_output_tokens
+                    if request_output.finish_reason == FinishReason.ERROR:
+                        self.errors.add(request_output.request_id)
 
     def _model_output(self, output: SchedulerOutput) -> ModelRunnerOutput:
         request_ids = list(output.num_scheduled_tokens)

@@ -46,6 +46,8 @@ class LossySimulation(Simulation):
     """Steps in flight that fail, by identity."""
     lost: set[int] = field(default_factory=set)
     down: set[int] = field(default_factory=set)
+    stays_down: set[int] | None = None
+    """Lost workers that nobody replaces; None: as it happens."""
     recoveries: int = 0
     wrong_steps: int = 0
     may_rejoin: bool = False
@@ -72,7 +74,8 @@ class LossySimulation(Simulation):
         assert not any(step.output.num_scheduled_tokens for step in self.queue), "a step is in flight"
         lost = frozenset(self.lost | self.down)
         allowed = NUM_WORKERS - 1 if self.kind != HEAD else 0
-        self.down = set(self.random.sample(sorted(lost), self.random.randint(0, min(allowed, len(lost)))))
+        by_chance = self.random.sample(sorted(lost), self.random.randint(0, min(allowed, len(lost))))
+        self.down = set(by_chance) if self.stays_down is None else lost & self.stays_down
         self.lost.clear()
         self.may_rejoin = False
         self.recoveries += 1
@@ -142,9 +145,12 @@ class LossySimulation(Simulation):
         return list(self._requests[name].output_token_ids)
 
 
+MakeSimulation = Callable[..., LossySimulation]
+
+
 @pytest.fixture
-def make_simulation(model_zoo: ModelZoo) -> Callable[[int, str], LossySimulation]:
-    def make(seed: int, kind: str) -> LossySimulation:
+def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
+    def make(seed: int, kind: str, recovery_timeout: float = 60) -> LossySimulation:
         config = EngineArgs(
             model=model_zoo("llama"),
             max_model_len=1024,
@@ -153,6 +159,7 @@ def make_simulation(model_zoo: ModelZoo) -> Callable[[int, str], LossySimulation
             enforce_eager=True,
             executor="lamina",
             lamina_stagger="always",
+            lamina_recovery_timeout=recovery_timeout,
         ).create_engine_config()
         simulation = LossySimulation(None, seed, kind=kind)  # type: ignore[arg-type]
         tell_recovery(config, simulation)
@@ -167,7 +174,7 @@ def make_simulation(model_zoo: ModelZoo) -> Callable[[int, str], LossySimulation
 @pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
 @pytest.mark.parametrize("seed", range(4))
 def test_workers_lost_at_random(
-    make_simulation: Callable[[int, str], LossySimulation], seed: int, kind: str
+    make_simulation: MakeSimulation, seed: int, kind: str
 ) -> None:
     simulation = make_simulation(seed, kind)
     rng = simulation.random
@@ -199,5 +206,61 @@ def test_workers_lost_at_random(
         simulation.step()
         if not simulation.queue and not simulation.scheduler.has_requests():
             break
+    assert not blocks_held(simulation), "blocks are leaked"
+
+
+def blocks_held(simulation: LossySimulation) -> int:
     pool = simulation.scheduler.kv_cache_manager.block_pool
-    assert all(block.ref_cnt == 0 for block in pool.blocks if not block.is_null), "blocks are leaked"
+    return sum(block.ref_cnt > 0 for block in pool.blocks if not block.is_null)
+
+
+def run_until(simulation: LossySimulation, condition: Callable[[], bool]) -> None:
+    steps = 0
+    while not condition():
+        simulation.step()
+        steps += 1
+        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
+
+
+@pytest.mark.parametrize("kind", [SEQUENCE, REQUEST])
+@pytest.mark.parametrize("runs", [True, False], ids=["when it runs", "when it comes later"])
+def test_a_request_too_large_for_what_is_left_ends_with_an_error(
+    make_simulation: MakeSimulation, kind: str, runs: bool
+) -> None:
+    """It stands in nobody's way for longer than a recovery may take."""
+    simulation = make_simulation(1, kind, recovery_timeout=0.2)
+    simulation.stays_down = {1, 2}
+    large = simulation.add(1000, 20) if runs else None
+    few = [simulation.add(40, 20) for _ in range(6)]
+    for _ in range(20):
+        simulation.step()
+    simulation.lose(1)
+    simulation.lose(2)
+    large = large or simulation.add(1000, 20)
+    later = [simulation.add(40, 20) for _ in range(6)]
+    run_until(simulation, lambda: not simulation.unfinished())
+    assert simulation.errors == {large}
+    for name in few + later:
+        assert simulation.output_of(name) == simulation.expected(name)
+    run_until(simulation, lambda: not simulation.queue and not simulation.scheduler.has_requests())
+    assert not blocks_held(simulation)
+
+
+def test_a_request_too_large_for_what_is_left_is_answered_when_the_worker_returns(
+    make_simulation: MakeSimulation,
+) -> None:
+    simulation = make_simulation(1, SEQUENCE)
+    simulation.stays_down = {1, 2}
+    large = simulation.add(1000, 20)
+    for _ in range(10):
+        simulation.step()
+    simulation.lose(1)
+    simulation.lose(2)
+    for _ in range(100):
+        simulation.step()
+    assert simulation.unfinished() == [large]
+    simulation.stays_down = set()
+    simulation.may_rejoin = True
+    run_until(simulation, lambda: not simulation.unfinished())
+    assert not simulation.errors
+    assert simulation.output_of(large) == simulation.expected(large)

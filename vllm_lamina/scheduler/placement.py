@@ -86,6 +86,11 @@ class PlacedBlocks:
         ]
 
     @property
+    def num_usable_blocks(self) -> int:
+        """Blocks of all workers that are there, but those that nobody may get."""
+        return sum(self._given[worker] for worker in self._usable)
+
+    @property
     def num_free_blocks(self) -> int:
         """Free blocks of all workers that are there."""
         return sum(self._queues[worker].num_free_blocks for worker in self._usable)
@@ -179,6 +184,9 @@ class PlacingScheduler(RecoveringScheduler):
     def _go_on_without(self, workers: Iterable[int]) -> None:
         if self.placed_blocks is not None:
             self.placed_blocks.go_on_without(workers)
+
+    def _num_usable_blocks(self) -> int:
+        return super()._num_usable_blocks() if self.placed_blocks is None else self.placed_blocks.num_usable_blocks
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

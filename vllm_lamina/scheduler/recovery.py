@@ -15,8 +15,10 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
 from vllm_lamina.compat.config import recovery_of
+from vllm_lamina.compat.failed_requests import end_with_errors
 from vllm_lamina.compat.failed_steps import has_failed
-from vllm_lamina.compat.free_blocks import blocks_by_request, forget_cached
+from vllm_lamina.compat.free_blocks import all_blocks, blocks_by_request, forget_cached
+from vllm_lamina.config import LaminaConfig
 from vllm_lamina.metrics.engine import EngineMetrics
 
 logger = init_logger("vllm.lamina")
@@ -40,6 +42,9 @@ class RecoveringScheduler(Scheduler):
     A failed step leaves blocks behind that vLLM took for filled when it scheduled the step, and that other requests may
     have hit as a cached prefix since. They leave the prefix cache too, and who relies on them is recomputed; the output
     of a step that read them is not believed.
+
+    While a worker is down there are fewer blocks. A request of more tokens than they hold waits for the worker as long
+    as a recovery may take, and then ends with an error.
     """
 
     running: list[Request]
@@ -53,6 +58,10 @@ class RecoveringScheduler(Scheduler):
         self._unwritten: dict[int, int] = {}
         """The same of steps that failed, until the recovery."""
         self._failed = False
+        self._incomplete_since: float | None = None
+        """When the engine began to go on without some of its attention workers."""
+        options = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
+        self._recovery_timeout = options.recovery_timeout
         self._blocks = blocks_by_request(self.kv_cache_manager)
 
     @property
@@ -91,7 +100,35 @@ class RecoveringScheduler(Scheduler):
                     self._take_back(name, scheduled[name])
                 rest = {name: tokens for name, tokens in scheduled.items() if name not in lost}
                 scheduler_output = dataclasses.replace(scheduler_output, num_scheduled_tokens=rest)
+        self._end_what_waits_too_long()
         return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _end_what_waits_too_long(self) -> None:
+        """End the requests that do not fit the blocks that are left, if those have been few for too long."""
+        since = self._incomplete_since
+        if since is None or time.monotonic() - since < self._recovery_timeout:
+            return
+        usable = self._num_usable_blocks()
+        too_large = [
+            name
+            for name, request in self.requests.items()
+            if self._needed_blocks(request) > usable and not request.is_finished()
+        ]
+        end_with_errors(self, too_large)
+        for name in too_large:
+            logger.error(
+                "Lamina: request %s ends with an error: its %d tokens need %d KV blocks, and %d are left without %s, "
+                "for more than %g s (--lamina-recovery-timeout).",
+                name,
+                self.requests[name].num_tokens,
+                self._needed_blocks(self.requests[name]),
+                usable,
+                ", ".join(sorted(self.engine_metrics.recovery.lost_workers)),
+                self._recovery_timeout,
+            )
+
+    def _needed_blocks(self, request: Request) -> int:
+        return -(-request.num_tokens // self.block_size)
 
     def _blocks_written(self, output: SchedulerOutput) -> dict[str, dict[int, int]]:
         written = {}
@@ -140,6 +177,10 @@ class RecoveringScheduler(Scheduler):
         self._unwritten.clear()
         self._failed = False
         self._go_on_without(recovered.down)
+        if not recovered.down:
+            self._incomplete_since = None
+        elif self._incomplete_since is None:
+            self._incomplete_since = time.monotonic()
         counters = self.engine_metrics.recovery
         counters.recoveries += 1
         counters.requests_recomputed += len(victims)
@@ -172,3 +213,7 @@ class RecoveringScheduler(Scheduler):
 
     def _go_on_without(self, workers: Iterable[int]) -> None:
         """Hand out no block of these workers until told otherwise."""
+
+    def _num_usable_blocks(self) -> int:
+        """Blocks that requests may get from the workers that are there."""
+        return len(all_blocks(self.kv_cache_manager))

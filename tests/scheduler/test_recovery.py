@@ -173,9 +173,7 @@ def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
 
 @pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
 @pytest.mark.parametrize("seed", range(4))
-def test_workers_lost_at_random(
-    make_simulation: MakeSimulation, seed: int, kind: str
-) -> None:
+def test_workers_lost_at_random(make_simulation: MakeSimulation, seed: int, kind: str) -> None:
     simulation = make_simulation(seed, kind)
     rng = simulation.random
     for step in range(700):

@@ -186,7 +186,11 @@ class PlacingScheduler(RecoveringScheduler):
             self.placed_blocks.go_on_without(workers)
 
     def _num_usable_blocks(self) -> int:
-        return super()._num_usable_blocks() if self.placed_blocks is None else self.placed_blocks.num_usable_blocks
+        return (
+            super()._num_usable_blocks()
+            if self.placed_blocks is None
+            else self.placed_blocks.num_usable_blocks
+        )
 
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput

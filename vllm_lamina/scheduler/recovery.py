@@ -128,7 +128,8 @@ class RecoveringScheduler(Scheduler):
             )
 
     def _needed_blocks(self, request: Request) -> int:
-        return -(-request.num_tokens // self.block_size)
+        blocks: int = -(-request.num_tokens // self.block_size)
+        return blocks
 
     def _blocks_written(self, output: SchedulerOutput) -> dict[str, dict[int, int]]:
         written = {}

@@ -6,9 +6,11 @@ import random
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -20,12 +22,28 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_lamina.compat.config import tell_block_placement
+from vllm_lamina.compat.config import tell_block_placement, with_batches_in_flight
 from vllm_lamina.compat.step_times import StepTimes, report_times
 from vllm_lamina.scheduler.staggered import StaggeredScheduler
 
 BLOCK_SIZE = 32
 VOCAB_SIZE = 1000
+
+
+MAX_NUM_SEQS = 12
+
+
+def make_config(model: str, **options: Any) -> VllmConfig:
+    """Of an engine with two small batches in flight."""
+    arguments: dict[str, Any] = {
+        "max_model_len": 1024,
+        "max_num_seqs": MAX_NUM_SEQS,
+        "max_num_batched_tokens": 160,
+        "enforce_eager": True,
+        "executor": "lamina",
+        "lamina_stagger": "always",
+    }
+    return with_batches_in_flight(EngineArgs(model, **arguments | options).create_engine_config(), 2)
 
 
 def make_scheduler(
@@ -121,6 +139,19 @@ class Simulation:
             self.queue.append(self._check(output))
         if self.queue:
             self._answer(self.queue.popleft())
+
+    def run_until(self, condition: Callable[[], object]) -> None:
+        """In a bounded number of steps."""
+        steps = 0
+        while not condition():
+            self.step()
+            steps += 1
+            assert steps < 20_000, f"no progress: {self.unfinished()}"
+
+    def finish(self) -> None:
+        """Let all requests end, and what they left in flight."""
+        self.run_until(lambda: not self.unfinished())
+        self.run_until(lambda: not self.queue and not self.scheduler.has_finished_requests())
 
     def _check(self, output: SchedulerOutput) -> InFlight:
         scheduler, config = self.scheduler, self.scheduler.scheduler_config

@@ -7,11 +7,9 @@ from collections.abc import Callable
 
 import pytest
 from models import ModelZoo
-from simulation import BLOCK_SIZE, Simulation, make_scheduler
-from vllm.engine.arg_utils import EngineArgs
+from simulation import BLOCK_SIZE, Simulation, make_config, make_scheduler
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 
-from vllm_lamina.compat.config import with_batches_in_flight
 from vllm_lamina.scheduler.placement import PlacedBlocks
 
 Simulate = Callable[..., Simulation]
@@ -20,19 +18,8 @@ Simulate = Callable[..., Simulation]
 @pytest.fixture
 def simulate(model_zoo: ModelZoo) -> Simulate:
     def make(seed: int, kind: str, blocks_per_worker: list[int]) -> Simulation:
-        config = EngineArgs(
-            model=model_zoo("llama"),
-            max_model_len=1024,
-            max_num_seqs=12,
-            max_num_batched_tokens=160,
-            enforce_eager=True,
-            executor="lamina",
-            lamina_stagger="always",
-        ).create_engine_config()
-        placement = (kind, blocks_per_worker)
-        scheduler = make_scheduler(
-            with_batches_in_flight(config, 2), sum(blocks_per_worker), placement=placement
-        )
+        config = make_config(model_zoo("llama"))
+        scheduler = make_scheduler(config, sum(blocks_per_worker), placement=(kind, blocks_per_worker))
         return Simulation(scheduler, seed)
 
     return make
@@ -51,16 +38,6 @@ def holdings(simulation: Simulation) -> dict[str, list[int]]:
     return found
 
 
-def run_all(simulation: Simulation) -> None:
-    steps = 0
-    while simulation.unfinished():
-        simulation.step()
-        steps += 1
-        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
-    while simulation.queue or simulation.scheduler.has_finished_requests():
-        simulation.step()
-
-
 @pytest.mark.parametrize("kind", ["sequence", "request"])
 @pytest.mark.parametrize("blocks_per_worker", [[20, 20], [25, 10, 5], [10, 10, 10, 10]])
 def test_random_arrivals_aborts_and_preemptions(
@@ -76,7 +53,7 @@ def test_random_arrivals_aborts_and_preemptions(
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
             simulation.abort(rng.choice(waiting))
         simulation.step()
-    run_all(simulation)
+    simulation.finish()
     assert simulation.preemptions > 0
     assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
 
@@ -128,7 +105,7 @@ def test_requests_stay_on_one_worker(simulate: Simulate) -> None:
 def test_a_request_goes_to_its_cached_prefix(simulate: Simulate) -> None:
     simulation = simulate(0, "request", [100, 100])
     simulation.add(200, max_tokens=2, shared_prefix=True)
-    run_all(simulation)
+    simulation.finish()
     for _ in range(4):
         simulation.add(200, max_tokens=40, shared_prefix=True)
     while len(simulation.scheduler.running) < 4:
@@ -143,7 +120,7 @@ def test_a_request_that_fits_nowhere_spills(simulate: Simulate) -> None:
     simulation.add(500, max_tokens=10)
     while not simulation.scheduler.running or not any(map(all, holdings(simulation).values())):
         simulation.step()
-    run_all(simulation)
+    simulation.finish()
 
 
 @pytest.mark.parametrize("kind", ["sequence", "request"])

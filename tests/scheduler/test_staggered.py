@@ -2,15 +2,10 @@
 
 import pytest
 from models import ModelZoo
-from simulation import Simulation, make_scheduler
-from vllm.config import VllmConfig
-from vllm.engine.arg_utils import EngineArgs
+from simulation import Simulation, make_config, make_scheduler
 
-from vllm_lamina.compat.config import with_batches_in_flight
 from vllm_lamina.compat.step_times import StepTimes
 from vllm_lamina.scheduler.lanes import ALLOWED_IMBALANCE, request_load
-
-MAX_NUM_SEQS = 12
 
 
 @pytest.fixture
@@ -24,18 +19,8 @@ def make_simulation(model_zoo: ModelZoo):
         max_loras: int | None = None,
     ) -> Simulation:
         lora = {"enable_lora": True, "max_loras": max_loras} if max_loras is not None else {}
-        config: VllmConfig = EngineArgs(
-            model=model_zoo("llama"),
-            max_model_len=1024,
-            max_num_seqs=MAX_NUM_SEQS,
-            max_num_batched_tokens=160,
-            scheduling_policy=policy,
-            enforce_eager=True,
-            executor="lamina",
-            lamina_stagger=stagger,
-            **lora,
-        ).create_engine_config()
-        return Simulation(make_scheduler(with_batches_in_flight(config, 2), num_blocks), seed)
+        config = make_config(model_zoo("llama"), scheduling_policy=policy, lamina_stagger=stagger, **lora)
+        return Simulation(make_scheduler(config, num_blocks), seed)
 
     return make
 
@@ -65,13 +50,11 @@ def test_random_arrivals_aborts_and_preemptions(
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
             simulation.abort(rng.choice(waiting))
         simulation.step()
-    finish(simulation)
+    simulation.finish()
     assert simulation.preemptions > 0
     assert simulation.overlapping_steps > 100
     assert simulation.finished == {r: n for r, n in wanted.items() if r in simulation.finished}
     assert set(wanted) == set(simulation.finished) | simulation.aborted
-    while simulation.queue or simulation.scheduler.has_finished_requests():
-        simulation.step()
     # Everything was given back: the pool is as free as at the start (vLLM keeps block 0 for itself).
     assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
 
@@ -89,17 +72,8 @@ def test_lanes_share_the_slots_for_adapters(make_simulation, max_loras: int) -> 
         if rng.random() < 0.1 and (unfinished := simulation.unfinished()):
             simulation.abort(rng.choice(unfinished))
         simulation.step()
-    finish(simulation)
+    simulation.finish()
     assert simulation.overlapping_steps > 100
-
-
-def finish(simulation: Simulation) -> None:
-    """Let all requests end, in a bounded number of steps."""
-    steps = 0
-    while simulation.unfinished():
-        simulation.step()
-        steps += 1
-        assert steps < 20_000, f"no progress: {simulation.unfinished()}"
 
 
 def fill(simulation: Simulation, prompt_lens: list[int]) -> None:

@@ -1,5 +1,7 @@
 """Attention workers in processes of their own."""
 
+import ctypes
+import errno
 import os
 import signal
 import socket
@@ -11,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-DEADLINE = 15.0
+import pytest
+
+DEADLINE = 60.0
 CLI = [sys.executable, "-m", "vllm_lamina.cli"]
 
 
@@ -25,8 +29,13 @@ def cli(*arguments: str, prefix: tuple[str, ...] = ()) -> subprocess.CompletedPr
     return subprocess.run([*prefix, *CLI, *arguments], capture_output=True, text=True, timeout=60.0)
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + DEADLINE
+PTRACE_DETACH, PTRACE_SEIZE, PTRACE_INTERRUPT = 17, 0x4206, 0x4207
+WALL = 0x40000000
+"""From Linux's headers: Python has no names for them."""
+
+
+def wait_until(condition: Callable[[], object], deadline: float = DEADLINE) -> None:
+    end = time.monotonic() + deadline
     while not condition():
         assert time.monotonic() < end, "deadline passed"
         time.sleep(0.02)
@@ -41,6 +50,35 @@ def pause(pid: int) -> None:
             (task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()
         )
     )
+
+
+@contextmanager
+def stuck_thread(pid: int, name: str) -> Iterator[None]:
+    """The process's thread of that name stands still, and no other: what a debugger can do."""
+    [thread] = [
+        int(task.name)
+        for task in Path(f"/proc/{pid}/task").iterdir()
+        if (task / "comm").read_text().strip() == name
+    ]
+    _ptrace(PTRACE_SEIZE, thread)
+    try:
+        _ptrace(PTRACE_INTERRUPT, thread)
+        os.waitpid(thread, WALL)
+        yield
+    finally:
+        _ptrace(PTRACE_DETACH, thread)
+
+
+def _ptrace(request: int, thread: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.ptrace.argtypes = (ctypes.c_long, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+    libc.ptrace.restype = ctypes.c_long
+    if libc.ptrace(request, thread, None, None) == 0:
+        return
+    error = ctypes.get_errno()
+    if request == PTRACE_SEIZE and error in (errno.EPERM, errno.ENOSYS):
+        pytest.skip(f"this system does not let one trace a process ({os.strerror(error)})")
+    raise OSError(error, os.strerror(error))
 
 
 @dataclass

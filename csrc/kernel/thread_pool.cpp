@@ -87,6 +87,7 @@ ThreadPool::ThreadPool(int num_threads, std::vector<int> cpus, int spin_us)
   try {
     for (int i = 1; i < num_threads; ++i) {
       state->threads.emplace_back([state, i] { state->serve(i); });
+      pthread_setname_np(state->threads.back().native_handle(), "lamina-attend");
       if (!state->cpus.empty()) pin(state->threads.back().native_handle(), state->cpus[i]);
     }
   } catch (...) {

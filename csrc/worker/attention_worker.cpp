@@ -1,5 +1,7 @@
 #include "worker/attention_worker.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -75,6 +77,7 @@ void AttentionWorker::serve(std::shared_ptr<Channel> channel) {
   if (channel_) throw std::logic_error("the attention worker serves already");
   channel_ = std::move(channel);
   thread_ = std::thread([this] { run(); });
+  pthread_setname_np(thread_.native_handle(), "lamina-serve");
 }
 
 void AttentionWorker::stop() {

@@ -85,7 +85,7 @@ class Engines:
         self._process.stdin.flush()
         pid = self._read(self._process.stdout, deadline, log_file)
         status = self._read(self._process.stdout, deadline, log_file, group=pid)
-        if _kill_group(pid, grace=5.0):
+        if _kill_group(pid, grace=30.0):
             raise JobFailed(f"the engine left processes behind\n{_tail(log_file)}")
         if status != 0 or not result_file.exists():
             raise JobFailed(f"the engine ended with status {status}\n{_tail(log_file)}")

@@ -217,6 +217,6 @@ def _ip(*arguments: str) -> None:
 
 
 def _run(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=15.0)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60.0)
     assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
     return done.stdout

@@ -174,7 +174,7 @@ def _free_port() -> int:
         return port
 
 
-def _wait_until_empty(look: Callable[[], _Found], deadline: float = 10.0) -> _Found:
+def _wait_until_empty(look: Callable[[], _Found], deadline: float = 60.0) -> _Found:
     """What `look` still finds at the deadline; returns at once when it finds nothing."""
     end = time.monotonic() + deadline
     while (found := look()) and time.monotonic() < end:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from openai import OpenAI
 from server import VllmServer
 
-MAX_TOKENS = 400
+MAX_TOKENS = 1500
 
 
 def lose_while_generating(server: VllmServer, model: str, lose: Callable[[], None]) -> str:

@@ -53,7 +53,7 @@ time.sleep(600)
 """
 
 
-def serve(model: str, host: Host, log: Path, *flags: str, deadline: float = 60.0) -> tuple[int, str]:
+def serve(model: str, host: Host, log: Path, *flags: str, deadline: float = 180.0) -> tuple[int, str]:
     """Status and last line of a server that does not start; nothing of it may be left."""
     vllm = str(Path(sys.executable).with_name("vllm"))
     command = [*host.prefix, vllm, "serve", model, *ENGINE, "--executor", "lamina", *flags]

@@ -20,26 +20,38 @@ from worker_processes import Worker, free_port, pause, wait_until, worker_proces
 from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(300, seed=7)
-# Prompts longer than the token budget, requests that share a prefix and arrive one by one, seeds, several samples.
-PHASES = [
-    Phase(
-        "all at once",
-        [
-            *requests((1, 33, 129, 700), max_tokens=60),
-            *requests((25,), max_tokens=400, seed=60),  # until a worker that is started again has joined
-            *(Request(PREFIX + prompt(i, seed=i), greedy(60), after_step=2 * i) for i in range(4)),
-            Request(prompt(40, seed=3), sampled(60, seed=5)),
-            Request(prompt(50, seed=4), sampled(60, seed=6, n=2)),
-        ],
-    ),
-    Phase("afterwards", [Request(PREFIX + prompt(9, seed=9), greedy(8)), *requests((40,), seed=30)]),
-]
 OPTIONS = {"max_model_len": 2048, "max_num_batched_tokens": 512, "block_size": 32}
+
+
+def phases(longest: int) -> list[Phase]:
+    """Prompts longer than the token budget, requests that share a prefix and arrive one by one, seeds, several samples.
+
+    The longest of them generates that many tokens.
+    """
+    return [
+        Phase(
+            "all at once",
+            [
+                *requests((1, 33, 129, 700), max_tokens=60),
+                *requests((25,), max_tokens=longest, seed=60),
+                *(Request(PREFIX + prompt(i, seed=i), greedy(60), after_step=2 * i) for i in range(4)),
+                Request(prompt(40, seed=3), sampled(60, seed=5)),
+                Request(prompt(50, seed=4), sampled(60, seed=6, n=2)),
+            ],
+        ),
+        Phase("afterwards", [Request(PREFIX + prompt(9, seed=9), greedy(8)), *requests((40,), seed=30)]),
+    ]
 
 
 @pytest.fixture(scope="module")
 def job(model_zoo: ModelZoo) -> Job:
-    return Job(model_zoo("four_kv_heads"), PHASES, OPTIONS)
+    return Job(model_zoo("four_kv_heads"), phases(longest=400), OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def long_job(job: Job) -> Job:
+    """It goes on until a worker that is started again has joined."""
+    return replace(job, phases=phases(longest=1900))
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +80,16 @@ class Scene:
         worker.process.wait()
 
     def run(
-        self, act: Callable[[], None], environment: dict[str, str] | None = None, **options: Any
+        self,
+        act: Callable[[], None],
+        job: Job | None = None,
+        environment: dict[str, str] | None = None,
+        **options: Any,
     ) -> JobResult:
-        """The job, with options of the engine, and what happens meanwhile."""
-        engine = self._job.engine | options
-        job = replace(self._job, executor="lamina", engine=engine, environment=environment or {})
+        """A job, with options of the engine, and what happens meanwhile."""
+        job = job or self._job
+        engine = job.engine | options
+        job = replace(job, executor="lamina", engine=engine, environment=environment or {})
         with meanwhile(act):
             result = self._engines.run(job)
         assert "Lamina" in result.executor
@@ -115,7 +132,8 @@ def test_embedded_worker_of_one_rank(scene: Scene, stock: JobResult) -> None:
         wait_for_steps(address, 20)
         os.kill(pid, signal.SIGKILL)
 
-    result = scene.run(lose, {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}, tensor_parallel_size=2)
+    cpus = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    result = scene.run(lose, environment=cpus, tensor_parallel_size=2)
     assert_same(stock, result)
     assert "attention workers complete again" in scene.log
 
@@ -168,7 +186,7 @@ def test_spare_takes_its_place(scene: Scene, stock: JobResult, partition: str, t
 
 
 @pytest.mark.parametrize(("partition", "batches"), [("sequence", 1), ("request", 2)])
-def test_goes_on_without(scene: Scene, stock: JobResult, partition: str, batches: int) -> None:
+def test_goes_on_without(scene: Scene, engines: Engines, long_job: Job, partition: str, batches: int) -> None:
     """With two of three workers; the third joins again later, without a pause."""
     workers = [scene.start() for _ in range(3)]
 
@@ -184,7 +202,7 @@ def test_goes_on_without(scene: Scene, stock: JobResult, partition: str, batches
         "lamina_partition": partition,
         "lamina_batches": batches,
     }
-    assert_same(stock, scene.run(lose, **options))
+    assert_same(engines.run(long_job), scene.run(lose, long_job, **options))
     log = scene.log
     assert log.index("going on without") < log.index("attention workers complete again")
     if partition == "request":

@@ -48,6 +48,7 @@ def run(model: str, engine: dict[str, Any]) -> dict[str, Any]:
     found = {
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "attention_workers_meanwhile": attention_workers(os.getpid()),
+        "stats": llm.collective_rpc("attention_worker_stats") if "executor" in engine else [],
         "imported": [name for name in sys.modules if name.startswith("vllm_lamina.executor")],
     }
     del llm, outputs

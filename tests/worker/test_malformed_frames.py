@@ -20,6 +20,7 @@ from wire_frames import (
     raw_channel,
     step_payload,
 )
+from worker_processes import wait_until
 
 from vllm_lamina._native import ChannelTimeout, ShmChannel
 from vllm_lamina.transport.connection import AttentionWorkerConnection
@@ -117,7 +118,7 @@ def test_without_a_valid_header_there_is_no_answer(
         channel.send(data or b"\0", DEADLINE)
         with pytest.raises(ChannelTimeout):
             channel.receive(0.2)
-        assert connection.stats().rejected_frames == 1
+        wait_until(lambda: connection.stats().rejected_frames == 1)
         check_alive(channel)
 
 

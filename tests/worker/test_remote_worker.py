@@ -1,5 +1,6 @@
 """A worker on another host, over UCX: what it computes, how its engine's end is noticed, and how its own is."""
 
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from vllm_lamina.transport.secret import write_secret
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
 RING_BYTES = 1 << 20
+LEASE = 5
+"""Seconds: short, yet longer than a busy machine keeps a heartbeat waiting."""
 
 
 @pytest.fixture
@@ -35,7 +38,7 @@ def there() -> Iterator[Host]:
 
 @pytest.fixture
 def worker(there: Host, tmp_path: Path, secret: Path) -> Iterator[Worker]:
-    arguments = ("--secret-file", str(secret), "--lease-seconds", "1", "--drain-seconds", "20")
+    arguments = ("--secret-file", str(secret), "--lease-seconds", str(LEASE), "--drain-seconds", "300")
     with worker_process(
         tmp_path / "log", f"{there.address}:{PORT}", *arguments, prefix=there.prefix
     ) as worker:
@@ -44,9 +47,13 @@ def worker(there: Host, tmp_path: Path, secret: Path) -> Iterator[Worker]:
 
 @pytest.fixture
 def connection(worker: Worker, secret: Path) -> Iterator[AttentionWorkerConnection]:
-    with AttentionWorkerConnection.connect(worker.address, timeout=5.0, secret_file=secret) as connection:
-        connection.configure(GEOMETRY, NUM_BLOCKS, ring_bytes=RING_BYTES, heartbeat_timeout=1.0)
+    with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as connection:
         yield connection
+
+
+def configure(connection: AttentionWorkerConnection, heartbeat_timeout: float = DEADLINE) -> None:
+    """Open the channel; a worker that is only slow is not lost, unless told otherwise."""
+    connection.configure(GEOMETRY, NUM_BLOCKS, ring_bytes=RING_BYTES, heartbeat_timeout=heartbeat_timeout)
 
 
 def run_steps(connection: AttentionWorkerConnection) -> None:
@@ -59,10 +66,11 @@ def run_steps(connection: AttentionWorkerConnection) -> None:
 def test_engines_one_after_the_other(
     connection: AttentionWorkerConnection, worker: Worker, secret: Path
 ) -> None:
+    configure(connection)
     run_steps(connection)
     connection.close()
     with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as second:
-        second.configure(GEOMETRY, NUM_BLOCKS, ring_bytes=RING_BYTES)
+        configure(second)
         run_steps(second)
         worker.process.send_signal(signal.SIGTERM)
         wait_until(lambda: "draining" in worker.log)
@@ -73,6 +81,7 @@ def test_engines_one_after_the_other(
 
 
 def test_stopped_worker_ends_a_native_wait(connection: AttentionWorkerConnection, worker: Worker) -> None:
+    configure(connection, heartbeat_timeout=1.0)
     engine = Engine.on(connection, GEOMETRY, NUM_BLOCKS)
     engine.begin_step(1, [Request(3, 1, [1])])
     pause(worker.process.pid)
@@ -84,6 +93,7 @@ def test_stopped_worker_ends_a_native_wait(connection: AttentionWorkerConnection
 
 def test_cut_link(connection: AttentionWorkerConnection, worker: Worker, there: Host) -> None:
     """Neither end is told: the engine's waits end, and the worker drops its pool."""
+    configure(connection, heartbeat_timeout=1.0)
     engine = Engine.on(connection, GEOMETRY, NUM_BLOCKS)
     engine.begin_step(1, [Request(3, 1, [1])])
     there.cut_link()
@@ -91,8 +101,8 @@ def test_cut_link(connection: AttentionWorkerConnection, worker: Worker, there: 
     with pytest.raises(ChannelClosed):
         engine.collect_and_check(0)
     wait_until(lambda: not connection.alive)
-    assert "has not answered for 1." in connection.lost_reason
-    wait_until(lambda: "sent no heartbeat for 1 s" in worker.log or "engine left" in worker.log)
+    assert re.search(r"is lost: it has not answered for \d+\.\d s", connection.lost_reason)
+    wait_until(lambda: f"sent no heartbeat for {LEASE} s" in worker.log or "engine left" in worker.log)
 
 
 ENGINE = """
@@ -115,5 +125,5 @@ def test_killed_engine_frees_the_worker(worker: Worker, secret: Path) -> None:
         engine.kill()
     with AttentionWorkerConnection.connect(worker.address, secret_file=secret) as connection:
         wait_until(lambda: not connection.stats().connected)
-        connection.configure(GEOMETRY, NUM_BLOCKS, ring_bytes=RING_BYTES)
+        configure(connection)
         run_steps(connection)

@@ -134,11 +134,15 @@ class Simulation:
 
     def step(self) -> None:
         """Schedule until two steps are in flight or nothing can be scheduled, then answer the oldest."""
+        self.schedule()
+        if self.queue:
+            self._answer(self.queue.popleft())
+
+    def schedule(self) -> None:
+        """Schedule until two steps are in flight or nothing can be scheduled."""
         while len(self.queue) < 2 and self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self.queue.append(self._check(output))
-        if self.queue:
-            self._answer(self.queue.popleft())
 
     def run_until(self, condition: Callable[[], object]) -> None:
         """In a bounded number of steps."""

@@ -60,6 +60,10 @@ class LossySimulation(Simulation):
     def worker_of(self, block: int) -> int:
         return block // BLOCKS_PER_WORKER
 
+    def workers_of(self, name: str) -> set[int]:
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+        return {self.worker_of(block) for block in blocks}
+
     def holds(self, worker: int, block: int) -> bool:
         return self.kind == HEAD or self.worker_of(block) == worker
 
@@ -198,6 +202,30 @@ def test_workers_lost_at_random(make_simulation: MakeSimulation, seed: int, kind
 def blocks_held(simulation: LossySimulation) -> int:
     pool = simulation.scheduler.kv_cache_manager.block_pool
     return sum(block.ref_cnt > 0 for block in pool.blocks if not block.is_null)
+
+
+def test_a_prefix_that_a_failed_step_was_to_write(make_simulation: MakeSimulation) -> None:
+    """The other lane's step hit it in the prefix cache. That step needs no lost worker, and does not fail."""
+    simulation = make_simulation(0, REQUEST)
+    decoding = {simulation.add(40, 200) for _ in range(2)}
+    for _ in range(10):
+        simulation.step()
+    writes, reads = (simulation.add(10, 20, shared_prefix=True) for _ in range(2))
+    while not simulation.queue or writes not in simulation.queue[0].output.num_scheduled_tokens:
+        simulation.step()
+        simulation.schedule()
+    first, second = (step.output.num_scheduled_tokens for step in simulation.queue)
+    [loses], [other] = decoding & first.keys(), decoding & second.keys()
+    assert first.keys() == {loses, writes}
+    assert second.keys() == {other, reads}
+    assert second[reads] < BLOCK_SIZE, "the rest is taken from the prefix cache"
+    [worker] = simulation.workers_of(loses)
+    assert worker not in simulation.workers_of(writes) | simulation.workers_of(other)
+    simulation.lose(worker)
+    assert simulation.failing == {id(simulation.queue[0].output)}
+    simulation.run_until(lambda: not simulation.unfinished())
+    for name in decoding | {writes, reads}:
+        assert simulation.output_of(name) == simulation.expected(name)
 
 
 @pytest.mark.parametrize("kind", [SEQUENCE, REQUEST])

@@ -13,6 +13,18 @@ from models import ModelZoo
 
 ROOT = Path(__file__).parent.parent
 
+TAKES_MINUTES = ("every_partition", "long_chaos")
+"""Markers of tests that run only where they are asked for."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for marker in TAKES_MINUTES:
+        if marker not in config.getoption("markexpr"):
+            skip = pytest.mark.skip(reason=f"takes minutes; run with -m {marker}")
+            for item in items:
+                if item.get_closest_marker(marker):
+                    item.add_marker(skip)
+
 
 @pytest.fixture(scope="session")
 def model_zoo(tmp_path_factory: pytest.TempPathFactory) -> ModelZoo:

@@ -19,9 +19,3 @@ def worker() -> Iterator[EmbeddedAttentionWorker]:
 def connection(worker: EmbeddedAttentionWorker) -> Iterator[AttentionWorkerConnection]:
     with AttentionWorkerConnection.connect(worker.address) as connection:
         yield connection
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line(
-        "markers", "clean_install: builds and installs the package in a new environment, a minute"
-    )

@@ -111,8 +111,14 @@ void bind_transport(nb::module_& m) {
           },
           "token"_a, "ring_bytes"_a, "spin_us"_a = 100, "network_devices"_a = "")
       .def_prop_ro("address", [](const UcxChannel& channel) { return bytes_of(channel.address()); })
-      .def("connect", [](UcxChannel& channel, nb::bytes address) { channel.connect(span_of(address)); },
-           "peer_address"_a)
+      .def(
+          "connect",
+          [](UcxChannel& channel, nb::bytes address) {
+            const auto bytes = span_of(address);
+            nb::gil_scoped_release released;
+            channel.connect(bytes);
+          },
+          "peer_address"_a)
       .def(
           "wait_connected",
           [](UcxChannel& channel, double timeout) { channel.wait_connected(deadline_after(timeout)); },

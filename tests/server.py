@@ -104,7 +104,7 @@ class VllmServer:
 
     def get(self, path: str) -> str:
         """The body of an answer of status 200; raises OSError for any other."""
-        with urllib.request.urlopen(f"{self.url}/{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}/{path}", timeout=60) as answer:
             body: bytes = answer.read()
             return body.decode()
 

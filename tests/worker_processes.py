@@ -44,12 +44,14 @@ def wait_until(condition: Callable[[], object], deadline: float = DEADLINE) -> N
 def pause(pid: int) -> None:
     """SIGSTOP, and wait until it has reached every thread."""
     os.kill(pid, signal.SIGSTOP)
-    tasks = Path(f"/proc/{pid}/task")
-    wait_until(
-        lambda: all(
-            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T" for task in tasks.iterdir()
-        )
-    )
+
+    def is_stopped(task: Path) -> bool:
+        try:
+            return (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+        except (FileNotFoundError, ProcessLookupError):  # it had ended
+            return True
+
+    wait_until(lambda: all(map(is_stopped, Path(f"/proc/{pid}/task").iterdir())))
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class Scrape:
     @classmethod
     def of(cls, url: str) -> Scrape:
         """Raises URLError, as long as the server does not answer."""
-        with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{url}/metrics", timeout=60) as answer:
             families = list(text_string_to_metric_families(answer.read().decode()))
         ours = [
             family

@@ -70,11 +70,18 @@ def attention_workers(pid: int) -> int:
     """How many attention workers are descendants of a process."""
     count = 0
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in task.read_text().split():
-            command = Path(f"/proc/{child}/cmdline").read_text()
-            count += "vllm_lamina.worker.attention_worker" in command
+        for child in _read(task).split():
+            count += "vllm_lamina.worker.attention_worker" in _read(Path(f"/proc/{child}/cmdline"))
             count += attention_workers(int(child))
     return count
+
+
+def _read(file: Path) -> str:
+    """Empty where the thread or process has ended meanwhile."""
+    try:
+        return file.read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 if __name__ == "__main__":

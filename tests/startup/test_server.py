@@ -46,7 +46,7 @@ def client(server: VllmServer) -> OpenAI:
 
 
 def get(server: VllmServer, path: str) -> str:
-    with urllib.request.urlopen(f"{server.url}/{path}", timeout=10) as answer:
+    with urllib.request.urlopen(f"{server.url}/{path}", timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -54,7 +54,7 @@ def post(server: VllmServer, path: str, **body: str | bool) -> None:
     request = urllib.request.Request(
         f"{server.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=30):
+    with urllib.request.urlopen(request, timeout=60):
         pass
 
 
@@ -67,8 +67,12 @@ def metric(server: VllmServer, name: str) -> float:
 def cpus_of_threads(pid: int) -> set[int]:
     """CPUs on which any thread of a process may run."""
     cpus: set[int] = set()
-    for status in Path(f"/proc/{pid}/task").glob("*/status"):
-        [allowed] = re.findall(r"^Cpus_allowed_list:\s*(\S+)$", status.read_text(), re.MULTILINE)
+    for file in Path(f"/proc/{pid}/task").glob("*/status"):
+        try:
+            status = file.read_text()
+        except (FileNotFoundError, ProcessLookupError):  # the thread has ended
+            continue
+        [allowed] = re.findall(r"^Cpus_allowed_list:\s*(\S+)$", status, re.MULTILINE)
         for part in allowed.split(","):
             first, _, last = part.partition("-")
             cpus |= set(range(int(first), int(last or first) + 1))

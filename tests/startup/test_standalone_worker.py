@@ -17,7 +17,7 @@ from programs import console, running, tail, wait_for
 def stats(address: str) -> dict[str, Any]:
     """The worker's counters; empty where it does not answer."""
     command = console("vllm-lamina", "worker", "stats", address, "--json")
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return json.loads(shown.stdout) if shown.returncode == 0 else {}
 
 

@@ -28,7 +28,7 @@ def free_port() -> int:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=30.0)
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, timeout=60.0)
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def test_worker_and_stats() -> None:
             stats = json.loads(run("worker", "stats", f"tcp://{address}", "--json").stdout)
             assert (stats["steps"], stats["num_blocks"], stats["connected"]) == (1, 8, True)
         process.send_signal(signal.SIGINT)
-        _, log = process.communicate(timeout=10.0)
+        _, log = process.communicate(timeout=60.0)
         assert process.returncode == 0
         assert "64 MiB for KV blocks, 1 threads (CPUs 0)" in log
 
@@ -84,15 +84,18 @@ def test_injected_latency() -> None:
 
 def test_idle_worker_uses_no_cpu() -> None:
     with serving() as (_, process):
-        time.sleep(0.5)
 
         def cpu_ticks() -> int:
             with open(f"/proc/{process.pid}/stat") as stat:
                 return sum(int(field) for field in stat.read().rsplit(")", 1)[1].split()[11:13])
 
-        before = cpu_ticks()
-        time.sleep(1.0)
-        assert cpu_ticks() - before <= 1
+        def cpu_ticks_of_a_second() -> int:
+            before = cpu_ticks()
+            time.sleep(1.0)
+            return cpu_ticks() - before
+
+        # In the first of them it may still be about to become idle.
+        assert any(cpu_ticks_of_a_second() <= 1 for _ in range(5))
 
 
 def test_port_in_use() -> None:

@@ -100,11 +100,11 @@ def test_data_channel_needs_the_token(connection: AttentionWorkerConnection) -> 
     memory_fd = create_shm_memory(1 << 20)
     for token in (b"", b"guess", bytes(len(configured.token)), configured.token + b"x"):
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger, pytest.raises(WorkerRefused):
-            connection._open_data_socket(stranger, token or b"\0", memory_fd)
+            connection._try_data_socket(stranger, token or b"\0", memory_fd)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger, pytest.raises(WorkerRefused):
-        connection._open_data_socket(stranger, configured.token, os.open("/dev/null", os.O_RDWR))
+        connection._try_data_socket(stranger, configured.token, os.open("/dev/null", os.O_RDWR))
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as owner:
-        connection._open_data_socket(owner, configured.token, memory_fd)
+        connection._try_data_socket(owner, configured.token, memory_fd)
         assert connection.stats().connected
     os.close(memory_fd)
 

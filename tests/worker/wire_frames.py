@@ -1,7 +1,6 @@
 """Frames as csrc/transport/wire.h describes them, and a channel that sends them as they are."""
 
 import os
-import socket
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,9 +62,7 @@ def raw_channel(
     """Configure the worker and open its data channel by hand."""
     configured = connection._control.request(Configure(geometry, num_blocks, 0), Configured)
     memory_fd = create_shm_memory(ring_bytes)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as data_socket:
-        data_socket.settimeout(10.0)
-        connection._open_data_socket(data_socket, configured.token, memory_fd)
+    with connection._open_data_socket(configured.token, memory_fd) as data_socket:
         channel = ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.CLIENT, 0)
         try:
             yield channel

@@ -51,6 +51,9 @@ DATA_CHANNEL_OPEN = b"\x01"
 LOCAL_HEARTBEAT_TIMEOUT, REMOTE_HEARTBEAT_TIMEOUT = 1.0, 3.0
 """Seconds without an answer after which a worker on this host, or another, is lost, unless told otherwise."""
 
+DATA_SOCKET_SECONDS, DATA_SOCKET_RETRY_SECONDS = 8.0, 0.1
+"""For how long, and how often, a shared-memory channel is offered to a worker that turns it away."""
+
 LEAVE_SECONDS = 2.0
 """How long `close` waits for the worker to drop the pool."""
 
@@ -274,8 +277,7 @@ class AttentionWorkerConnection:
     def _open_shm_channel(self, token: bytes, ring_bytes: int, spin_us: int) -> Channel:
         memory_fd = create_shm_memory(ring_bytes)
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as data_socket:
-                self._open_data_socket(data_socket, token, memory_fd)
+            with self._open_data_socket(token, memory_fd) as data_socket:
                 return ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.CLIENT, spin_us)
         finally:
             os.close(memory_fd)
@@ -299,13 +301,35 @@ class AttentionWorkerConnection:
         logger.info("Lamina: attention worker at %s: %s.", self.address, describe_ucx(info, channel))
         return channel
 
-    def _open_data_socket(self, data_socket: socket.socket, token: bytes, memory_fd: int) -> None:
-        """Hand the channel's memory over; the socket then stays open as the sign of life of both sides."""
+    def _open_data_socket(self, token: bytes, memory_fd: int) -> socket.socket:
+        """Hand the channel's memory over; the socket then stays open as the sign of life of both sides.
+
+        Again and again for some seconds: strangers may hold all descriptors that the worker may open, until the time
+        of their handshakes is up.
+        """
+        end = time.monotonic() + DATA_SOCKET_SECONDS
+        while True:
+            data_socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                self._try_data_socket(data_socket, token, memory_fd)
+                return data_socket
+            except WorkerRefused:
+                data_socket.close()
+                if time.monotonic() > end:
+                    raise
+                time.sleep(DATA_SOCKET_RETRY_SECONDS)
+            except BaseException:
+                data_socket.close()
+                raise
+
+    def _try_data_socket(self, data_socket: socket.socket, token: bytes, memory_fd: int) -> None:
         data_socket.settimeout(self._timeout)
         try:
             data_socket.connect("\0" + self.welcome.data_socket)
             socket.send_fds(data_socket, [token], [memory_fd])
             answer = data_socket.recv(1)
+        except ConnectionResetError:  # it was closed before what was sent had been read
+            answer = b""
         except OSError as error:
             raise WorkerUnreachable(
                 f"the data channel to the attention worker at {self.address} could not be opened ({error}); see its log"

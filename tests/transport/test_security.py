@@ -134,12 +134,12 @@ def test_clients_that_do_not_hold_the_secret(worker: Worker, secret: Path, other
         with pytest.raises(
             SecretError, match="has another secret than this side: use the same secret file on both"
         ):
-            AttentionWorkerConnection.connect(worker.address, secret_file=other_secret)
+            AttentionWorkerConnection.connect(worker.address, timeout=120.0, secret_file=other_secret)
         with pytest.raises(
             SecretError, match="refuses clients without its secret: give its secret file with"
         ):
-            AttentionWorkerConnection.connect(worker.address)
-        assert time.monotonic() - begin < 8.0, "said at once, not by a timeout"
+            AttentionWorkerConnection.connect(worker.address, timeout=120.0)
+        assert time.monotonic() - begin < 60.0, "said at once, not by a timeout"
         wait_until(lambda: engine.stats().refused_clients >= 2)
         assert engine.alive
     # A peer that has hung up before the worker looks at it has no address any more.
@@ -196,7 +196,7 @@ def test_something_else_on_the_port(answer: bytes | None, with_secret: bool, sec
         with pytest.raises(
             WorkerUnreachable, match="what listens there is another program, or a worker that is stopped"
         ) as raised:
-            AttentionWorkerConnection.connect(address, timeout=1.0, secret_file=secret if with_secret else "")
+            AttentionWorkerConnection.connect(address, timeout=3.0, secret_file=secret if with_secret else "")
         assert address in str(raised.value)
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(DEADLINE)

@@ -16,7 +16,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from report import describe_machine, plot, write_results
+from report import add_engine_options, describe_machine, plot, write_results
 from systems import DEFAULT_MODEL, STOCK_2, Engine, Model, System, Workload, lamina
 
 BLOCK = 128
@@ -93,14 +93,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--requests", type=int, default=4, help="that P holds (default: %(default)s)")
     parser.add_argument("--backlog", type=int, default=32, help="requests in all (default: %(default)s)")
     parser.add_argument("--prompt-tokens", type=int, default=512, help="(default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=384, help="(default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs on each system (default: %(default)s)")
-    parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="directory for JSON, PNG, logs")
+    add_engine_options(parser)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()

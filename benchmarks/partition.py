@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from report import describe_machine, plot, write_results
+from report import add_engine_options, describe_machine, plot, write_results
 from systems import DEFAULT_MODEL, Engine, Model, System, Workload, threads
 
 from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
@@ -184,14 +184,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4], help="numbers of workers")
     parser.add_argument("--workloads", nargs="+", metavar="CONTEXTxBATCH")
     parser.add_argument("--output-tokens", type=int, default=32, help="per request (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each workload (default: %(default)s)")
-    parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
     parser.add_argument("--quick", action="store_true", help="one workload, not compiled")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="directory for JSON, PNG, logs")
+    add_engine_options(parser)
     args = parser.parse_args()
     args.workloads = args.workloads or (QUICK if args.quick else FULL)
     args.enforce_eager = args.enforce_eager or args.quick

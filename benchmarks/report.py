@@ -31,6 +31,16 @@ def describe_machine() -> dict[str, str]:
     }
 
 
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options of benchmarks that compare whole engines."""
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="runs of each workload on each system (default: %(default)s)"
+    )
+    parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
+    parser.add_argument("--output", type=Path, default=Path("results"), help="directory for JSON, PNG, logs")
+
+
 def write_results(file: Path, machine: dict[str, str], options: argparse.Namespace, rows: list[Any]) -> None:
     """What was measured, on what, with which options, as JSON; rows are dictionaries."""
     results = {

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from report import describe_machine, write_results
+from report import add_engine_options, describe_machine, write_results
 from systems import DEFAULT_MODEL, RANDOM_1B, Engine, Model, System, Workload, lamina
 
 PARTS = ("balance", "ratio", "latency")
@@ -213,17 +213,14 @@ def main() -> None:
         default=[DEFAULT_MODEL, RANDOM_1B],
         help="Hugging Face directories; the sweeps use the first (default: the real model, a random one of 1B)",
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--batch", type=int, default=16, help="requests per lane (default: %(default)s)")
     parser.add_argument(
         "--guess", type=int, default=1024, help="first context length tried (default: %(default)s)"
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output-tokens", type=int, default=32, help="per request (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each workload (default: %(default)s)")
     parser.add_argument("--pool-gib", type=int, default=6, help="KV pool of two lanes (default: %(default)s)")
-    parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="directory for JSON, PNG, logs")
+    add_engine_options(parser)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     machine = describe_machine()

@@ -22,7 +22,7 @@ import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from report import describe_machine, plot, write_results
+from report import add_engine_options, describe_machine, plot, write_results
 from systems import DEFAULT_MODEL, STOCK_1, STOCK_2, Engine, Model, Workload, lamina
 
 LAMINA = lamina("Lamina, 1 + 1")
@@ -120,13 +120,10 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=DEFAULT_MODEL, help="Hugging Face directory")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--workloads", nargs="+", metavar="CONTEXTxBATCH")
     parser.add_argument("--output-tokens", type=int, default=32, help="per request (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs on each system (default: %(default)s)")
-    parser.add_argument("--enforce-eager", action="store_true", help="do not compile the model")
     parser.add_argument("--quick", action="store_true", help="fewer workloads, not compiled")
-    parser.add_argument("--output", type=Path, default=Path("results"), help="directory for JSON, PNG, logs")
+    add_engine_options(parser)
     args = parser.parse_args()
     try:
         names = args.workloads or (QUICK if args.quick else FULL)

@@ -26,7 +26,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return _run(_parse())
-    except pytest.skip.Exception as reason:
+    except pytest.skip.Exception as reason:  # of the tests' network: it says what this system does not permit
         print(f"cannot run: {reason}", file=sys.stderr)
         return 2
 

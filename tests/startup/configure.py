@@ -35,7 +35,7 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
             engine.create_engine_config()
     except SystemExit:
         return {"error": "SystemExit", "message": printed.getvalue()}
-    except Exception as error:
+    except Exception as error:  # whatever it is: the test compares its kind and text
         return {"error": type(error).__name__, "message": str(error)}
     return {
         "backend": str(engine.distributed_executor_backend),

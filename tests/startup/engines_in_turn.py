@@ -40,7 +40,7 @@ def run(model: str, engine: dict[str, Any]) -> dict[str, Any]:
     """What an engine generated, or why it did not start, and the state of the process when it is gone."""
     try:
         llm = LLM(model, **COMMON | engine)
-    except Exception as error:
+    except Exception as error:  # whatever it is: the test compares its text
         return {"error": str(error)} | state()
     inputs = [{"prompt_token_ids": tokens} for tokens in PROMPTS]
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True)

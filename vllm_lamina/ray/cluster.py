@@ -67,7 +67,9 @@ def connected(address: str, give_up: Callable[[str], NoReturn]) -> Iterator[None
     try:
         _check_something_listens(address)
         ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-    except Exception as error:
+    except (
+        Exception
+    ) as error:  # OSError, RuntimeError, RayError, those of gRPC: Ray has no kind of its own for it
         raise DeploymentError(_connection_problem(address, error)) from error
     finally:
         timer.cancel()

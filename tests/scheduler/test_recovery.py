@@ -48,7 +48,6 @@ class LossySimulation(Simulation):
     stays_down: set[int] | None = None
     """Lost workers that nobody replaces; None: as it happens."""
     recoveries: int = 0
-    wrong_steps: int = 0
     may_rejoin: bool = False
     rejoins_soon: bool = False
     """Workers that are down are back at the next step."""
@@ -130,7 +129,6 @@ class LossySimulation(Simulation):
             self.slots.get((part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE)) != prefix[position]
             for position in range(part.end)
         ):
-            self.wrong_steps += 1
             return [WRONG]
         return [prefix[part.end - 1] % WRONG]
 

@@ -21,9 +21,10 @@ fi
 scripts/setup.sh
 model="$(python scripts/get_model.py)"
 
+# In bfloat16 this model's first two choices for the question below can tie, and kernels round differently.
 echo "demo: vllm serve $model --executor lamina (starts in about a minute)"
-vllm serve "$model" --served-model-name SmolLM2 --executor lamina --lamina-memory 1GiB --max-model-len 4096 \
-  --host 127.0.0.1 --port "$PORT" "$@" &
+vllm serve "$model" --served-model-name SmolLM2 --dtype float32 --executor lamina --lamina-memory 1GiB \
+  --max-model-len 4096 --host 127.0.0.1 --port "$PORT" "$@" &
 server=$!
 SECONDS=0
 

@@ -1,5 +1,5 @@
 // The fuzz target: an input picks a worker and is a program of frames for it.
-#include "fuzz_frames.h"
+#include "fuzz_target.h"
 
 #include <cstdio>
 #include <cstdlib>
@@ -11,6 +11,8 @@
 namespace lamina::fuzz {
 namespace {
 
+constexpr size_t kNumWorkers = 2;
+
 Totals totals;
 
 WorkerUnderTest& worker(size_t index) {
@@ -20,8 +22,6 @@ WorkerUnderTest& worker(size_t index) {
   };
   return *workers[index];
 }
-
-}  // namespace
 
 void print_totals() {
   const auto number = [](uint64_t value) { return static_cast<unsigned long long>(value); };
@@ -34,7 +34,9 @@ void print_totals() {
   std::fflush(stdout);
 }
 
-uint64_t frames_so_far() { return totals.frames; }
+}  // namespace
+
+uint64_t made_so_far() { return totals.frames; }
 
 }  // namespace lamina::fuzz
 

@@ -1,8 +1,8 @@
-// Runs the fuzz target without libFuzzer: random programs and mutations of earlier ones, all from one seed.
+// Runs a fuzz target without libFuzzer: random programs and mutations of earlier ones, all from one seed.
 //
-//   fuzz_frames_standalone --frames N [--seed S]
-//   fuzz_frames_standalone FILE...             runs saved inputs
-//   fuzz_frames_standalone --write-seeds DIR   writes programs for libFuzzer to begin with
+//   ..._standalone --count N [--seed S]   until N frames, say, were made
+//   ..._standalone FILE...                runs saved inputs
+//   ..._standalone --write-seeds DIR      writes programs for libFuzzer to begin with
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -12,7 +12,7 @@
 #include <string>
 #include <vector>
 
-#include "fuzz_frames.h"
+#include "fuzz_target.h"
 
 namespace {
 
@@ -59,11 +59,11 @@ void mutate(Input& input, std::mt19937_64& random) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  uint64_t frames = 0, seed = 1;
+  uint64_t count = 0, seed = 1;
   LLVMFuzzerInitialize(&argc, &argv);
   for (int i = 1; i < argc; ++i) {
-    if (std::strcmp(argv[i], "--frames") == 0 && i + 1 < argc) {
-      frames = std::strtoull(argv[++i], nullptr, 10);
+    if (std::strcmp(argv[i], "--count") == 0 && i + 1 < argc) {
+      count = std::strtoull(argv[++i], nullptr, 10);
     } else if (std::strcmp(argv[i], "--seed") == 0 && i + 1 < argc) {
       seed = std::strtoull(argv[++i], nullptr, 10);
     } else if (std::strcmp(argv[i], "--write-seeds") == 0 && i + 1 < argc) {
@@ -82,7 +82,7 @@ int main(int argc, char** argv) {
   }
   std::mt19937_64 random(seed);
   std::vector<Input> corpus;
-  while (lamina::fuzz::frames_so_far() < frames) {
+  while (lamina::fuzz::made_so_far() < count) {
     Input input = random_input(random);
     if (!corpus.empty() && random() % 2 == 0) {
       input = corpus[random() % corpus.size()];

@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
 # Fuzzes what a peer can send to an attention worker, under AddressSanitizer and UndefinedBehaviorSanitizer; see
 # docs/fuzzing.md. Prints executions, frames, rejects and coverage; fails at the first crash or broken invariant.
-#   scripts/fuzz.sh [--frames N] [--requests N] [--seed S] [--isa]
+#   scripts/fuzz.sh [--frames N] [--pieces N] [--requests N] [--seed S] [--isa]
 #     --frames N     frames to the data channel (default 100000): libFuzzer where clang++ is installed, else g++ and a
 #                    mutator of our own
+#     --pieces N     pieces of frames, as they come over UCX (default 1000000); g++ and a mutator of our own
 #     --requests N   messages to the control port (default 2000)
 #     --isa          with the kernel variants for this CPU, not portable C++ only
 #   BUILD_DIR        where to build (default build/fuzz); the corpus is kept there
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-frames=100000 requests=2000 seed=1 variants=OFF
+frames=100000 pieces=1000000 requests=2000 seed=1 variants=OFF
 while [ $# -gt 0 ]; do
   case "$1" in
     --frames) frames=$2; shift 2 ;;
+    --pieces) pieces=$2; shift 2 ;;
     --requests) requests=$2; shift 2 ;;
     --seed) seed=$2; shift 2 ;;
     --isa) variants=ON; shift ;;
@@ -24,6 +26,15 @@ done
 build=${BUILD_DIR:-build/fuzz}
 export UBSAN_OPTIONS=print_stacktrace=1
 configure=(cmake -S . -G Ninja -DLAMINA_FUZZ=ON -DLAMINA_SANITIZE=address,undefined -DLAMINA_ISA_VARIANTS=$variants)
+
+standalone() {  # TARGET COUNT
+  CXX=g++ "${configure[@]}" -B "$build/gcc" >/dev/null
+  ninja -C "$build/gcc" "$1_standalone" | tail -1
+  LAMINA_FUZZ_LAST_INPUT="$build/last-input" "$build/gcc/fuzz/$1_standalone" --count "$2" --seed "$seed" \
+    2> >(grep -v "frame dropped" >&2)
+  echo "fuzz: crashes=0"
+}
+
 if [ "$frames" -gt 0 ] && command -v clang++ >/dev/null; then
   CXX=clang++ "${configure[@]}" -B "$build/clang" >/dev/null
   ninja -C "$build/clang" fuzz_frames fuzz_frames_standalone | tail -1
@@ -45,11 +56,10 @@ if [ "$frames" -gt 0 ] && command -v clang++ >/dev/null; then
   done
   echo "fuzz: $done_frames frames, crashes=0"
 elif [ "$frames" -gt 0 ]; then
-  CXX=g++ "${configure[@]}" -B "$build/gcc" >/dev/null
-  ninja -C "$build/gcc" fuzz_frames_standalone | tail -1
-  LAMINA_FUZZ_LAST_INPUT="$build/last-input" "$build/gcc/fuzz/fuzz_frames_standalone" --frames "$frames" --seed "$seed" \
-    2> >(grep -v "frame dropped" >&2)
-  echo "fuzz: crashes=0"
+  standalone fuzz_frames "$frames"
+fi
+if [ "$pieces" -gt 0 ]; then
+  standalone fuzz_pieces "$pieces"
 fi
 if [ "$requests" -gt 0 ]; then
   . scripts/env.sh

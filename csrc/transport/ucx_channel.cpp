@@ -118,7 +118,8 @@ UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int 
       address_(worker_.address()),
       ring_bytes_(round_up(std::max<size_t>(ring_bytes, 1), 4096)),
       spin_(spin_us),
-      space_(ring_bytes_) {
+      space_(ring_bytes_),
+      arrivals_(ring_bytes_) {
   if (token.size() != kTokenBytes) {
     throw ChannelError("the token of a channel has " + std::to_string(kTokenBytes) + " bytes");
   }
@@ -255,7 +256,7 @@ void UcxChannel::send(Message message, const std::byte* data, size_t bytes, std:
   Sending* sending = free_sendings_.back();
   free_sendings_.pop_back();
   message.token = token_;
-  message.consumed = reported_ = received_;
+  message.consumed = reported_ = arrivals_.num_released();
   unreported_bytes_ = 0;
   peer_wants_credit_ = false;
   sending->channel = this;
@@ -302,7 +303,7 @@ void UcxChannel::progress() {
   if (no_progress_) return;
   const uint64_t before = num_events_;
   ucx_.ucp_worker_progress(worker_.get());
-  if (peer_wants_credit_ && received_ > reported_) send_credit();
+  if (peer_wants_credit_ && arrivals_.num_released() > reported_) send_credit();
   if (num_events_ != before && num_sleeping_ > 0) ucx_.ucp_worker_signal(worker_.get());
 }
 
@@ -345,36 +346,18 @@ ucp::ucs_status_t UcxChannel::on_message(const void* header, size_t header_bytes
 }
 
 ucp::ucs_status_t UcxChannel::on_frame(const Message& message, void* data, size_t bytes, bool rendezvous) {
-  if (message.number < received_ || message.number - received_ >= kSlots) {
+  const FrameArrivals::Piece piece{message.number, message.offset, message.bytes, message.piece_offset, bytes};
+  const std::optional<size_t> place = arrivals_.claim(piece);
+  if (!place) {
     ++num_bad_descriptors_;
-    return ucp::UCS_OK;
-  }
-  Arrival& arrival = arrivals_[message.number % kSlots];
-  const bool in_ring = message.bytes > 0 && message.bytes <= ring_bytes_ &&
-                       message.offset <= ring_bytes_ - message.bytes && message.offset % kFrameAlignment == 0;
-  const bool in_frame = bytes > 0 && bytes <= message.bytes && message.piece_offset <= message.bytes - bytes;
-  const bool complete = arrival.began && arrival.missing == 0;
-  if (!arrival.began) {
-    arrival = {true, false, message.offset, message.bytes, message.bytes, message.bytes};
-  }
-  if (!in_ring || !in_frame || arrival.bad || arrival.offset != message.offset ||
-      arrival.bytes != message.bytes || arrival.unclaimed < bytes) {
-    ++num_bad_descriptors_;
-    // A complete frame may be with the receiver already. What arrives by rendezvous is waited for.
-    if (!complete) {
-      arrival.bad = true;
-      arrival.missing -= arrival.unclaimed;
-      arrival.unclaimed = 0;
-    }
     ++num_events_;
     return ucp::UCS_OK;
   }
-  arrival.unclaimed -= bytes;
-  std::byte* to = receive_ring_.data + message.offset + message.piece_offset;
+  std::byte* to = receive_ring_.data + *place;
   if (!rendezvous) {
     std::memcpy(to, data, bytes);
-    arrival.missing -= bytes;
-    if (arrival.missing == 0) ++num_events_;
+    arrivals_.arrived(piece);
+    if (arrivals_.is_complete()) ++num_events_;
     return ucp::UCS_OK;
   }
   ucp::ucp_request_param_t param{};
@@ -383,10 +366,9 @@ ucp::ucs_status_t UcxChannel::on_frame(const Message& message, void* data, size_
   param.memh = receive_ring_.registration;
   struct Fetch {
     UcxChannel* channel;
-    Arrival* arrival;
-    size_t bytes;
+    FrameArrivals::Piece piece;
   };
-  auto* fetch = new Fetch{this, &arrival, bytes};
+  auto* fetch = new Fetch{this, piece};
   param.user_data = fetch;
   param.cb.recv_am = [](void* request, ucp::ucs_status_t status, size_t, void* user_data) {
     const std::unique_ptr<Fetch> done(static_cast<Fetch*>(user_data));
@@ -396,7 +378,7 @@ ucp::ucs_status_t UcxChannel::on_frame(const Message& message, void* data, size_
                           done->channel->ucx_.ucs_status_string(status) + ")");
       return;
     }
-    done->arrival->missing -= done->bytes;
+    done->channel->arrivals_.arrived(done->piece);
     ++done->channel->num_events_;
   };
   void* request = ucx_.ucp_am_recv_data_nbx(worker_.get(), data, to, bytes, &param);
@@ -539,23 +521,21 @@ void UcxChannel::post() {
 
 std::span<const std::byte> UcxChannel::receive(Deadline deadline) {
   while (true) {
-    const Arrival& oldest = arrivals_[received_ % kSlots];
     wait(
-        deadline, [&] { return oldest.began && oldest.missing == 0; },
-        [this] { return peer_posted_ && *peer_posted_ <= received_; });
-    if (!oldest.bad) return {receive_ring_.data + oldest.offset, oldest.bytes};
+        deadline, [this] { return arrivals_.is_complete(); },
+        [this] { return peer_posted_ && *peer_posted_ <= arrivals_.num_released(); });
+    const RingExtent frame = arrivals_.extent();
+    if (!arrivals_.is_bad()) return {receive_ring_.data + frame.offset, frame.bytes};
     release();
   }
 }
 
 void UcxChannel::release() {
   const std::lock_guard lock(mutex_);
-  Arrival& oldest = arrivals_[received_ % kSlots];
-  unreported_bytes_ += oldest.bad ? 0 : oldest.bytes;
-  oldest = {};
-  ++received_;
+  if (!arrivals_.is_bad()) unreported_bytes_ += arrivals_.extent().bytes;
+  arrivals_.release();
   // Frames of this side tell the peer too; unasked only when these stay away.
-  if (peer_wants_credit_ || received_ - reported_ >= kSlots / kCreditFraction ||
+  if (peer_wants_credit_ || arrivals_.num_released() - reported_ >= kSlots / kCreditFraction ||
       unreported_bytes_ >= ring_bytes_ / kCreditFraction) {
     send_credit();
   }

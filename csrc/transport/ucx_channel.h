@@ -23,6 +23,7 @@
 #include <vector>
 
 #include "transport/channel.h"
+#include "transport/frame_arrivals.h"
 #include "transport/ring_space.h"
 #include "transport/ucx_library.h"
 
@@ -65,7 +66,7 @@ class UcxChannel final : public Channel {
   }
 
  private:
-  static constexpr size_t kSlots = 64;  // frames in flight per direction
+  static constexpr size_t kSlots = FrameArrivals::kMaxFrames;  // frames in flight per direction
 
   struct Message;
   struct Sending;
@@ -74,16 +75,6 @@ class UcxChannel final : public Channel {
   struct Ring {
     std::byte* data = nullptr;
     ucp::ucp_mem_h registration = nullptr;
-  };
-
-  // A frame that is arriving, or has arrived and is not released.
-  struct Arrival {
-    bool began = false;
-    bool bad = false;
-    size_t offset = 0;
-    size_t bytes = 0;
-    size_t unclaimed = 0;  // bytes for which no message came yet
-    size_t missing = 0;    // bytes that are not in the ring yet
   };
 
   // Held for each call of UCX and for the state below. Taken in turn: a thread that polls lets others have it.
@@ -147,9 +138,8 @@ class UcxChannel final : public Channel {
   std::vector<Sending*> free_sendings_;
 
   Ring receive_ring_;
-  std::array<Arrival, kSlots> arrivals_{};
-  uint64_t received_ = 0;
-  uint64_t reported_ = 0;  // what the peer knows of received_
+  FrameArrivals arrivals_;
+  uint64_t reported_ = 0;  // released frames that the peer knows of
   size_t unreported_bytes_ = 0;
   bool peer_wants_credit_ = false;
 

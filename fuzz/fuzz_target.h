@@ -1,4 +1,4 @@
-// The fuzz target and its counts.
+// A fuzz target and its counts, as standalone_main.cpp and libFuzzer run it.
 #pragma once
 
 #include <cstddef>
@@ -6,10 +6,8 @@
 
 namespace lamina::fuzz {
 
-inline constexpr size_t kNumWorkers = 2;
-
-uint64_t frames_so_far();
-void print_totals();
+// Inputs are programs; a program makes several of what the target takes, such as frames.
+uint64_t made_so_far();
 
 }  // namespace lamina::fuzz
 

@@ -160,8 +160,12 @@ def test_every_run_conserves_tokens_and_time(deployment: Deployment, requests: T
     if not prefill:
         reads = float((requests.prompts * requests.outputs).sum()) * stages.attention[count]
         assert result.duration * (1 + 1e-9) >= reads / deployment.shards
-    # The window of the busy fractions may cut through steps, whose work it takes to be even.
-    assert max(result.model_busy, result.attention_busy, result.wire_busy) <= 1.02
+    # The window of the busy fractions, in which half of the tokens or more are made, may cut through a step of each
+    # lane, whose work it takes to be even.
+    window = 0.5 * result.tokens / result.throughput
+    longest_step = max(result.longest_wait, result.ttft.p99)
+    cut = getattr(deployment, "lanes", 1) * longest_step / window
+    assert max(result.model_busy, result.attention_busy, result.wire_busy) <= 1 + cut + 1e-9
     fastest = stages.model[1] / deployment.replicas
     assert result.duration * 1.000001 >= fastest * requests.outputs.max()
     assert result.tbt.p50 <= result.tbt.p90 <= result.tbt.p99

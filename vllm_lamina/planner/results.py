@@ -37,7 +37,8 @@ class SimulationResult:
     tbt, ttft
         Time between tokens (per token), time to first token (per request). Seconds.
     model_busy, attention_busy, wire_busy
-        Fraction of the time that each is busy; on a baseline attention occupies the model workers.
+        Fraction of the time that each is busy, of several workers their mean; on a baseline attention occupies the
+        model workers.
     rejected
         Requests too long for the KV cache.
     preemptions

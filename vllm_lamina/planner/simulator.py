@@ -191,12 +191,13 @@ class _Engine:
             for cached, sequences in zip(lane.cached_tokens, lane.sequences, strict=True)
         ]
         step.model = self.model_time[step.batch + chunk] + prefill_time
-        step.attention = max(per_shard)
+        slowest = max(per_shard)
+        step.attention = sum(per_shard) / len(per_shard)
         step.wire = self.wire_time[step.batch] + chunk * self.prompt_wire
-        hidden = min(step.attention, self.hideable_time[step.batch])
+        hidden = min(slowest, self.hideable_time[step.batch])
         self.model_free = max(self.model_free, now) + step.model / self.deployment.replicas
         self.wire_free = max(self.wire_free, now) + step.wire
-        end = now + step.model + step.attention + self.exposed_time[step.batch] - hidden
+        end = now + step.model + slowest + self.exposed_time[step.batch] - hidden
         end = max(end, self.model_free, self.wire_free)
         for shard, work in enumerate(per_shard):
             self.shard_free[shard] = max(self.shard_free[shard], now) + work

@@ -1,4 +1,4 @@
-// The fuzz target: an input picks a worker and is a program of frames for it.
+// The fuzz target for frames: an input picks a worker and is a program of frames for it.
 #include "fuzz_target.h"
 
 #include <cstdio>

@@ -164,7 +164,7 @@ def test_every_run_conserves_tokens_and_time(deployment: Deployment, requests: T
     # lane, whose work it takes to be even.
     window = 0.5 * result.tokens / result.throughput
     longest_step = max(result.longest_wait, result.ttft.p99)
-    cut = getattr(deployment, "lanes", 1) * longest_step / window
+    cut = deployment.lanes * longest_step / window
     assert max(result.model_busy, result.attention_busy, result.wire_busy) <= 1 + cut + 1e-9
     fastest = stages.model[1] / deployment.replicas
     assert result.duration * 1.000001 >= fastest * requests.outputs.max()

@@ -172,7 +172,7 @@ class _Chaos:
                     group.create_task(self._disturb(begin, disturbance, traffic))
             over = time.monotonic()
             try:
-                probe = await asyncio.wait_for(traffic.probe(), RECOVERY_DEADLINE)
+                probe = await traffic.probe(RECOVERY_DEADLINE)
             except TimeoutError:
                 raise Hopeless(
                     f"{over - self._start:.2f} s: a question asked at a storm's end was not answered within "

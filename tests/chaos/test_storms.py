@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
 from itertools import islice
 
 import pytest
@@ -9,7 +11,7 @@ from clients import Reply
 from layouts import EMBEDDED, EVERY, HOSTS, Layout
 from questions import Question
 from storms import LEASE, LONGEST_OUTAGE, LONGEST_STORM, TO_CLIENTS, TO_LINKS, Kind, Storm, storms
-from traffic import Asked
+from traffic import Asked, Traffic
 
 
 @pytest.mark.parametrize("layout", EVERY, ids=str)
@@ -71,3 +73,14 @@ def test_wrong_replies_are_noticed(
 ) -> None:
     reply = Reply(0.0, token_ids, ended_at=1.0, error=error, hung_up=hung_up)
     assert (Asked(0, Question([5], [7, 8, 9]), True, reply).failure is not None) == noticed
+
+
+def test_a_question_that_nobody_answers_is_noticed() -> None:
+    async def ask_the_deaf(url: str) -> None:
+        async with Traffic(url, [Question([1, 2], [3, 4])], seed=0) as traffic:
+            with pytest.raises(TimeoutError):
+                await traffic.probe(deadline=0.5)
+
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        host, port = deaf.getsockname()
+        asyncio.run(ask_the_deaf(f"http://{host}:{port}"))

@@ -107,10 +107,17 @@ class Traffic:
             task.cancel()
         return len(leaving)
 
-    async def probe(self) -> Asked:
-        """Ask a short question now."""
+    async def probe(self, deadline: float) -> Asked:
+        """Ask a short question now. Raises TimeoutError where it is not answered within `deadline` seconds."""
         shortest = min(self._questions, key=lambda question: len(question.prompt) + len(question.answer))
-        return await self._reply(shortest, streamed=False)
+        asking = asyncio.create_task(self._reply(shortest, streamed=False))
+        # Not `asyncio.wait_for`: a request that is cancelled returns, as one whose client left.
+        await asyncio.wait((asking,), timeout=deadline)
+        if not asking.done():
+            asking.cancel()
+            await asking
+            raise TimeoutError
+        return asking.result()
 
     async def finish_bursts(self) -> None:
         """Wait for the answers to all bursts."""

@@ -1,8 +1,10 @@
 // Where frames lie in a ring of memory that one side fills and the other gives back in order.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <deque>
+#include <vector>
 
 namespace lamina {
 
@@ -19,35 +21,35 @@ class RingSpace {
 
   size_t num_frames() const { return in_flight_.size(); }
 
-  // Finds contiguous room. Frames are freed in the order they were sent, so the room is one gap or, while no
-  // frame lies before the oldest one, two. An empty ring starts over at offset 0: frames that travel one at a
-  // time then use the same, cache-hot memory.
+  // Finds the contiguous room of lowest offset: a few frames at a time then use the same, cache-hot memory again and
+  // again, whatever the size of the ring. Once no frame is in flight there is room for any that fits the ring.
   bool place(size_t bytes, RingExtent& extent) const {
-    if (in_flight_.empty()) {
-      extent = {0, bytes};
-      return bytes <= ring_bytes_;
-    }
-    const size_t oldest = in_flight_.front().offset;
-    const size_t next = in_flight_.back().offset + in_flight_.back().bytes;
-    if (in_flight_.back().offset < oldest) {
-      extent = {next, bytes};
-      return next + bytes <= oldest;
-    }
-    if (next + bytes <= ring_bytes_) {
-      extent = {next, bytes};
-      return true;
-    }
     extent = {0, bytes};
-    return bytes <= oldest;
+    for (const RingExtent& used : by_offset_) {
+      if (extent.offset + bytes <= used.offset) return true;
+      extent.offset = used.offset + used.bytes;
+    }
+    return extent.offset + bytes <= ring_bytes_;
   }
 
   // The room that place() found is in use, until as many frames as came before it, and it, are freed.
-  void take(RingExtent extent) { in_flight_.push_back(extent); }
-  void free_oldest() { in_flight_.pop_front(); }
+  void take(RingExtent extent) {
+    in_flight_.push_back(extent);
+    by_offset_.insert(position_of(extent), extent);
+  }
+  void free_oldest() {
+    by_offset_.erase(position_of(in_flight_.front()));
+    in_flight_.pop_front();
+  }
 
  private:
+  std::vector<RingExtent>::const_iterator position_of(RingExtent extent) const {
+    return std::ranges::lower_bound(by_offset_, extent.offset, {}, &RingExtent::offset);
+  }
+
   size_t ring_bytes_;
-  std::deque<RingExtent> in_flight_;
+  std::deque<RingExtent> in_flight_;   // in the order in which they were sent
+  std::vector<RingExtent> by_offset_;  // the same
 };
 
 }  // namespace lamina

@@ -1,10 +1,6 @@
 #include "transport/ucx_channel.h"
 
-#include <poll.h>
-#include <sched.h>
-#include <sys/eventfd.h>
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -14,8 +10,6 @@
 #include <string_view>
 #include <system_error>
 #include <utility>
-
-#include "transport/cpu_pause.h"
 
 namespace lamina {
 namespace {
@@ -29,13 +23,8 @@ constexpr unsigned kMessageId = 0;
 constexpr size_t kPieceBytes = 60 << 10;
 // Fractions of a ring after which the sender is told unasked that the frames were given back.
 constexpr size_t kCreditFraction = 4;
-// Longest sleep before the state is looked at again, should a wake-up get lost.
-constexpr milliseconds kLongestSleep{25};
 // How long close() waits for what was posted to leave this host.
 constexpr milliseconds kLinger{500};
-constexpr milliseconds kShortestNap{2};
-constexpr milliseconds kLongestNap{8};
-constexpr int kPollsPerYield = 256;
 
 enum class MessageType : uint32_t { kHello = 1, kFrame, kCredit, kWantCredit, kGoodbye };
 
@@ -58,11 +47,6 @@ void check_devices(const std::vector<std::string>& transports, const std::string
   }
   throw ChannelError("UCX has no transport over the network device " + network_devices +
                      ": is it up, and does UCX_TLS, if set, allow for tcp?");
-}
-
-int to_poll_timeout(Clock::duration duration) {
-  const auto rounded = std::chrono::ceil<milliseconds>(duration);
-  return static_cast<int>(std::clamp(rounded, milliseconds(0), kLongestSleep).count());
 }
 
 }  // namespace
@@ -88,28 +72,10 @@ struct UcxChannel::Sending {
   void complete() {
     --channel->num_sending_;
     if (frame) --channel->num_pieces_sending_[*frame % kSlots];
-    ++channel->num_events_;
+    channel->progress_.changed();
     channel->free_sendings_.push_back(this);
   }
 };
-
-void UcxChannel::TurnMutex::lock() {
-  if (mutex_.try_lock()) return;
-  num_waiting_.fetch_add(1, std::memory_order_relaxed);
-  bool locked = false;
-  // The mutex is held for microseconds, a sleep lasts longer.
-  for (int i = 0; i < 1000 && !locked; ++i) {
-    cpu_pause();
-    locked = mutex_.try_lock();
-  }
-  if (!locked) mutex_.lock();
-  num_waiting_.fetch_sub(1, std::memory_order_relaxed);
-}
-
-void UcxChannel::TurnMutex::let_others() const {
-  for (int i = 0; i < 1000 && num_waiting_.load(std::memory_order_relaxed) > 0; ++i) cpu_pause();
-  if (num_waiting_.load(std::memory_order_relaxed) > 0) sched_yield();
-}
 
 UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int spin_us,
                        const std::string& network_devices)
@@ -117,7 +83,7 @@ UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int 
       worker_(ucx_, settings(network_devices)),
       address_(worker_.address()),
       ring_bytes_(round_up(std::max<size_t>(ring_bytes, 1), 4096)),
-      spin_(spin_us),
+      progress_(ucx_, worker_, std::chrono::microseconds(spin_us), [this] { work(); }),
       space_(ring_bytes_),
       arrivals_(ring_bytes_) {
   if (token.size() != kTokenBytes) {
@@ -125,7 +91,6 @@ UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int 
   }
   std::memcpy(token_.data(), token.data(), kTokenBytes);
   check_devices(worker_.transports(), network_devices);
-  ucx_.check(ucx_.ucp_worker_get_efd(worker_.get(), &event_fd_), "UCX cannot be slept on");
   ucp::ucp_am_handler_param_t handler{};
   handler.field_mask = ucp::UCP_AM_HANDLER_PARAM_FIELD_ID | ucp::UCP_AM_HANDLER_PARAM_FIELD_CB |
                        ucp::UCP_AM_HANDLER_PARAM_FIELD_ARG;
@@ -140,11 +105,8 @@ UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int 
   try {
     send_ring_ = make_ring();
     receive_ring_ = make_ring();
-    stop_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (stop_fd_ < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
-    unattended_ = std::thread([this] { progress_unattended(); });
+    progress_.start();
   } catch (...) {
-    if (stop_fd_ >= 0) ::close(stop_fd_);
     free_ring(send_ring_);
     free_ring(receive_ring_);
     throw;
@@ -153,9 +115,7 @@ UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int 
 
 UcxChannel::~UcxChannel() {
   close();
-  eventfd_write(stop_fd_, 1);
-  unattended_.join();
-  ::close(stop_fd_);
+  progress_.stop();
   if (endpoint_ != nullptr) {
     ucp::ucp_request_param_t param{};
     param.op_attr_mask = ucp::UCP_OP_ATTR_FIELD_FLAGS;
@@ -203,7 +163,7 @@ void UcxChannel::free_ring(Ring& ring) {
 }
 
 void UcxChannel::connect(std::span<const std::byte> peer_address) {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(progress_.mutex());
   if (endpoint_ != nullptr) throw std::logic_error("the channel is connected already");
   const ucp::ucp_err_handler_t on_error{[](void* self, ucp::ucp_ep_h, ucp::ucs_status_t status) {
                                           auto* channel = static_cast<UcxChannel*>(self);
@@ -234,7 +194,7 @@ void UcxChannel::wait_connected(Deadline deadline) {
 }
 
 std::vector<std::string> UcxChannel::transports() const {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(progress_.mutex());
   return transports_;
 }
 
@@ -243,7 +203,7 @@ bool UcxChannel::peer_closed() const { return peer_gone_ || closed_; }
 void UcxChannel::fail(const std::string& why) {
   if (failure_.empty()) failure_ = why;
   peer_gone_ = true;
-  ++num_events_;
+  progress_.changed();
 }
 
 // Starts a message; `data` must stay as it is until the frame's pieces are sent.
@@ -298,13 +258,10 @@ void UcxChannel::send_credit() {
   send(credit, nullptr, 0, std::nullopt);
 }
 
-// Lets UCX work, and wakes threads that sleep if that changed something.
-void UcxChannel::progress() {
+void UcxChannel::work() {
   if (no_progress_) return;
-  const uint64_t before = num_events_;
   ucx_.ucp_worker_progress(worker_.get());
   if (peer_wants_credit_ && arrivals_.num_released() > reported_) send_credit();
-  if (num_events_ != before && num_sleeping_ > 0) ucx_.ucp_worker_signal(worker_.get());
 }
 
 ucp::ucs_status_t UcxChannel::on_message(const void* header, size_t header_bytes, void* data, size_t bytes,
@@ -318,12 +275,12 @@ ucp::ucs_status_t UcxChannel::on_message(const void* header, size_t header_bytes
   if (message.consumed > peer_consumed_) {
     peer_consumed_ = message.consumed;
     asked_for_credit_ = false;
-    ++num_events_;
+    progress_.changed();
   }
   switch (message.type) {
     case MessageType::kHello:
       peer_said_hello_ = true;
-      ++num_events_;
+      progress_.changed();
       if (message.number != kProtocolVersion || message.bytes != ring_bytes_) {
         fail("the peer's channel is of another version or has another ring_bytes");
       }
@@ -338,7 +295,7 @@ ucp::ucs_status_t UcxChannel::on_message(const void* header, size_t header_bytes
     case MessageType::kGoodbye:
       peer_posted_ = message.number;
       peer_gone_ = true;
-      ++num_events_;
+      progress_.changed();
       return ucp::UCS_OK;
   }
   ++num_bad_descriptors_;
@@ -350,14 +307,14 @@ ucp::ucs_status_t UcxChannel::on_frame(const Message& message, void* data, size_
   const std::optional<size_t> place = arrivals_.claim(piece);
   if (!place) {
     ++num_bad_descriptors_;
-    ++num_events_;
+    progress_.changed();
     return ucp::UCS_OK;
   }
   std::byte* to = receive_ring_.data + *place;
   if (!rendezvous) {
     std::memcpy(to, data, bytes);
     arrivals_.arrived(piece);
-    if (arrivals_.is_complete()) ++num_events_;
+    if (arrivals_.is_complete()) progress_.changed();
     return ucp::UCS_OK;
   }
   ucp::ucp_request_param_t param{};
@@ -379,7 +336,7 @@ ucp::ucs_status_t UcxChannel::on_frame(const Message& message, void* data, size_
       return;
     }
     done->channel->arrivals_.arrived(done->piece);
-    ++done->channel->num_events_;
+    done->channel->progress_.changed();
   };
   void* request = ucx_.ucp_am_recv_data_nbx(worker_.get(), data, to, bytes, &param);
   if (request == nullptr || ucp::is_error(request)) {
@@ -398,74 +355,10 @@ void UcxChannel::check_open() const {
 // Waits until ready() or gone(), both called with the mutex held.
 template <typename Ready, typename Gone>
 void UcxChannel::wait(Deadline deadline, Ready ready, Gone gone) {
-  struct Waiting {
-    UcxChannel& channel;
-    explicit Waiting(UcxChannel& waiting_channel) : channel(waiting_channel) { ++channel.num_waiting_; }
-    ~Waiting() {
-      ++channel.num_waits_;
-      --channel.num_waiting_;
-    }
-  } const waiting(*this);
-  // What arrived before the peer left is ready first.
-  const auto done = [&] {
-    if (ready()) return true;
+  progress_.wait(deadline, ready, [&] {
     check_open();
     if (gone()) throw ChannelClosed("the peer closed the channel");
-    return false;
-  };
-  const Deadline spin_end = std::min(deadline, Clock::now() + spin_);
-  for (int polls = 1;; ++polls) {
-    {
-      const std::lock_guard lock(mutex_);
-      if (ready()) return;
-      progress();
-      if (done()) return;
-    }
-    mutex_.let_others();
-    if (Clock::now() >= spin_end) break;
-    // Lets a peer on the same core run; costs a third of a microsecond where there is none.
-    if (polls % kPollsPerYield == 0) sched_yield();
-  }
-  while (true) {
-    Deadline now;
-    {
-      const std::lock_guard lock(mutex_);
-      progress();
-      if (done()) return;
-      now = Clock::now();
-      if (now >= deadline) throw ChannelTimeout("the channel's deadline passed");
-      // Otherwise there is more to do.
-      if (ucx_.ucp_worker_arm(worker_.get()) != ucp::UCS_OK) continue;
-      ++num_sleeping_;
-    }
-    pollfd event{event_fd_, POLLIN, 0};
-    poll(&event, 1, to_poll_timeout(deadline - now));
-    --num_sleeping_;
-  }
-}
-
-// Keeps frames and credit moving, and the peer's end noticed, while no other thread waits: while the caller
-// computes, say. It naps while others wait, or did so a moment ago, for they need the CPU.
-void UcxChannel::progress_unattended() {
-  pollfd events[2] = {{stop_fd_, POLLIN, 0}, {event_fd_, POLLIN, 0}};
-  uint64_t waits_seen = 0;
-  milliseconds nap = kShortestNap;
-  while (true) {
-    const uint64_t waits = num_waits_;
-    if (num_waiting_ > 0 || waits != waits_seen) {
-      nap = waits != waits_seen ? kShortestNap : std::min(2 * nap, kLongestNap);
-      waits_seen = waits;
-      if (poll(events, 1, static_cast<int>(nap.count())) > 0) return;
-      continue;
-    }
-    {
-      const std::lock_guard lock(mutex_);
-      progress();
-      if (ucx_.ucp_worker_arm(worker_.get()) != ucp::UCS_OK) continue;
-    }
-    poll(events, 2, static_cast<int>(kLongestSleep.count()));
-    if (events[0].revents != 0) return;
-  }
+  });
 }
 
 void UcxChannel::reclaim() {
@@ -503,7 +396,7 @@ std::span<std::byte> UcxChannel::reserve(size_t bytes, Deadline deadline) {
 
 void UcxChannel::post() {
   if (reserved_bytes_ == 0) throw std::logic_error("post() without reserve()");
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(progress_.mutex());
   Message message;
   message.type = MessageType::kFrame;
   message.number = posted_;
@@ -531,7 +424,7 @@ std::span<const std::byte> UcxChannel::receive(Deadline deadline) {
 }
 
 void UcxChannel::release() {
-  const std::lock_guard lock(mutex_);
+  const std::lock_guard lock(progress_.mutex());
   if (!arrivals_.is_bad()) unreported_bytes_ += arrivals_.extent().bytes;
   arrivals_.release();
   // Frames of this side tell the peer too; unasked only when these stay away.
@@ -544,8 +437,8 @@ void UcxChannel::release() {
 void UcxChannel::close() {
   if (closed_.exchange(true)) return;
   {
-    const std::lock_guard lock(mutex_);
-    ucx_.ucp_worker_signal(worker_.get());
+    const std::lock_guard lock(progress_.mutex());
+    progress_.wake();
     Message goodbye;
     goodbye.type = MessageType::kGoodbye;
     goodbye.number = posted_;
@@ -554,11 +447,11 @@ void UcxChannel::close() {
   const Deadline deadline = Clock::now() + kLinger;
   while (Clock::now() < deadline) {
     {
-      const std::lock_guard lock(mutex_);
+      const std::lock_guard lock(progress_.mutex());
       if (num_sending_ == 0 || !failure_.empty()) return;
-      progress();
+      progress_.work();
     }
-    mutex_.let_others();
+    progress_.mutex().let_others();
   }
 }
 

@@ -16,16 +16,15 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "transport/channel.h"
 #include "transport/frame_arrivals.h"
 #include "transport/ring_space.h"
 #include "transport/ucx_library.h"
+#include "transport/ucx_progress.h"
 
 namespace lamina {
 
@@ -77,30 +76,16 @@ class UcxChannel final : public Channel {
     ucp::ucp_mem_h registration = nullptr;
   };
 
-  // Held for each call of UCX and for the state below. Taken in turn: a thread that polls lets others have it.
-  class TurnMutex {
-   public:
-    void lock();
-    void unlock() { mutex_.unlock(); }
-    // Returns when nobody waits for the mutex, or soon after.
-    void let_others() const;
-
-   private:
-    std::mutex mutex_;
-    std::atomic<int> num_waiting_{0};
-  };
-
   Ring make_ring();
   void free_ring(Ring& ring);
   void send(Message message, const std::byte* data, size_t bytes, std::optional<uint64_t> frame);
   void send_credit();
   void reclaim();
-  void progress();
+  void work();
   template <typename Ready, typename Gone>
   void wait(Deadline deadline, Ready ready, Gone gone);
   void check_open() const;
   void fail(const std::string& why);
-  void progress_unattended();
 
   ucp::ucs_status_t on_message(const void* header, size_t header_bytes, void* data, size_t bytes,
                                bool rendezvous);
@@ -111,10 +96,9 @@ class UcxChannel final : public Channel {
   std::vector<std::byte> address_;
   std::array<std::byte, kTokenBytes> token_;
   size_t ring_bytes_;
-  std::chrono::microseconds spin_;
-  int event_fd_ = -1;
 
-  mutable TurnMutex mutex_;
+  // Its mutex guards what follows.
+  UcxProgress progress_;
   ucp::ucp_ep_h endpoint_ = nullptr;
   bool no_progress_ = false;
   size_t max_message_bytes_ = 0;  // larger frames travel in pieces
@@ -122,7 +106,6 @@ class UcxChannel final : public Channel {
   bool peer_said_hello_ = false;
   std::optional<uint64_t> peer_posted_;  // frames, once the peer said goodbye
   std::string failure_;                  // empty while the channel works
-  uint64_t num_events_ = 0;              // counts what a waiting thread may wait for
 
   Ring send_ring_;
   RingSpace space_;
@@ -146,12 +129,6 @@ class UcxChannel final : public Channel {
   std::atomic<uint64_t> num_bad_descriptors_{0};
   std::atomic<bool> closed_{false};
   std::atomic<bool> peer_gone_{false};
-
-  std::atomic<int> num_sleeping_{0};
-  std::atomic<int> num_waiting_{0};
-  std::atomic<uint64_t> num_waits_{0};
-  int stop_fd_ = -1;
-  std::thread unattended_;
 };
 
 }  // namespace lamina

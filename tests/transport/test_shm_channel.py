@@ -36,15 +36,17 @@ def start_process(target: Callable[..., None], *arguments: object) -> multiproce
     return process
 
 
-def test_an_empty_ring_starts_over(pair: Pair) -> None:
-    """Frames that travel one at a time use the same memory, whatever their number."""
+@pytest.mark.parametrize("in_flight", [1, 2, 5])
+def test_few_frames_use_little_memory(pair: Pair, in_flight: int) -> None:
+    """However many frames travel, those that do at the same time use the same memory."""
     data, memory = 16384, pair.memory
     assert memory is not None
     for i in range(100):
         pair.client.send(bytes([i]) * 1000, DEADLINE)
-        assert memory[data : data + 1000] == bytes([i]) * 1000
-        pair.worker.receive(DEADLINE)
-    assert not any(memory[data + 1024 : data + RING_BYTES])
+        assert bytes([i]) * 1000 in memory[data : data + 1024 * in_flight]
+        if i + 1 >= in_flight:
+            assert pair.worker.receive(DEADLINE) == bytes([i + 1 - in_flight]) * 1000
+    assert not any(memory[data + 1024 * in_flight : data + RING_BYTES])
 
 
 def _echo(memory_fd: int, there: socket.socket, here: socket.socket, spin_us: int) -> None:

@@ -11,7 +11,9 @@ lane takes t_m + t_a a step and two lanes at best 2 max(t_m, t_a) for two steps:
 - latency: what a slower network would cost: latency injected into each layer's exchange, at half of the balanced
   context.
 
-The KV cache of the prompts is filled by copies, not computed.
+The KV cache of the prompts is filled by copies, not computed. With --one-prompt all requests share the blocks of one
+prompt, which attention then reads from the CPU's cache: on one machine both sides share its memory, which the devices
+that Lamina is for do not.
 
     python benchmarks/staggering.py --output results                              # 20 minutes
     python benchmarks/staggering.py --output results --parts balance --models .models/SmolLM2-135M-Instruct
@@ -74,12 +76,17 @@ class Pair:
     one: Engine
     two: Engine
     output_tokens: int
+    one_prompt: bool
+
+    def prompts(self, workload: Workload) -> list[list[int]]:
+        prompts = workload.prompts(self.model.vocab_size)
+        return prompts[:1] * workload.batch if self.one_prompt else prompts
 
     def measure(self, part: str, workload: Workload, repeats: int) -> Row:
         runs: dict[str, list[dict[str, float]]] = {"one": [], "two": []}
         for _ in range(repeats):
             for name, engine, lanes in (("one", self.one, 1), ("two", self.two, 2)):
-                prompts = Workload(workload.context, lanes * workload.batch).prompts(self.model.vocab_size)
+                prompts = self.prompts(Workload(workload.context, lanes * workload.batch))
                 runs[name].append(engine.run(prompts, self.output_tokens))
         one, two = (_medians(runs[name]) for name in ("one", "two"))
         step_ms = 1000 * workload.batch / one["decode_tokens_per_s"]
@@ -95,7 +102,7 @@ class Pair:
 
     def balanced_context(self, batch: int, guess: int) -> int:
         """The context length at which the attention worker takes as long for a step as the model worker."""
-        prompts = Workload(guess, batch).prompts(self.model.vocab_size)
+        prompts = self.prompts(Workload(guess, batch))
         busy = self.one.run(prompts, self.output_tokens)["attention_busy"]
         return self.whole_blocks(guess * (1 - busy) / busy, batch)
 
@@ -126,7 +133,7 @@ def pair(args: argparse.Namespace, path: Path, pool_bytes: int, latency_us: int)
             return stack.enter_context(Engine(system, options, pool, log))
 
         one, two = start(systems[0], pool_bytes // 2), start(systems[1], pool_bytes)
-        yield Pair(path.name, model, latency_us, one, two, args.output_tokens)
+        yield Pair(path.name, model, latency_us, one, two, args.output_tokens, args.one_prompt)
 
 
 def run_all(args: argparse.Namespace) -> list[Row]:
@@ -219,6 +226,7 @@ def main() -> None:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--output-tokens", type=int, default=32, help="per request (default: %(default)s)")
+    parser.add_argument("--one-prompt", action="store_true", help="for all requests")
     parser.add_argument("--pool-gib", type=int, default=6, help="KV pool of two lanes (default: %(default)s)")
     add_engine_options(parser)
     args = parser.parse_args()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 TOKENS_PER_REQUEST = 128
 """What a request costs beside its context, in tokens of context: its share of a step outside of attention."""
 
-ALLOWED_IMBALANCE = 1 / 8
+ALLOWED_IMBALANCE = 1 / 16
 """Part of the total load by which lanes may differ before requests move."""
 
 
@@ -84,16 +84,18 @@ class Lanes:
         return sum(loads[request_id] for request_id in self.lanes[index].members)
 
     def spread(self, loads: Mapping[str, int]) -> None:
-        """Move requests from idle lanes to lighter ones, in flight or not, while that brings the loads together.
+        """Move requests from idle lanes to lighter ones, in flight or not, once the loads differ by too much.
 
-        A move costs the request its place in a step, so an eighth of the load is allowed to differ. Afterwards an
-        idle lane exceeds the lightest one by at most that, or by the load of its lightest request.
+        The lanes wait for each other in every layer, so a difference costs about half of it in every step. A move costs
+        a request its place in one step, so a sixteenth of the load is allowed to differ; beyond that requests move
+        until no move brings the loads closer. Afterwards an idle lane exceeds the lightest one by at most that, or by
+        the load of its lightest request.
         """
+        totals = self._totals(loads)
+        if max(totals) - min(totals) <= sum(totals) * ALLOWED_IMBALANCE:
+            return
         while True:
-            totals = [self.load(index, loads) for index in range(len(self.lanes))]
             lightest = totals.index(min(totals))
-            if max(totals) - totals[lightest] <= sum(totals) * ALLOWED_IMBALANCE:
-                return
             moves = [
                 (abs(totals[index] - totals[lightest] - 2 * loads[request_id]), index, request_id)
                 for index, lane in enumerate(self.lanes)
@@ -104,6 +106,10 @@ class Lanes:
             if not moves:
                 return
             self.assign(min(moves)[2], lightest)
+            totals = self._totals(loads)
+
+    def _totals(self, loads: Mapping[str, int]) -> list[int]:
+        return [self.load(index, loads) for index in range(len(self.lanes))]
 
     def gather(self) -> None:
         """Move the requests of all idle lanes into the first lane."""

@@ -2,7 +2,7 @@
 
 import pytest
 from models import ModelZoo
-from simulation import Simulation, make_config, make_scheduler
+from simulation import MAX_NUM_SEQS, Simulation, make_config, make_scheduler
 
 from vllm_lamina.compat.step_times import StepTimes
 from vllm_lamina.scheduler.lanes import ALLOWED_IMBALANCE, Lanes, request_load
@@ -96,6 +96,31 @@ def test_lanes_are_balanced_by_context(make_simulation, prompt_lens: list[int]) 
     heavier = scheduler.lanes.lanes[totals.index(max(totals))]
     lightest = min(loads[request_id] for request_id in heavier.members)
     assert abs(totals[0] - totals[1]) <= max(sum(totals) * ALLOWED_IMBALANCE, lightest)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "shared_prefix", "num_blocks"),
+    [
+        pytest.param(5, True, 20, id="share the blocks of a prefix"),
+        pytest.param(20, False, 14, id="of a block each"),
+    ],
+)
+def test_all_run_that_the_pool_holds(
+    make_simulation, prompt_len: int, shared_prefix: bool, num_blocks: int
+) -> None:
+    """Lanes share what runs; that keeps nobody waiting while there are blocks, as nobody waits in stock vLLM."""
+    simulation = make_simulation(0, num_blocks=num_blocks)
+    scheduler = simulation.scheduler
+    simulation.add(prompt_len, max_tokens=12, shared_prefix=shared_prefix)
+    for _ in range(4):  # until the prefix is there for the others
+        simulation.step()
+    for _ in range(MAX_NUM_SEQS - 1):
+        simulation.add(prompt_len, max_tokens=12, shared_prefix=shared_prefix)
+    for _ in range(6):
+        simulation.step()
+    assert len(scheduler.running) == MAX_NUM_SEQS
+    assert [len(lane.members) for lane in scheduler.lanes.lanes] == [MAX_NUM_SEQS // 2] * 2
+    assert simulation.preemptions == 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -39,6 +40,7 @@ class StaggeredScheduler(PlacingScheduler):
         self._num_lanes = 1
         """Lanes in use; the others are being emptied, or empty."""
         self._share_of_load, self._share_of_requests = 0.0, 0
+        self._load_of_others = 0
         self._adapters: set[int] = set()
         """LoRA adapters that the model worker must hold, of both lanes, while a lane is scheduled."""
 
@@ -112,13 +114,14 @@ class StaggeredScheduler(PlacingScheduler):
         self.costs.observe(len(scheduled), sum(r.num_tokens for r in running if r is not None), times)
 
     def _choose_num_lanes(self) -> None:
-        if len(self.running) < 2 or not (self._always or self.costs.known):
+        expected = [*self.running, *self._next_to_run()]
+        if len(expected) < 2 or not (self._always or self.costs.known):
             self._num_lanes = 1
             return
         if self._always:
             self._num_lanes = len(self.lanes.lanes)
             return
-        gain = self.costs.gain_of_two(len(self.running), sum(request.num_tokens for request in self.running))
+        gain = self.costs.gain_of_two(len(expected), sum(request.num_tokens for request in expected))
         if gain > 1 + MARGIN:
             self._num_lanes = len(self.lanes.lanes)
         elif gain < 1 - MARGIN:
@@ -145,6 +148,7 @@ class StaggeredScheduler(PlacingScheduler):
         self.prev_step_scheduled_req_ids = self.lanes.lanes[index].previous if index is not None else set()
         self._admitted = self._max_num_active_reqs - len(hidden) if index is not None else 0
         self._share_of_load, self._share_of_requests = self._shares()
+        self._load_of_others = sum(request_load(request.num_tokens) for request in hidden)
         self._adapters = _adapters(everyone).union(*(lane.adapters for lane in self.lanes.lanes))
         self.running = shown
         try:
@@ -172,31 +176,34 @@ class StaggeredScheduler(PlacingScheduler):
         self._adapters = adapters
         return True
 
-    def _shares(self) -> tuple[float, int]:
-        """Load and number of requests of which each lane should hold its part: all that can run at once."""
-        num_lanes = self._num_lanes
-        room = self._max_num_active_reqs - len(self.running)
-        load, count = sum(request_load(r.num_tokens) for r in self.running), len(self.running)
-        for request in self._first_waiting(room):
-            load += request_load(request.num_tokens)
-            count += 1
-        capacity = self.kv_cache_manager.block_pool.num_gpu_blocks * self.block_size
-        return min(load, capacity) / num_lanes, -(-count // num_lanes)
+    def _shares(self) -> tuple[float, float]:
+        """Load and number of requests of which each lane should hold its part: of those that can run at once."""
+        expected = [*self.running, *self._next_to_run()]
+        load = sum(request_load(request.num_tokens) for request in expected)
+        return load / self._num_lanes, len(expected) / self._num_lanes
 
-    def _first_waiting(self, limit: int) -> Iterator[Request]:
-        for queue in (self.kv_holding_waiting, self.waiting):
-            for request in queue:
-                if limit <= 0:
-                    return
-                limit -= 1
-                yield request
+    def _next_to_run(self) -> Iterator[Request]:
+        """Waiting requests that may run soon beside the others, if they share blocks as much as those do."""
+        room = self._max_num_active_reqs - len(self.running)
+        pool = self.kv_cache_manager.block_pool
+        free_blocks = pool.get_num_free_blocks()
+        tokens = free_blocks * self.block_size
+        held = sum(request.num_tokens for request in self.running)
+        used = (pool.num_gpu_blocks - free_blocks) * self.block_size
+        unshared = min(1.0, used / held) if held else 1.0
+        for request in chain(self.kv_holding_waiting, self.waiting):
+            room -= 1
+            tokens -= unshared * request.num_tokens
+            if room < 0 or tokens < 0:
+                return
+            yield request
 
     def _lane_has_its_share(self) -> bool:
         if self._num_lanes == 1:
             return False
-        if not self.running:
-            return False  # an empty lane takes at least one
         load = sum(request_load(request.num_tokens) for request in self.running)
+        if load <= self._load_of_others:
+            return False  # whatever is still admitted, the lighter lane may take
         return load >= self._share_of_load or len(self.running) >= self._share_of_requests
 
 

@@ -39,7 +39,7 @@ class StaggeredScheduler(PlacingScheduler):
         self._always = options.stagger == ALWAYS
         self._num_lanes = 1
         """Lanes in use; the others are being emptied, or empty."""
-        self._share_of_load, self._share_of_requests = 0.0, 0
+        self._share_of_load, self._share_of_requests = 0.0, 0.0
         self._load_of_others = 0
         self._adapters: set[int] = set()
         """LoRA adapters that the model worker must hold, of both lanes, while a lane is scheduled."""

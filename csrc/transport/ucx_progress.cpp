@@ -1,5 +1,6 @@
 #include "transport/ucx_progress.h"
 
+#include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 

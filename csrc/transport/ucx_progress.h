@@ -1,7 +1,6 @@
 // Who lets a UCX worker work: the threads that wait for something of it, and a thread of its own while none does.
 #pragma once
 
-#include <poll.h>
 #include <sched.h>
 
 #include <algorithm>

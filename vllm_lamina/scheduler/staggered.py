@@ -185,11 +185,10 @@ class StaggeredScheduler(PlacingScheduler):
     def _next_to_run(self) -> Iterator[Request]:
         """Waiting requests that may run soon beside the others, if they share blocks as much as those do."""
         room = self._max_num_active_reqs - len(self.running)
-        pool = self.kv_cache_manager.block_pool
-        free_blocks = pool.get_num_free_blocks()
+        free_blocks = self.kv_cache_manager.block_pool.get_num_free_blocks()
         tokens = free_blocks * self.block_size
+        used = (self._num_usable_blocks() - free_blocks) * self.block_size
         held = sum(request.num_tokens for request in self.running)
-        used = (pool.num_gpu_blocks - free_blocks) * self.block_size
         unshared = min(1.0, used / held) if held else 1.0
         for request in chain(self.kv_holding_waiting, self.waiting):
             room -= 1

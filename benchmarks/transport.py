@@ -46,7 +46,7 @@ BATCH_SIZES = [1, 8, 32, 128]
 CONTEXT = 16
 SPIN_US = 2000
 RING_BYTES = 64 << 20
-UCX_DEVICES = "lo"
+UCX_DEVICES, UCX_HOSTS = "lo", ["127.0.0.1"]
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,13 @@ def ucx_echo(cpu: int, pipe: Connection, token: bytes, count: int) -> None:
     except UcxUnavailable:
         return  # The other end says so.
     bare = UcxPingPong(max(SIZES), UCX_DEVICES)
+    bare.admit(UCX_HOSTS)
     pipe.send(bare.address)
     bare.connect(pipe.recv())
     for size in SIZES:
         bare.echo(size, sum(repetitions(size, count)), 60.0)
     channel = UcxChannel(token, RING_BYTES, SPIN_US, UCX_DEVICES)
+    channel.admit(UCX_HOSTS)
     pipe.send(channel.address)
     channel.connect(pipe.recv())
     channel.echo_until_closed()
@@ -144,6 +146,7 @@ def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
     os.sched_setaffinity(0, [cpus[0]])
     library = load_ucx()
     bare = UcxPingPong(max(SIZES), UCX_DEVICES)
+    bare.admit(UCX_HOSTS)
     bare.connect(pipe.recv())
     pipe.send(bare.address)
     bare_results = []
@@ -152,6 +155,7 @@ def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
         bare.ping_pong(size, warm_up, 30.0)
         bare_results.append(RoundTrip.of(size, bare.ping_pong(size, measured, 60.0)))
     channel = UcxChannel(token, RING_BYTES, SPIN_US, UCX_DEVICES)
+    channel.admit(UCX_HOSTS)
     channel.connect(pipe.recv())
     pipe.send(channel.address)
     channel.wait_connected(10.0)

@@ -92,7 +92,7 @@ def valid_requests(token: bytes) -> list[Any]:
         Configure(GEOMETRY, NUM_BLOCKS, 0, engine="fuzz"),
         Configure(GEOMETRY, 2**31 - 1, 0),
         Configure(GEOMETRY, NUM_BLOCKS, 0, transport="ucx"),
-        OpenUcx(token, bytes(16), 1 << 16, bytes(100), "127.0.0.1"),
+        OpenUcx(token, bytes(16), 1 << 16, bytes(100), "127.0.0.1", ("127.0.0.1",)),
         Heartbeat(token),
         Leave(token),
         StatsRequest(),

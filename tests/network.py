@@ -200,6 +200,22 @@ def addresses(workers: list[Worker]) -> str:
     return ",".join(worker.address for worker in workers)
 
 
+def listening_ports(pid: int) -> set[int]:
+    """TCP ports on which a process listens, in its network namespace."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            inodes.add(descriptor.readlink().name)
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *others = line.split()
+            if state == _LISTEN and f"socket:[{others[5]}]" in inodes:
+                found.add(int(local.rpartition(":")[2], 16))
+    return found
+
+
+_LISTEN = "0A"
 _LOSE_EVERYTHING = ("pfifo", "limit", "0")
 
 

@@ -140,7 +140,7 @@ class UcxChannel(Channel):
     """A channel over UCX, after `load_ucx`.
 
     Both ends are made with the same token and `ring_bytes`, exchange their addresses over a connection that
-    they trust, and `connect`; what one sends before the other connects is not lost.
+    they trust, `admit` each other's hosts and `connect`; what one sends before the other connects is not lost.
 
     Parameters
     ----------
@@ -167,6 +167,11 @@ class UcxChannel(Channel):
     @property
     def address(self) -> bytes:
         """What the peer's `connect` needs, some 100 to 1000 bytes."""
+    def admit(self, hosts: list[str]) -> None:
+        """Let these numeric IP addresses connect over TCP, and nobody else.
+
+        Before the first call nobody may: the kernel drops their packets. Raises ChannelError.
+        """
     def connect(self, peer_address: bytes) -> None:
         """Begin to connect; returns at once. The address must come from a trusted peer."""
     def wait_connected(self, timeout: float) -> None:
@@ -183,6 +188,7 @@ class UcxPingPong:
     def __init__(self, max_bytes: int, network_devices: str = "") -> None: ...
     @property
     def address(self) -> bytes: ...
+    def admit(self, hosts: list[str]) -> None: ...
     def connect(self, peer_address: bytes) -> None: ...
     def echo(self, bytes: int, count: int, timeout: float) -> None:
         """Answer `count` messages with ones of `bytes`."""

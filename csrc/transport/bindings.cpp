@@ -111,6 +111,7 @@ void bind_transport(nb::module_& m) {
           },
           "token"_a, "ring_bytes"_a, "spin_us"_a = 100, "network_devices"_a = "")
       .def_prop_ro("address", [](const UcxChannel& channel) { return bytes_of(channel.address()); })
+      .def("admit", &UcxChannel::admit, "hosts"_a)
       .def(
           "connect",
           [](UcxChannel& channel, nb::bytes address) {
@@ -128,6 +129,7 @@ void bind_transport(nb::module_& m) {
   nb::class_<UcxPingPong>(m, "UcxPingPong")
       .def(nb::init<size_t, const std::string&>(), "max_bytes"_a, "network_devices"_a = "")
       .def_prop_ro("address", [](const UcxPingPong& end) { return bytes_of(end.address()); })
+      .def("admit", &UcxPingPong::admit, "hosts"_a)
       .def("connect", [](UcxPingPong& end, nb::bytes address) { end.connect(span_of(address)); },
            "peer_address"_a)
       .def(

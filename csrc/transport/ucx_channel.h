@@ -5,8 +5,8 @@
 // frame never arrives without room for it. Memory is bounded by the rings whatever the peer does.
 //
 // Both ends make their channel with the same token, exchange addresses over a connection that they trust, and
-// connect. The token, in every message, keeps strangers from speaking for the peer. It does not encrypt, and UCX
-// itself trusts whoever reaches its ports: the network between the hosts must be theirs alone.
+// connect. The token, in every message, keeps strangers from speaking for the peer, and the kernel keeps all hosts but
+// the peer's from UCX's ports, as UCX itself trusts whoever reaches them. Nothing is encrypted.
 //
 // A peer that closes or dies is noticed; a link that is cut is not: the owner of the control connection closes
 // the channel then.
@@ -44,6 +44,9 @@ class UcxChannel final : public Channel {
 
   // What the peer's connect() needs.
   const std::vector<std::byte>& address() const { return address_; }
+  // Says at which numeric IP addresses the peer is; nobody else reaches this end over TCP, and before the first call
+  // nobody does. Again with more of them, if need be. Throws ChannelError.
+  void admit(const std::vector<std::string>& hosts) const { worker_.admit(hosts); }
   // Begins to connect; once. Frames that the peer sent before are not lost.
   void connect(std::span<const std::byte> peer_address);
   // Waits until the peer has answered over UCX. Throws ChannelTimeout, ChannelClosed.

@@ -7,20 +7,25 @@
 #include <netinet/in.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <regex>
 #include <set>
 #include <system_error>
 
+#include "transport/tcp_listeners.h"
+
 namespace lamina {
 namespace {
 
 std::mutex load_mutex;
+std::mutex open_mutex;  // only one worker's listeners are new at a time
 std::unique_ptr<const UcxLibrary> the_library;
 pid_t loading_process = 0;
 
@@ -127,17 +132,27 @@ UcxWorker::UcxWorker(const UcxLibrary& library, const Settings& settings) : ucx_
   ucp::ucp_worker_params_t worker_params{};
   worker_params.field_mask = ucp::UCP_WORKER_PARAM_FIELD_THREAD_MODE;
   worker_params.thread_mode = ucp::UCS_THREAD_MODE_SERIALIZED;
-  if (const auto created = ucx_.ucp_worker_create(context_, &worker_params, &worker_);
-      created != ucp::UCS_OK) {
-    ucx_.ucp_cleanup(context_);
-    ucx_.check(created, "UCX cannot open its transports; see UCX_TLS and UCX_NET_DEVICES");
+  try {
+    const std::lock_guard lock(open_mutex);
+    const std::set<int> before = tcp_listeners();
+    ucx_.check(ucx_.ucp_worker_create(context_, &worker_params, &worker_),
+               "UCX cannot open its transports; see UCX_TLS and UCX_NET_DEVICES");
+    std::ranges::set_difference(tcp_listeners(), before, std::inserter(listeners_, listeners_.end()));
+    admit({});
+  } catch (...) {
+    close();
+    throw;
   }
 }
 
-UcxWorker::~UcxWorker() {
-  ucx_.ucp_worker_destroy(worker_);
+UcxWorker::~UcxWorker() { close(); }
+
+void UcxWorker::close() {
+  if (worker_ != nullptr) ucx_.ucp_worker_destroy(worker_);
   ucx_.ucp_cleanup(context_);
 }
+
+void UcxWorker::admit(const std::vector<std::string>& hosts) const { admit_only(listeners_, hosts); }
 
 std::vector<std::byte> UcxWorker::address() const {
   ucp::ucp_address_t* address = nullptr;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <set>
 #include <span>
 #include <string>
 #include <utility>
@@ -33,6 +34,10 @@ class UcxLibrary : public ucp::Functions {
 };
 
 // A context with one worker, which is for active messages and can be slept on.
+//
+// UCX does what any peer asks that reaches its ports, such as writing to memory (PUT over TCP). So the kernel keeps
+// everyone from its TCP ports but the hosts that admit() names. RDMA has no such ports: a peer must know a
+// queue pair, which UCX's address tells.
 class UcxWorker {
  public:
   using Settings = std::vector<std::pair<std::string, std::string>>;
@@ -45,6 +50,9 @@ class UcxWorker {
 
   ucp::ucp_context_h context() const { return context_; }
   ucp::ucp_worker_h get() const { return worker_; }
+  // Lets these hosts (numeric IP addresses) connect over TCP, and nobody else; before the first call nobody may. Throws
+  // ChannelError.
+  void admit(const std::vector<std::string>& hosts) const;
   std::vector<std::byte> address() const;
   // Transports over devices that this context may use, such as "tcp/eth0" or "rc_mlx5/mlx5_0:1".
   std::vector<std::string> transports() const;
@@ -54,9 +62,12 @@ class UcxWorker {
   std::vector<std::string> transports(ucp::ucp_ep_h endpoint) const;
 
  private:
+  void close();
+
   const UcxLibrary& ucx_;
   ucp::ucp_context_h context_ = nullptr;
   ucp::ucp_worker_h worker_ = nullptr;
+  std::set<int> listeners_;  // of UCX's TCP
 };
 
 // Whether "rc_mlx5/mlx5_0:1" and the like, transports over InfiniBand, RoCE or EFA, are among these.

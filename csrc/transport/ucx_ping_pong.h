@@ -23,6 +23,8 @@ class UcxPingPong {
   UcxPingPong& operator=(const UcxPingPong&) = delete;
 
   std::vector<std::byte> address() const { return worker_.address(); }
+  // As of a UcxChannel.
+  void admit(const std::vector<std::string>& hosts) const { worker_.admit(hosts); }
   void connect(std::span<const std::byte> peer_address);
   // Answers `count` messages with ones of `bytes`. Throws ChannelTimeout, ChannelClosed.
   void echo(size_t bytes, int count, Deadline deadline);

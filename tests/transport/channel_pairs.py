@@ -13,6 +13,7 @@ from vllm_lamina.transport.ucx import TOKEN_BYTES, load_ucx
 
 RING_BYTES = 64 << 10
 DEADLINE = 10.0
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass
@@ -35,12 +36,18 @@ def shm_pair() -> Iterator[Pair]:
     os.close(memory_fd)
 
 
+def ucx_channel(token: bytes, ring_bytes: int = RING_BYTES, spin_us: int = 0) -> UcxChannel:
+    """An end on this host's loopback, after `load_ucx`."""
+    channel = UcxChannel(token, ring_bytes, spin_us, "lo")
+    channel.admit([LOOPBACK])
+    return channel
+
+
 @contextlib.contextmanager
 def ucx_pair(ring_bytes: int = RING_BYTES, spin_us: int = 0) -> Iterator[Pair]:
     load_ucx()
     token = secrets.token_bytes(TOKEN_BYTES)
-    client = UcxChannel(token, ring_bytes, spin_us, "lo")
-    worker = UcxChannel(token, ring_bytes, spin_us, "lo")
+    client, worker = (ucx_channel(token, ring_bytes, spin_us) for _ in range(2))
     client.connect(worker.address)
     worker.connect(client.address)
     client.wait_connected(DEADLINE)

@@ -1,6 +1,7 @@
 """Who gets in, what those read who do not, and that they cannot hurt the engine that is served."""
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from network import HERE, PORT, Host, hosts
+from network import HERE, PORT, Host, hosts, listening_ports
 from worker_processes import (
     DEADLINE,
     Worker,
@@ -371,6 +372,45 @@ def test_flood_of_strangers_does_not_hurt_the_engine(worker: Worker, secret: Pat
 def there() -> Iterator[Host]:
     with hosts(1) as [there]:
         yield there
+
+
+def reaches(host: Host, address: str, port: int) -> bool:
+    """Whether a connection from the host comes about."""
+    program = f"import socket; socket.create_connection(({address!r}, {port}), 1.0)"
+    ended = subprocess.run(
+        [*host.prefix, sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE
+    )
+    assert ended.returncode == 0 or "timed out" in ended.stderr, ended.stderr
+    return ended.returncode == 0
+
+
+def test_other_hosts_do_not_reach_the_data_channel(tmp_path: Path, secret: Path) -> None:
+    """Not the worker's end, and not the engine's; UCX would let them write to the processes' memory."""
+    arguments = ("--secret-file", str(secret))
+    with (
+        hosts(2) as [there, elsewhere],
+        worker_process(
+            tmp_path / "log", f"{there.address}:{PORT}", *arguments, prefix=there.prefix
+        ) as worker,
+        socket.create_server((HERE, 0)) as own,
+        AttentionWorkerConnection.connect(worker.address, secret_file=secret) as engine,
+    ):
+        before = listening_ports(os.getpid())
+        engine.configure(GEOMETRY, 8)
+        ports = listening_ports(worker.process.pid) - {PORT}
+        engine_ports = listening_ports(os.getpid()) - before
+        assert ports
+        assert engine_ports
+        assert reaches(elsewhere, there.address, PORT), "anyone may ask for the secret's proof"
+        assert reaches(elsewhere, HERE, own.getsockname()[1])
+        for port in ports:
+            assert not reaches(elsewhere, there.address, port)
+            socket.create_connection((there.address, port), DEADLINE).close()
+        for port in engine_ports:
+            assert not reaches(elsewhere, HERE, port)
+            assert reaches(there, HERE, port)
+        assert engine.alive
+        assert engine.stats().connected
 
 
 def test_another_host(there: Host, tmp_path: Path, secret: Path, other_secret: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import resource
 import secrets
 import shutil
+import socket
 import struct
 import subprocess
 import sys
@@ -15,18 +16,28 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from channel_pairs import DEADLINE, RING_BYTES, ucx_pair
+from channel_pairs import DEADLINE, LOOPBACK, RING_BYTES, ucx_channel, ucx_pair
+from network import listening_ports
 from worker_processes import wait_until
 
-from vllm_lamina._native import ChannelClosed, ChannelError, ChannelTimeout, UcxChannel, UcxPingPong
+from vllm_lamina._native import (
+    ChannelClosed,
+    ChannelError,
+    ChannelTimeout,
+    UcxChannel,
+    UcxPingPong,
+    interface_addresses,
+)
 from vllm_lamina.transport.errors import UcxUnavailable
 from vllm_lamina.transport.ucx import (
+    DEVICES_VARIABLE,
     LIBRARY_VARIABLE,
     SYSTEM_LIBRARY,
     TOKEN_BYTES,
     describe_ucx,
     load_ucx,
     network_devices,
+    source_hosts,
     wheel_library,
 )
 
@@ -43,9 +54,11 @@ def header(kind: int, number: int, size: int, offset: int = 0, piece: int = 0, *
 
 
 @contextlib.contextmanager
-def end_process(host: str, *arguments: str, prefix: Sequence[str] = ()) -> Iterator[subprocess.Popen[str]]:
+def end_process(
+    host: str, peer: str, *arguments: str, prefix: Sequence[str] = ()
+) -> Iterator[subprocess.Popen[str]]:
     """One end of a channel in a process of its own: UCX does not survive a fork."""
-    command = [*prefix, sys.executable, str(HERE / "ucx_end.py"), host, *arguments]
+    command = [*prefix, sys.executable, str(HERE / "ucx_end.py"), host, peer, *arguments]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:
         yield process
@@ -71,8 +84,8 @@ def hear(process: subprocess.Popen[str]) -> str:
 def channel_to_process(ring_bytes: int, spin_us: int) -> Iterator[tuple[UcxChannel, subprocess.Popen[str]]]:
     load_ucx()
     token = secrets.token_bytes(TOKEN_BYTES)
-    channel = UcxChannel(token, ring_bytes, spin_us, network_devices("127.0.0.1"))
-    with end_process("127.0.0.1") as process:
+    channel = ucx_channel(token, ring_bytes, spin_us)
+    with end_process(LOOPBACK, LOOPBACK) as process:
         tell(process, token.hex())
         channel.connect(bytes.fromhex(hear(process)))
         tell(process, channel.address.hex())
@@ -148,7 +161,7 @@ def test_frames_move_while_nobody_waits() -> None:
 
 def test_frames_sent_before_the_peer_connects_arrive() -> None:
     load_ucx()
-    client, worker = (UcxChannel(TOKEN, RING_BYTES, 0, "lo") for _ in range(2))
+    client, worker = (ucx_channel(TOKEN) for _ in range(2))
     with pytest.raises(ChannelTimeout):
         client.send(b"not connected", 0.05)
     client.connect(worker.address)
@@ -172,7 +185,7 @@ def test_capacity_costs_no_memory_until_touched() -> None:
 
 def test_another_token_is_refused() -> None:
     load_ucx()
-    client, stranger = (UcxChannel(token, RING_BYTES, 0, "lo") for token in (TOKEN, TOKEN[::-1]))
+    client, stranger = (ucx_channel(token) for token in (TOKEN, TOKEN[::-1]))
     client.connect(stranger.address)
     stranger.connect(client.address)
     for end in (client, stranger):
@@ -186,7 +199,7 @@ def test_token_and_capacity_are_checked() -> None:
     load_ucx()
     with pytest.raises(ChannelError, match="16 bytes"):
         UcxChannel(b"short", RING_BYTES)
-    client, worker = (UcxChannel(TOKEN, ring, 0, "lo") for ring in (RING_BYTES, 2 * RING_BYTES))
+    client, worker = (ucx_channel(TOKEN, ring) for ring in (RING_BYTES, 2 * RING_BYTES))
     client.connect(worker.address)
     worker.connect(client.address)
     for end in (client, worker):
@@ -198,8 +211,9 @@ def test_token_and_capacity_are_checked() -> None:
 def attacked() -> tuple[UcxChannel, Callable[[bytes, bytes], None]]:
     """A channel, and what sends any message to it."""
     load_ucx()
-    channel = UcxChannel(TOKEN, RING_BYTES, 0, "lo")
+    channel = ucx_channel(TOKEN)
     peer = UcxPingPong(1 << 20, "lo")
+    peer.admit([LOOPBACK])
     peer.connect(channel.address)
     channel.connect(peer.address)
 
@@ -276,8 +290,58 @@ def test_messages_out_of_place_are_dropped(
     assert not channel.peer_closed
 
 
-def test_devices() -> None:
-    assert network_devices("127.0.0.1") == "lo"
+def answers(port: int, source: str, host: str = LOOPBACK) -> bool:
+    """Whether a connection from one loopback address to another comes about."""
+    try:
+        socket.create_connection((host, port), 0.5, (source, 0)).close()
+    except TimeoutError:
+        return False
+    return True
+
+
+def test_ports_of_ucx_are_closed_to_strangers() -> None:
+    """UCX itself writes to whatever memory a peer names that connects to them."""
+    load_ucx()
+    before = listening_ports(os.getpid())
+    channel = UcxChannel(TOKEN, RING_BYTES, 0, "lo")
+    [port] = listening_ports(os.getpid()) - before
+    assert not answers(port, LOOPBACK), "nobody is admitted yet"
+    channel.admit(["127.0.0.9", "::1", "fe80::1%lo", "10.0.0.1", "127.0.0.2"])
+    assert answers(port, "127.0.0.2")
+    assert answers(port, "127.0.0.9")
+    assert not answers(port, "127.0.0.3")
+    assert not answers(port, LOOPBACK)
+    channel.admit([])
+    assert not answers(port, "127.0.0.2")
+    with pytest.raises(ChannelError, match="'localhost' is no numeric IP address"):
+        channel.admit(["localhost"])
+    with socket.create_server((LOOPBACK, 0)) as other:
+        assert answers(other.getsockname()[1], LOOPBACK), "sockets of others are left alone"
+
+
+def test_ports_of_ucx_are_closed_to_strangers_over_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
+    load_ucx()
+    loopback = "::1"
+    if loopback not in dict(map(reversed, interface_addresses())):
+        pytest.skip("this host has no IPv6")
+    monkeypatch.setenv("UCX_TCP_AF_PRIO", "inet6")
+    before = listening_ports(os.getpid())
+    channel = UcxChannel(TOKEN, RING_BYTES, 0, "lo")
+    [port] = listening_ports(os.getpid()) - before
+    # Each differs in one of the four words that are compared.
+    channel.admit(["1::1", "0:0:1::1", "::1:0:1", "::2", LOOPBACK])
+    assert not answers(port, loopback, loopback)
+    channel.admit([LOOPBACK, "::2", loopback])
+    assert answers(port, loopback, loopback)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert network_devices(LOOPBACK) == network_devices("127.0.0.2") == "lo"
+    assert LOOPBACK in source_hosts("127.0.0.2")
+    everything = {address for _, address in interface_addresses()}
+    monkeypatch.setenv(DEVICES_VARIABLE, "eth7")
+    assert set(source_hosts(LOOPBACK)) == everything
+    monkeypatch.delenv(DEVICES_VARIABLE)
     with pytest.raises(UcxUnavailable, match=r"192\.0\.2\.1"):
         network_devices("192.0.2.1")
     load_ucx()
@@ -365,10 +429,11 @@ def namespaces() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("link", [1, 2])
 def test_between_hosts_over_the_link_of_the_address(namespaces: tuple[str, str], link: int) -> None:
     token = secrets.token_bytes(TOKEN_BYTES)
+    hosts = [f"10.201.{link}.{end}" for end in (1, 2)]
     prefixes = [["ip", "netns", "exec", name] for name in namespaces]
     with (
-        end_process(f"10.201.{link}.1", "ping-pong", prefix=prefixes[0]) as client,
-        end_process(f"10.201.{link}.2", prefix=prefixes[1]) as worker,
+        end_process(hosts[0], hosts[1], "ping-pong", prefix=prefixes[0]) as client,
+        end_process(hosts[1], hosts[0], prefix=prefixes[1]) as worker,
     ):
         for process in (client, worker):
             tell(process, token.hex())

@@ -1,7 +1,7 @@
-"""One end of a UCX channel as a process: `python ucx_end.py HOST`.
+"""One end of a UCX channel as a process: `python ucx_end.py HOST PEER`, numeric addresses.
 
 Writes its address, in hexadecimal, and then the channel's transports; reads the token, before, and the peer's address.
-Echoes until the peer leaves, or with `ping-pong` as the second argument sends frames to a peer that echoes.
+Echoes until the peer leaves, or with `ping-pong` as the third argument sends frames to a peer that echoes.
 """
 
 import sys
@@ -17,11 +17,12 @@ def main() -> None:
     load_ucx()
     token = bytes.fromhex(sys.stdin.readline())
     channel = UcxChannel(token, RING_BYTES, 50, network_devices(sys.argv[1]))
+    channel.admit([sys.argv[2]])
     print(channel.address.hex(), flush=True)
     channel.connect(bytes.fromhex(sys.stdin.readline()))
     channel.wait_connected(20.0)
     print(" ".join(channel.transports), flush=True)
-    if sys.argv[2:] == ["ping-pong"]:
+    if sys.argv[3:] == ["ping-pong"]:
         for size in SIZES:
             channel.ping_pong(size, 10, 20.0)
         channel.close()

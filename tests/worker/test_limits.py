@@ -82,7 +82,9 @@ def test_what_others_on_this_host_can_do(local_worker: Worker) -> None:
         for token in (b"", bytes(32), b"x" * 32, bytes(50_000)):
             assert isinstance(ask(stranger, Heartbeat(token)), Refused)
             assert isinstance(ask(stranger, Leave(token)), Goodbye)
-            assert isinstance(ask(stranger, OpenUcx(token, bytes(16), 1 << 16, b"", "127.0.0.1")), Refused)
+            assert isinstance(
+                ask(stranger, OpenUcx(token, bytes(16), 1 << 16, b"", "127.0.0.1", ())), Refused
+            )
         refused = ask(stranger, Configure(GEOMETRY, NUM_BLOCKS, 0))
         assert isinstance(refused, Refused)
         assert "serves another engine" in refused.reason
@@ -185,7 +187,7 @@ def test_malformed_ucx_addresses(local_worker: Worker, address: bytes) -> None:
         stranger_of(local_worker) as stranger,
     ):
         configured = engine._control.request(Configure(GEOMETRY, NUM_BLOCKS, 0, transport="ucx"), Configured)
-        refused = ask(stranger, OpenUcx(configured.token, bytes(16), 1 << 16, address, "127.0.0.1"))
+        refused = ask(stranger, OpenUcx(configured.token, bytes(16), 1 << 16, address, "127.0.0.1", ()))
         assert isinstance(refused, Refused)
         assert isinstance(ask(stranger, Leave(configured.token)), Goodbye)
         engine.configure(GEOMETRY, NUM_BLOCKS)

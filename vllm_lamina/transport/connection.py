@@ -39,7 +39,7 @@ from vllm_lamina.transport.messages import (
     WorkerStats,
 )
 from vllm_lamina.transport.secret import ControlKeys
-from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx, network_devices
+from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx, network_devices, source_hosts
 
 logger = logging.getLogger("vllm.lamina")
 
@@ -286,17 +286,20 @@ class AttentionWorkerConnection:
         info = load_ucx()
         channel_token = secrets.token_bytes(TOKEN_BYTES)
         try:
-            devices = network_devices(self._address.local_host())
-            channel = UcxChannel(channel_token, ring_bytes, spin_us, devices)
+            here, there = self._address.local_host(), self._address.host
+            channel = UcxChannel(channel_token, ring_bytes, spin_us, network_devices(here))
+            channel.admit([there])
             opened = self._control.request(
-                OpenUcx(token, channel_token, ring_bytes, channel.address, self._address.host), UcxOpened
+                OpenUcx(token, channel_token, ring_bytes, channel.address, there, source_hosts(here)),
+                UcxOpened,
             )
+            channel.admit([there, *opened.hosts])
             channel.connect(opened.address)
             channel.wait_connected(self._timeout)
         except (ChannelError, OSError) as error:
             raise WorkerUnreachable(
                 f"the data channel to the attention worker at {self.address} could not be opened over UCX ({error}); "
-                "does a firewall close the ports that UCX chooses (UCX_TCP_PORT_RANGE)?"
+                "does a firewall close the ports that UCX chooses (UCX_TCP_PORT_RANGE), or does NAT change addresses?"
             ) from error
         logger.info("Lamina: attention worker at %s: %s.", self.address, describe_ucx(info, channel))
         return channel

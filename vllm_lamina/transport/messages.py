@@ -6,7 +6,7 @@ import msgspec
 
 from vllm_lamina._native import ModelGeometry
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raised whenever a message below changes its meaning; both sides must have the same."""
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -16,6 +16,8 @@ SpinMicroseconds = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 RingBytes = Annotated[int, msgspec.Meta(gt=0, lt=2**40)]
 LogText = Annotated[str, msgspec.Meta(max_length=200, pattern=r"^[ -~]*$")]
 Transport = Literal["shm", "ucx"]
+Hosts = Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=256)]
+"""Numeric IP addresses."""
 
 
 class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,6 +169,8 @@ class OpenUcx(msgspec.Struct, frozen=True, tag="open_ucx", forbid_unknown_fields
         Of the engine's end.
     host
         Numeric address at which the engine reaches the worker: the channel uses that network.
+    hosts
+        From which the engine's end may connect.
     """
 
     token: bytes
@@ -174,12 +178,14 @@ class OpenUcx(msgspec.Struct, frozen=True, tag="open_ucx", forbid_unknown_fields
     ring_bytes: RingBytes
     address: bytes
     host: str
+    hosts: Hosts
 
 
 class UcxOpened(msgspec.Struct, frozen=True, tag="ucx_opened", forbid_unknown_fields=True):
-    """The worker serves its end of the channel, which has this address."""
+    """The worker serves its end of the channel, which has this address and may connect from these hosts."""
 
     address: bytes
+    hosts: Hosts
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):

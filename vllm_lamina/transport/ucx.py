@@ -15,6 +15,9 @@ TOKEN_BYTES = 16
 LIBRARY_VARIABLE = "LAMINA_UCX_LIBRARY"
 """Environment variable that names the libucp.so.0 to load."""
 
+DEVICES_VARIABLE = "UCX_NET_DEVICES"
+"""Environment variable by which UCX is told its devices, whatever is asked of it here."""
+
 SYSTEM_LIBRARY = "libucp.so.0"
 
 
@@ -74,12 +77,33 @@ def network_devices(host: str) -> str:
     UcxUnavailable
         No interface that is up has the address.
     """
+    interface = _interface_with(host)
+    # A network function's InfiniBand devices, each with its ports.
+    ports = Path("/sys/class/net", interface, "device/infiniband").glob("*/ports/*")
+    return ",".join([interface, *sorted(f"{port.parent.parent.name}:{port.name}" for port in ports)])
+
+
+def source_hosts(host: str) -> tuple[str, ...]:
+    """Return the numeric IP addresses from which a channel over `network_devices` of the same address may connect.
+
+    These are the interface's, or where ``UCX_NET_DEVICES`` chooses others, all that this host has.
+
+    Raises
+    ------
+    UcxUnavailable
+        No interface that is up has the address.
+    """
+    chosen = None if DEVICES_VARIABLE in os.environ else _interface_with(host)
+    return tuple(
+        address for interface, address in _native.interface_addresses() if chosen in (None, interface)
+    )
+
+
+def _interface_with(host: str) -> str:
     wanted = ipaddress.ip_address(host)
     for interface, address in _native.interface_addresses():
         if ipaddress.ip_address(address) == wanted:
-            # A network function's InfiniBand devices, each with its ports.
-            ports = Path("/sys/class/net", interface, "device/infiniband").glob("*/ports/*")
-            return ",".join([interface, *sorted(f"{port.parent.parent.name}:{port.name}" for port in ports)])
+            return interface
     if wanted.is_loopback:
         return "lo"
     raise UcxUnavailable(f"no network interface of this host that is up has the address {host}")

@@ -297,12 +297,12 @@ class AttentionWorkerProcess:
             return Refused("the engine did not open its data channel in time")
         try:
             with self._spare.released():
-                address, description = self._session.open_ucx(request)
+                opened, description = self._session.open_ucx(request)
         # RuntimeError: what the system refuses, descriptors and memory say.
         except (ConnectionFailed, ChannelError, ValueError, RuntimeError, MemoryError) as error:
             return Refused(str(error) or "the system refuses the channel's memory")
         self._log_connected(self._session, description)
-        return UcxOpened(address)
+        return opened
 
     def _log_connected(self, session: EngineSession, transport: str) -> None:
         logger.info(

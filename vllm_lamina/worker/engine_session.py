@@ -18,8 +18,8 @@ from vllm_lamina._native import (
     UcxChannel,
 )
 from vllm_lamina.transport.connection import DATA_CHANNEL_OPEN
-from vllm_lamina.transport.messages import Configure, OpenUcx, Trace, WorkerStats
-from vllm_lamina.transport.ucx import describe_ucx, load_ucx, network_devices
+from vllm_lamina.transport.messages import Configure, OpenUcx, Trace, UcxOpened, WorkerStats
+from vllm_lamina.transport.ucx import describe_ucx, load_ucx, network_devices, source_hosts
 
 OPEN_DEADLINE_SECONDS = 10.0
 """How long a configured pool waits for its data channel before another engine may have the worker."""
@@ -123,13 +123,13 @@ class EngineSession:
         """Whether the end of the engine makes `data_socket` readable; otherwise `peer_has_gone` must be asked."""
         return self._channel is None or self.data_socket is not None
 
-    def open_ucx(self, request: OpenUcx) -> tuple[bytes, str]:
+    def open_ucx(self, request: OpenUcx) -> tuple[UcxOpened, str]:
         """Connect to the engine's UCX channel, and serve it.
 
         Returns
         -------
-        tuple of bytes and str
-            The address of this end, and what carries the channel.
+        tuple of UcxOpened and str
+            What the engine is told, and what carries the channel.
 
         Raises
         ------
@@ -147,10 +147,11 @@ class EngineSession:
         channel = UcxChannel(
             request.channel_token, request.ring_bytes, self._spin_us, network_devices(request.host)
         )
+        channel.admit(list(request.hosts))
         channel.connect(request.address)
         self._serve(channel)
         self._channel = channel
-        return channel.address, describe_ucx(info, channel)
+        return UcxOpened(channel.address, source_hosts(request.host)), describe_ucx(info, channel)
 
     def open(self, data_socket: socket.socket) -> bool:
         """Take the channel's memory from a connection to the data socket, and serve it.

@@ -1,20 +1,17 @@
 // Attention with AMX: bfloat16 tiles for both products, float32 sums and softmax.
 #include <immintrin.h>
 
-#include "kernel/isa/avx512_lanes.h"
 #include "kernel/isa/prefetch.h"
-#include "kernel/isa/softmax.h"
+#include "kernel/isa/tile_rows.h"
 #include "kernel/isa/variants.h"
 
 namespace lamina {
 namespace {
 
-constexpr int kTileBytes = 1024, kTileLines = 16;
 // The softmax reads no KV, yet memory must not idle meanwhile: every K tile leaves it one line to prefetch.
 constexpr int kLinesPerKeyTile = kTileLines - 1;
-constexpr int kTileRows = 16;            // query rows of one tile
-constexpr int kRowStep = 2 * kTileRows;  // two row tiles share every K and V tile that is loaded
-constexpr int kPairTokens = 32;          // tokens of a pair of K tiles, and of one V tile
+constexpr int kTileRows = 16;              // query rows of one tile
+static_assert(kRowStep == 2 * kTileRows);  // two row tiles share every K and V tile that is loaded
 
 // Tile registers: 0..3 sums (row tile * 2 + column tile), 4..5 rows, 6..7 K or V.
 struct alignas(64) TileConfig {
@@ -99,25 +96,14 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
     store_sums<RowTiles>(scores + t * kPairTokens, block_size);
   }
 
-  auto* weights = reinterpret_cast<std::byte*>(scores + kRowStep * block_size);
-  const size_t weight_bytes = block_size * sizeof(BFloat16);
   const int rows = tile.rows - first < RowTiles * kTileRows ? tile.rows - first : RowTiles * kTileRows;
   const int spare_lines = Prefetch ? token_pairs * dim_pairs * 2 * (kTileLines - kLinesPerKeyTile) : 0;
   for (int r = 0; r < rows; ++r) {
     prefetch.advance(spare_lines * (r + 1) / rows - spare_lines * r / rows);
-    std::byte* row = weights + r * weight_bytes;
-    softmax_step<Avx512Lanes>(tile, first + r, scores + r * block_size, tile.scale_log2, num_tokens,
-                              [row](int i, __m512 x) {
-                                const __m256bh narrow = _mm512_cvtneps_pbh(x);
-                                _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i * sizeof(BFloat16)),
-                                                    reinterpret_cast<const __m256i&>(narrow));
-                              });
-    // A V tile takes 32 tokens, the softmax steps by 16: the other half of the last tile has no weight.
-    if (num_tokens % kPairTokens != 0 && num_tokens % kPairTokens <= 16)
-      _mm256_storeu_si256(
-          reinterpret_cast<__m256i*>(row + (token_pairs * kPairTokens - 16) * sizeof(BFloat16)),
-          _mm256_setzero_si256());
+    weigh_row(tile, first, r, num_tokens);
   }
+  const std::byte* weights = bf16_weights(tile);
+  const size_t weight_bytes = block_size * sizeof(BFloat16);
   finish_stores(weights);
 
   const std::byte* values = region + block_size * head_size * sizeof(BFloat16);
@@ -138,24 +124,6 @@ void attend_block(const RowTile& tile, const std::byte* region, const std::byte*
   for (; first + kTileRows < tile.rows; first += kRowStep)
     attend_rows<2, false>(tile, first, region, num_tokens, prefetch);
   if (first < tile.rows) attend_rows<1, false>(tile, first, region, num_tokens, prefetch);
-}
-
-void pack_row(const void* q, int32_t head_size, float, void* packed) {
-  auto* to = static_cast<BFloat16*>(packed);
-  __builtin_memcpy(to, q, head_size * sizeof(BFloat16));
-  // K is padded with zeros, but 0 * NaN is NaN.
-  if (head_size % 32 != 0) __builtin_memset(to + head_size, 0, 16 * sizeof(BFloat16));
-}
-
-void store_row(const float* row, int32_t head_size, float factor, void* out) {
-  auto* to = static_cast<BFloat16*>(out);
-  for (int d = 0; d < head_size; d += 16)
-    Avx512Lanes::store(to + d, _mm512_mul_ps(_mm512_loadu_ps(row + d), _mm512_set1_ps(factor)));
-}
-
-// Scores in float32, then weights in bfloat16.
-size_t weights_bytes(int32_t block_size) {
-  return (sizeof(float) + sizeof(BFloat16)) * kRowStep * block_size;
 }
 
 constexpr RowOps kOps{.row_granule = kTileRows,

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_lamina.kernels import Arena, AttentionKernel, ThreadPool, linear_read
+from vllm_lamina.kernels import BFLOAT16_ISAS, Arena, AttentionKernel, ThreadPool, linear_read
 
 POOL_BYTES = 1 << 30
 BLOCK_SIZE = 128
@@ -288,7 +288,7 @@ def main() -> None:
     for dtype in ("bfloat16", "float32"):
         pool = Pool(dtype)
         for case in cases(options.quick, sorted({1, len(cpus)})):
-            if case.dtype != dtype or (options.isa == "amx" and dtype != "bfloat16"):
+            if case.dtype != dtype or (options.isa in BFLOAT16_ISAS and dtype != "bfloat16"):
                 continue
             threads = ThreadPool(case.threads, cpus[: case.threads])
             threads.pin_caller()

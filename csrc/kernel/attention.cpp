@@ -58,6 +58,9 @@ std::vector<Isa> available_isas() {
 #ifdef LAMINA_HAS_AVX512
   if (cpu_has_avx512()) isas.push_back(Isa::kAvx512);
 #endif
+#ifdef LAMINA_HAS_AVX512_BF16
+  if (cpu_has_avx512_bf16()) isas.push_back(Isa::kAvx512Bf16);
+#endif
 #ifdef LAMINA_HAS_AMX
   if (cpu_has_amx()) isas.push_back(Isa::kAmx);
 #endif
@@ -69,6 +72,7 @@ std::string_view isa_name(Isa isa) {
     case Isa::kPortable: return "portable";
     case Isa::kAvx2: return "avx2";
     case Isa::kAvx512: return "avx512";
+    case Isa::kAvx512Bf16: return "avx512_bf16";
     case Isa::kAmx: return "amx";
   }
   return "unknown";
@@ -78,7 +82,8 @@ std::unique_ptr<AttentionKernel> make_attention_kernel(const AttentionGeometry& 
                                                        std::optional<Isa> isa) {
   check(geometry);
   std::vector<Isa> usable = available_isas();
-  if (geometry.dtype != DType::kBFloat16) std::erase(usable, Isa::kAmx);
+  if (geometry.dtype != DType::kBFloat16)
+    std::erase_if(usable, [](Isa i) { return i == Isa::kAvx512Bf16 || i == Isa::kAmx; });
   const Isa chosen = isa.value_or(usable.back());
   if (std::find(usable.begin(), usable.end(), chosen) == usable.end())
     refuse("the " + std::string(isa_name(chosen)) +
@@ -91,6 +96,9 @@ std::unique_ptr<AttentionKernel> make_attention_kernel(const AttentionGeometry& 
   switch (chosen) {
 #ifdef LAMINA_HAS_AMX
     case Isa::kAmx: return make(BlockLayout::kTiles, amx_row_ops());
+#endif
+#ifdef LAMINA_HAS_AVX512_BF16
+    case Isa::kAvx512Bf16: return make(BlockLayout::kTiles, avx512_bf16_row_ops());
 #endif
 #ifdef LAMINA_HAS_AVX512
     case Isa::kAvx512: return make(BlockLayout::kPanels, avx512_row_ops(geometry.dtype));

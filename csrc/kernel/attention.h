@@ -16,7 +16,7 @@ namespace lamina {
 class ThreadPool;
 
 enum class DType : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum class Isa : uint8_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+enum class Isa : uint8_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
 
 constexpr size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 

@@ -35,9 +35,10 @@ void require(bool condition, const std::string& otherwise) {
 }
 
 Isa parse_isa(const std::string& name) {
-  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAmx})
+  for (Isa isa : {Isa::kPortable, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Bf16, Isa::kAmx})
     if (isa_name(isa) == name) return isa;
-  throw std::invalid_argument("unknown instruction set '" + name + "': use portable, avx2, avx512 or amx");
+  throw std::invalid_argument("unknown instruction set '" + name +
+                              "': use portable, avx2, avx512, avx512_bf16 or amx");
 }
 
 DType parse_dtype(const std::string& name) {

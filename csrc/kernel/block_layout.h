@@ -7,7 +7,8 @@
 //   K: [block_size / 16][head_size][16 tokens];
 //   V: [head_size / 16][block_size][16 dims].
 //   Both are panels of 16 columns for the same small matrix product: scores = q K^T, then out += weights V.
-// kTiles, for AMX bf16. 1 KiB tiles of 16 rows x 16 dwords, each two 16-bit values of the reduction axis:
+// kTiles, for AMX and AVX-512 BF16. 1 KiB tiles of 16 rows x 16 dwords, each two 16-bit values of the
+// reduction axis:
 //   K: [block_size / 32][head_size / 32][2 tiles of 16 tokens][16 dim pairs][16 tokens][2 dims];
 //   V: [head_size / 32][block_size / 32][2 tiles of 16 dims][16 token pairs][16 dims][2 tokens].
 //   The head size is padded with zeros to a multiple of 32.

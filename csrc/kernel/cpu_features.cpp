@@ -45,9 +45,10 @@ bool cpu_has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 
+bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
 bool cpu_has_amx() {
-  static const bool available =
-      cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") && request_amx_permission();
+  static const bool available = cpu_has_avx512_bf16() && request_amx_permission();
   return available;
 }
 
@@ -58,6 +59,7 @@ bool cpu_has_amx() {
 namespace lamina {
 bool cpu_has_avx2() { return false; }
 bool cpu_has_avx512() { return false; }
+bool cpu_has_avx512_bf16() { return false; }
 bool cpu_has_amx() { return false; }
 }  // namespace lamina
 

@@ -12,8 +12,8 @@ from vllm_lamina.kernels import AttentionKernel, available_isas
 # K, V and q are the same rounded values on both sides: what differs is arithmetic and the output's rounding.
 # Outputs are averages of unit normals, of order 1 / sqrt(kv_len) up to 4.
 # float32: sums of up to a thousand float32 products and exponentials within 2 ulp.
-# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX the softmax weights are bf16
-# too, of which the errors average out over the tokens. LSE never leaves float32.
+# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX and AVX-512 BF16 the softmax
+# weights are bf16 too, of which the errors average out over the tokens. LSE never leaves float32.
 OUT_TOLERANCE = {
     "float32": {"rtol": 2e-5, "atol": 5e-6},
     "bfloat16": {"rtol": 1e-2, "atol": 6e-3},
@@ -175,6 +175,10 @@ def test_copy_and_zero_block(dtype: str, isa: str) -> None:
         ({"block_size": 16}, r"block_size = 16 must be a multiple of 32: set vLLM's --block-size"),
         ({"num_heads": 5}, r"num_heads = 5 must be a positive multiple of num_kv_heads = 2"),
         ({"isa": "amx", "dtype": "float32"}, r"amx kernel is not available .*; available: portable"),
+        (
+            {"isa": "avx512_bf16", "dtype": "float16"},
+            r"avx512_bf16 kernel is not available .*; available: portable",
+        ),
         ({"isa": "neon"}, r"unknown instruction set 'neon': use portable"),
         ({"dtype": "int8"}, r"unknown KV dtype 'int8': use float32"),
     ],

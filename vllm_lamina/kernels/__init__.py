@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas", "linear_read"]
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
-ISA = Literal["portable", "avx2", "avx512", "amx"]
+ISA = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+BFLOAT16_ISAS = ("avx512_bf16", "amx")
+"""Variants for bfloat16 only."""
 TokenArray = npt.NDArray[Any]
 """Tokens in the KV dtype: float32, float16, or uint16 for bfloat16."""
 
@@ -31,9 +33,9 @@ def available_isas(dtype: KVDtype = "float32") -> list[str]:
     Parameters
     ----------
     dtype
-        KV dtype; ``"amx"`` is listed for bfloat16 only.
+        KV dtype; `BFLOAT16_ISAS` are listed for bfloat16 only.
     """
-    return [isa for isa in _native.available_isas() if isa != "amx" or dtype == "bfloat16"]
+    return [isa for isa in _native.available_isas() if isa not in BFLOAT16_ISAS or dtype == "bfloat16"]
 
 
 def linear_read(memory: npt.NDArray[np.uint8], threads: ThreadPool) -> int:

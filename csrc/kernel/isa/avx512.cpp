@@ -1,6 +1,6 @@
 // Attention with AVX-512: float32 FMA on KV of any dtype.
 //
-// bfloat16 is converted as well: a kernel on VDPBF16PS was compute-bound from four query heads per KV head on.
+// bfloat16 is converted as well, for CPUs without VDPBF16PS (avx512_bf16.cpp).
 #include "kernel/isa/avx512_lanes.h"
 #include "kernel/isa/panel_attention.h"
 #include "kernel/isa/variants.h"

@@ -9,6 +9,7 @@ namespace lamina {
 const RowOps& portable_row_ops(DType dtype);
 const RowOps& avx2_row_ops(DType dtype);
 const RowOps& avx512_row_ops(DType dtype);
-const RowOps& amx_row_ops();  // bf16 only
+const RowOps& avx512_bf16_row_ops();  // bf16 only, as is the next
+const RowOps& amx_row_ops();
 
 }  // namespace lamina

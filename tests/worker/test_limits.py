@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -222,23 +223,48 @@ def test_too_few_descriptors_to_start() -> None:
     )
 
 
-def test_strangers_that_hold_all_descriptors(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def silent_clients(worker: Worker, number: int) -> Iterator[None]:
+    """They connect to the control port, or try to, and say nothing."""
+    host, port = worker.address.split(":")
+    with contextlib.ExitStack() as held:
+        for _ in range(number):
+            stranger = held.enter_context(socket.socket())
+            stranger.setblocking(False)
+            with contextlib.suppress(BlockingIOError):
+                stranger.connect((host, int(port)))
+        yield
+
+
+def num_descriptors(worker: Worker) -> int:
+    return len(list(Path(f"/proc/{worker.process.pid}/fd").iterdir()))
+
+
+def test_more_strangers_than_descriptors(tmp_path: Path) -> None:
     """Who was admitted before still gets its data channel; when they are gone, everybody is served again."""
     address = f"127.0.0.1:{free_port()}"
-    host, port = address.split(":")
     with worker_process(tmp_path / "log", address, prefix=limited(128)) as worker:
-        with AttentionWorkerConnection.connect(address) as engine, contextlib.ExitStack() as held:
-            descriptors = Path(f"/proc/{worker.process.pid}/fd")
-            for _ in range(300):
-                held.enter_context(socket.create_connection((host, int(port)), timeout=DEADLINE))
-            wait_until(lambda: len(list(descriptors.iterdir())) >= 126)
-            with raw_channel(engine, GEOMETRY, NUM_BLOCKS) as channel:
-                channel.send(frame(STEP, b""), DEADLINE)
-                assert b"shorter than its counts" in channel.receive(DEADLINE)
+        with AttentionWorkerConnection.connect(address) as engine:
+            with silent_clients(worker, 1000):
+                wait_until(lambda: "clients are connected, and no more are taken" in worker.log)
+                with raw_channel(engine, GEOMETRY, NUM_BLOCKS) as channel:
+                    channel.send(frame(STEP, b""), DEADLINE)
+                    assert b"shorter than its counts" in channel.receive(DEADLINE)
             assert worker.process.poll() is None, worker.log
         with AttentionWorkerConnection.connect(address) as engine:
             engine.configure(GEOMETRY, NUM_BLOCKS)
             check_served(engine)
+
+
+def test_more_clients_than_are_taken(tmp_path: Path) -> None:
+    """The kernel keeps them from ZeroMQ, which would take them all."""
+    address = f"127.0.0.1:{free_port()}"
+    with worker_process(tmp_path / "log", address, prefix=limited(512)) as worker:
+        before = num_descriptors(worker)
+        with silent_clients(worker, 700):
+            wait_until(lambda: "clients are connected, and no more are taken" in worker.log)
+            time.sleep(4.0)  # those that were turned away have asked again by then, twice
+            assert num_descriptors(worker) < before + 512 // 2
 
 
 def test_descriptors_are_bounded(local_worker: Worker) -> None:

@@ -10,8 +10,9 @@ from zmq.utils import z85
 
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.errors import ConnectionFailed
+from vllm_lamina.transport.listening import ListeningSocket
 from vllm_lamina.transport.secret import ControlKeys
-from vllm_lamina.transport.sockets import Socket, SocketMonitor, set_limits
+from vllm_lamina.transport.sockets import HANDSHAKE_MS, Socket, SocketMonitor, set_limits
 
 logger = logging.getLogger("vllm_lamina.attention_worker")
 
@@ -19,11 +20,21 @@ MAX_REQUEST_BYTES = 64 << 10
 REFUSED_LOG_SECONDS = 1.0
 """At most one line about refused clients in this time, so that they cannot fill the log."""
 
+MAX_WAITING_CLIENTS = 32
+"""Connections that the kernel makes before ZeroMQ accepts them."""
+
 ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 
 
 class ControlListener:
-    """Takes requests from any number of clients, in turn. With keys, only from those that hold the secret.
+    """Takes requests from its clients, in turn. With keys, only from those that hold the secret.
+
+    Parameters
+    ----------
+    max_clients
+        Connections with which no more are taken, until half of them are gone. ZeroMQ itself takes all that come,
+        and where it gets no descriptor for the next it asks for one without a pause. Some more may come before this
+        thread runs, and then the `MAX_WAITING_CLIENTS` that the kernel has connected already.
 
     Attributes
     ----------
@@ -39,20 +50,25 @@ class ControlListener:
     """
 
     EVENTS = (
-        zmq.Event.ACCEPTED
+        zmq.Event.LISTENING
+        | zmq.Event.ACCEPTED
         | zmq.Event.DISCONNECTED
         | zmq.Event.HANDSHAKE_FAILED_NO_DETAIL
         | zmq.Event.HANDSHAKE_FAILED_PROTOCOL
         | zmq.Event.HANDSHAKE_FAILED_AUTH
     )
 
-    def __init__(self, address: ControlAddress, keys: ControlKeys | None) -> None:
+    def __init__(self, address: ControlAddress, keys: ControlKeys | None, max_clients: int) -> None:
         self.refused_clients = 0
+        self._max_clients = max_clients
+        self._is_ipc = address.is_ipc
         self._keys = keys
         self._unlogged = 0
         self._last_log = -REFUSED_LOG_SECONDS
         self._peers: dict[int, str] = {}
         self._refusing = False
+        self._listening: ListeningSocket | None = None
+        self._is_full = False
         self._context: zmq.Context[Socket] = zmq.Context()
         # Bound before the control socket: without it every key would do.
         self._zap = self._context.socket(zmq.REP)
@@ -61,6 +77,7 @@ class ControlListener:
         self.control = self._context.socket(zmq.ROUTER)
         self.control.linger = 1000
         set_limits(self.control, address, MAX_REQUEST_BYTES)
+        self.control.backlog = MAX_WAITING_CLIENTS
         if keys is not None:
             self.control.curve_server = 1
             self.control.curve_publickey, self.control.curve_secretkey = (
@@ -77,12 +94,15 @@ class ControlListener:
             raise ConnectionFailed(f"cannot listen on {address.text}: {error.strerror}") from error
 
     def admit(self) -> None:
-        """Judge the clients that wait for it, and take note of those that were refused."""
+        """Judge the clients that wait for it, take note of those that were refused, and let no more in than may be."""
         while self._zap.poll(0):
             self._zap.send_multipart(self._zap_reply(self._zap.recv_multipart()))
         while event := self._monitor.next_event():
             kind, value = event
-            if kind == zmq.Event.ACCEPTED:
+            if kind == zmq.Event.LISTENING:
+                # No one but this user reaches a socket that is a file.
+                self._listening = None if self._is_ipc else ListeningSocket(value)
+            elif kind == zmq.Event.ACCEPTED:
                 self._peers[value] = _peer_address(value)
             elif kind == zmq.Event.DISCONNECTED:
                 # ZeroMQ's failure of a handshake names no connection; its end follows it directly.
@@ -92,6 +112,23 @@ class ControlListener:
                     self._note_refused(peer)
             else:
                 self._refusing = True
+        self._limit_clients()
+
+    def _limit_clients(self) -> None:
+        if self._listening is None:
+            return
+        if not self._is_full and len(self._peers) >= self._max_clients:
+            self._is_full = True
+            self._listening.refuse()
+            logger.warning(
+                "%d clients are connected, and no more are taken until half of them are gone; who says nothing is "
+                "disconnected after %g s",
+                len(self._peers),
+                HANDSHAKE_MS / 1000,
+            )
+        elif self._is_full and len(self._peers) <= self._max_clients // 2:
+            self._is_full = False
+            self._listening.admit()
 
     def _zap_reply(self, request: list[bytes]) -> list[bytes]:
         """ZeroMQ's authentication protocol (RFC 27): the client's key must be the one derived from the secret."""
@@ -129,6 +166,8 @@ class ControlListener:
     def close(self) -> None:
         """Send what is still to be sent, for a second at most, and close the port."""
         self._monitor.close()
+        if self._listening is not None:
+            self._listening.close()
         self.control.close()
         self._zap.close()
         self._context.term()

@@ -20,7 +20,7 @@ from vllm_lamina._native import ChannelError, kv_block_bytes
 from vllm_lamina.transport.connection import busy_with
 from vllm_lamina.transport.errors import ConnectionFailed
 from vllm_lamina.transport.host_identity import host_identity
-from vllm_lamina.transport.listener import ControlListener
+from vllm_lamina.transport.listener import MAX_WAITING_CLIENTS, ControlListener
 from vllm_lamina.transport.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
@@ -62,8 +62,9 @@ MIN_DESCRIPTORS = 128
 MAX_DESCRIPTORS = 4096
 """Strangers hold a descriptor, and some memory, each until the time of their handshake is up."""
 
-SPARE_DESCRIPTORS = 16
-"""Kept from strangers, for the data channel of the engine that was admitted."""
+SPARE_DESCRIPTORS = 2 * MAX_WAITING_CLIENTS
+"""Kept from strangers, for the data channel of the engine that was admitted. Whoever waits to be accepted takes some of
+them as soon as they are given back."""
 
 PEER_CHECK_SECONDS = 1.0
 """How often an engine is looked at whose end wakes nobody."""
@@ -91,7 +92,7 @@ class AttentionWorkerProcess:
         self._poller = zmq.Poller()
         # Other hosts need UCX: better no worker than one that only its own host can use.
         self._ucx = describe_ucx(load_ucx()) if options.address.needs_secret else ""
-        self._listener = ControlListener(options.address, options.keys)
+        self._listener = ControlListener(options.address, options.keys, _max_clients())
         self._data_name = f"vllm-lamina-{os.getpid()}-{secrets.token_hex(8)}"
         self._data = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._data.bind("\0" + self._data_name)
@@ -442,6 +443,12 @@ def _limit_descriptors() -> None:
             "(ulimit -Hn, systemd's LimitNOFILE)"
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
+
+
+def _max_clients() -> int:
+    """An eighth of the descriptors that this process may have: others are its own and the engine's, and more clients
+    may have come before this thread knows."""
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8
 
 
 def _stay_on(cpus: list[int]) -> None:

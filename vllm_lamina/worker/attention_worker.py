@@ -1,16 +1,13 @@
 """The attention worker's process: answers control messages, lets native code serve one engine at a time."""
 
 import argparse
-import contextlib
 import logging
 import os
-import resource
 import secrets
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 
 import msgspec
 import zmq
@@ -20,7 +17,7 @@ from vllm_lamina._native import ChannelError, kv_block_bytes
 from vllm_lamina.transport.connection import busy_with
 from vllm_lamina.transport.errors import ConnectionFailed
 from vllm_lamina.transport.host_identity import host_identity
-from vllm_lamina.transport.listener import MAX_WAITING_CLIENTS, ControlListener
+from vllm_lamina.transport.listener import ControlListener
 from vllm_lamina.transport.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
@@ -47,6 +44,7 @@ from vllm_lamina.transport.messages import (
 )
 from vllm_lamina.transport.ucx import describe_ucx, load_ucx
 from vllm_lamina.units import format_bytes, format_cpus
+from vllm_lamina.worker.descriptors import SpareDescriptors, limit_descriptors, max_clients
 from vllm_lamina.worker.engine_session import EngineSession, is_same_user
 from vllm_lamina.worker.host import memory_for_pool
 from vllm_lamina.worker.options import WorkerOptions, add_arguments
@@ -55,16 +53,6 @@ logger = logging.getLogger("vllm_lamina.attention_worker")
 
 MAX_PENDING_CONNECTIONS = 8
 """Connections to the data socket that have not shown a token yet; one more, and the oldest is turned away."""
-
-MIN_DESCRIPTORS = 128
-"""Open files without which no worker starts: ZeroMQ ends the process where it gets none, and an engine needs some."""
-
-MAX_DESCRIPTORS = 4096
-"""Strangers hold a descriptor, and some memory, each until the time of their handshake is up."""
-
-SPARE_DESCRIPTORS = 2 * MAX_WAITING_CLIENTS
-"""Kept from strangers, for the data channel of the engine that was admitted. Whoever waits to be accepted takes some of
-them as soon as they are given back."""
 
 PEER_CHECK_SECONDS = 1.0
 """How often an engine is looked at whose end wakes nobody."""
@@ -86,13 +74,13 @@ class AttentionWorkerProcess:
         self._options = options
         self._session: EngineSession | None = None
         self._pending: list[socket.socket] = []
-        self._spare = SpareDescriptors(SPARE_DESCRIPTORS)
+        self._spare = SpareDescriptors()
         self._running = True
         self._drain_until: float | None = None
         self._poller = zmq.Poller()
         # Other hosts need UCX: better no worker than one that only its own host can use.
         self._ucx = describe_ucx(load_ucx()) if options.address.needs_secret else ""
-        self._listener = ControlListener(options.address, options.keys, _max_clients())
+        self._listener = ControlListener(options.address, options.keys, max_clients())
         self._data_name = f"vllm-lamina-{os.getpid()}-{secrets.token_hex(8)}"
         self._data = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._data.bind("\0" + self._data_name)
@@ -373,34 +361,6 @@ class AttentionWorkerProcess:
             os.close(self._parent_pidfd)
 
 
-class SpareDescriptors:
-    """Open files kept for who is admitted, when strangers hold all others that this process may have."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-        self._held: list[int] = []
-        self._take()
-
-    def _take(self) -> None:
-        with contextlib.suppress(OSError):
-            while len(self._held) < self._number:
-                self._held.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
-
-    @contextlib.contextmanager
-    def released(self) -> Iterator[None]:
-        """Let the body have them; those that it does not use are taken back."""
-        self.close()
-        try:
-            yield
-        finally:
-            self._take()
-
-    def close(self) -> None:
-        """Give them back."""
-        while self._held:
-            os.close(self._held.pop())
-
-
 def _leave_to_wakeup_fd(signum: int, frame: object) -> None:
     """Do nothing: Python writes the signal to the wake-up descriptor, which the control thread polls."""
 
@@ -410,7 +370,7 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         options = WorkerOptions.parse(arguments)
         _stay_on(options.cpus)
-        _limit_descriptors()
+        limit_descriptors()
     except ValueError as error:
         print(f"vllm-lamina worker: {error}", file=sys.stderr)
         return 2
@@ -425,30 +385,6 @@ def serve(arguments: argparse.Namespace) -> int:
         print(f"vllm-lamina worker: {error}", file=sys.stderr)
         return 1
     return 0
-
-
-def _limit_descriptors() -> None:
-    """Take the descriptors that this process may have, up to `MAX_DESCRIPTORS`.
-
-    Raises
-    ------
-    ValueError
-        There are too few.
-    """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    number = MAX_DESCRIPTORS if most == resource.RLIM_INFINITY else min(most, MAX_DESCRIPTORS)
-    if number < MIN_DESCRIPTORS:
-        raise ValueError(
-            f"this process may open {number} files, and a worker needs {MIN_DESCRIPTORS}: raise the hard limit "
-            "(ulimit -Hn, systemd's LimitNOFILE)"
-        )
-    resource.setrlimit(resource.RLIMIT_NOFILE, (number, most))
-
-
-def _max_clients() -> int:
-    """An eighth of the descriptors that this process may have: others are its own and the engine's, and more clients
-    may have come before this thread knows."""
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 8
 
 
 def _stay_on(cpus: list[int]) -> None:

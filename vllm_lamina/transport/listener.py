@@ -118,8 +118,14 @@ class ControlListener:
         if self._listening is None:
             return
         if not self._is_full and len(self._peers) >= self._max_clients:
+            try:
+                self._listening.refuse()
+            except OSError as error:
+                logger.warning("this system cannot keep more clients out (%s): a firewall has to", error)
+                self._listening.close()
+                self._listening = None
+                return
             self._is_full = True
-            self._listening.refuse()
             logger.warning(
                 "%d clients are connected, and no more are taken until half of them are gone; who says nothing is "
                 "disconnected after %g s",

@@ -42,6 +42,11 @@ class ListeningSocket:
         """Let the kernel drop what asks for a connection; peers ask again after a second, then after two, and so on.
 
         Connections stay, those too that wait to be accepted.
+
+        Raises
+        ------
+        OSError
+            The system has no such filter, or no memory for it.
         """
         keep_nothing = _Instruction(_BPF_RET, 0, 0, 0)
         program = _Program(1, ctypes.pointer(keep_nothing))

@@ -29,9 +29,9 @@ from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
 from vllm_lamina.device import device_for
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 BLOCK_SIZE = 128
 SHAPES = {

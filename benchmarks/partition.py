@@ -21,7 +21,7 @@ from typing import Any
 from report import add_engine_options, describe_machine, plot, write_results
 from systems import DEFAULT_MODEL, Engine, Model, System, Workload, threads
 
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 
 PARTITIONS = ("head", "sequence", "request")
 FULL = ["2048x8", "2048x32", "7936x8"]

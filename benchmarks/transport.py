@@ -34,12 +34,12 @@ from vllm_lamina._native import (
     UcxPingPong,
     create_shm_memory,
 )
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import UcxUnavailable
-from vllm_lamina.transport.messages import Geometry
 from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx
 from vllm_lamina.units import format_bytes, parse_cpus
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 SIZES = [64, 4 << 10, 64 << 10, 512 << 10, 4 << 20]
 BATCH_SIZES = [1, 8, 32, 128]

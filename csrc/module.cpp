@@ -6,7 +6,9 @@ namespace nb = nanobind;
 namespace lamina {
 void bind_kernel(nanobind::module_& m);
 void bind_transport(nanobind::module_& m);
-void bind_worker(nanobind::module_& m);
+void bind_wire(nanobind::module_& m);
+void bind_attention_worker(nanobind::module_& m);
+void bind_model_worker(nanobind::module_& m);
 }  // namespace lamina
 
 NB_MODULE(_native, m) {
@@ -15,5 +17,7 @@ NB_MODULE(_native, m) {
   m.doc() = "Native part of vllm-lamina: attention kernel, channels, attention worker.";
   lamina::bind_kernel(m);
   lamina::bind_transport(m);
-  lamina::bind_worker(m);
+  lamina::bind_wire(m);
+  lamina::bind_attention_worker(m);
+  lamina::bind_model_worker(m);
 }

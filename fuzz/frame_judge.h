@@ -8,8 +8,8 @@
 #include <optional>
 #include <span>
 
-#include "transport/wire.h"
-#include "worker/model_geometry.h"
+#include "wire/frames.h"
+#include "wire/model_geometry.h"
 
 namespace lamina::fuzz {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "worker/step.h"
+#include "worker/attention_worker/step.h"
 
 namespace lamina::fuzz {
 

@@ -26,13 +26,13 @@ import numpy as np
 import zmq
 
 from vllm_lamina._native import AttentionClient, Partition
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.listener import MAX_REQUEST_BYTES
-from vllm_lamina.transport.messages import (
+from vllm_lamina.wire.messages import (
     BlockBytesRequest,
     Configure,
     Configured,
-    Geometry,
     Heartbeat,
     Hello,
     Leave,

@@ -26,8 +26,8 @@
 #include <vector>
 
 #include "transport/shm_channel.h"
-#include "worker/attention_client.h"
-#include "worker/attention_worker.h"
+#include "worker/model_worker/attention_client.h"
+#include "worker/attention_worker/attention_worker.h"
 
 extern "C" {
 void* __real_mmap(void*, size_t, int, int, int, off_t);

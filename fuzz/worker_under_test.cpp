@@ -9,7 +9,7 @@
 #include <cstring>
 #include <string>
 
-#include "worker/step.h"
+#include "worker/attention_worker/step.h"
 
 namespace lamina::fuzz {
 namespace {

@@ -11,7 +11,7 @@
 #include "frame_program.h"
 #include "raw_sender.h"
 #include "transport/shm_channel.h"
-#include "worker/attention_worker.h"
+#include "worker/attention_worker/attention_worker.h"
 
 namespace lamina::fuzz {
 

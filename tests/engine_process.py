@@ -76,7 +76,7 @@ def run(job: Job) -> JobResult:
 
 
 def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
-    from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+    from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 
     if "lamina_workers" in job.engine or "lamina_ray" in job.engine:
         return {}

@@ -11,26 +11,13 @@
 #include <string_view>
 #include <vector>
 
+#include "kernel/attention_geometry.h"
+
 namespace lamina {
 
 class ThreadPool;
 
-enum class DType : uint8_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum class Isa : uint8_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3, kAmx = 4 };
-
-constexpr size_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
-inline constexpr int32_t kMaxHeads = 1 << 14;
-inline constexpr int32_t kMaxBlockSize = 1 << 14;
-
-// Shape of one layer's attention. KV is kept in `dtype`, the dtype of q, k, v and the output.
-struct AttentionGeometry {
-  DType dtype;
-  int32_t num_heads;     // query heads, a multiple of num_kv_heads, at most kMaxHeads
-  int32_t num_kv_heads;
-  int32_t head_size;     // 32..256, a multiple of 16
-  int32_t block_size;    // tokens per KV block, a multiple of 32, at most kMaxBlockSize
-};
 
 // One request's part of an attend call. All query tokens of the request attend the same `kv_len` tokens (no mask but
 // the length), found through `block_table[0 .. ceil(kv_len / block_size))`.

@@ -41,13 +41,6 @@ Isa parse_isa(const std::string& name) {
                               "': use portable, avx2, avx512, avx512_bf16 or amx");
 }
 
-DType parse_dtype(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "bfloat16") return DType::kBFloat16;
-  if (name == "float16") return DType::kFloat16;
-  throw std::invalid_argument("unknown KV dtype '" + name + "': use float32, bfloat16 or float16");
-}
-
 nb::dlpack::dtype array_dtype(DType dtype) {
   switch (dtype) {
     case DType::kBFloat16: return nb::dtype<uint16_t>();

@@ -4,7 +4,7 @@
 
 #include <thread>
 
-#include "transport/wire.h"
+#include "wire/frames.h"
 
 namespace lamina {
 namespace {

@@ -15,8 +15,8 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_lamina.compat.lora import share_adapters
 from vllm_lamina.errors import UnsupportedError
-from vllm_lamina.worker.lanes import Lanes
-from vllm_lamina.worker.model_worker import LaminaCPUWorker
+from vllm_lamina.worker.model_worker.lanes import Lanes
+from vllm_lamina.worker.model_worker.worker import LaminaCPUWorker
 
 
 def manager_of(modules: dict[str, BaseLayerWithLoRA]) -> Any:

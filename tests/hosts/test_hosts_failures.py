@@ -35,7 +35,7 @@ CONFIGURE = Path(__file__).parent.parent / "startup" / "configure.py"
 
 OTHER_VERSION = """
 import sys
-import vllm_lamina.worker.attention_worker as worker
+import vllm_lamina.worker.attention_worker.process as worker
 worker.PROTOCOL_VERSION += 1
 from vllm_lamina.cli import main
 sys.exit(main())
@@ -44,7 +44,7 @@ sys.exit(main())
 ANOTHER_ENGINE = """
 import sys, time
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.kv_cache.geometry import Geometry
 
 connection = AttentionWorkerConnection.connect(sys.argv[1], secret_file=sys.argv[2])
 connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8, ring_bytes=1 << 20)

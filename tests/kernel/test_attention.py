@@ -180,7 +180,7 @@ def test_copy_and_zero_block(dtype: str, isa: str) -> None:
             r"avx512_bf16 kernel is not available .*; available: portable",
         ),
         ({"isa": "neon"}, r"unknown instruction set 'neon': use portable"),
-        ({"dtype": "int8"}, r"unknown KV dtype 'int8': use float32"),
+        ({"dtype": "int8"}, r"unknown dtype 'int8': use float32"),
     ],
 )
 def test_refusals_say_what_to_change(changed: dict[str, object], message: str) -> None:

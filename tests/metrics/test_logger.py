@@ -13,7 +13,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm_lamina.metrics.definitions import METRICS
 from vllm_lamina.metrics.engine import LaminaStats
 from vllm_lamina.metrics.logger import EngineRecorder, WorkerRecorder, register
-from vllm_lamina.transport.messages import WorkerStats
+from vllm_lamina.wire.messages import WorkerStats
 
 LABELS = ("model", "0")
 

@@ -8,8 +8,8 @@ import pytest
 
 from vllm_lamina.config import AUTO, HEAD, REQUEST, SEQUENCE
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.partition import Partition, Pool, divide
+from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.partition import Partition, Pool, divide
 
 BYTES_PER_HEAD = 1000
 MIB = 1 << 20

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 import zmq
 
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import (
@@ -16,10 +17,9 @@ from vllm_lamina.transport.errors import (
     WorkerRefused,
     WorkerUnreachable,
 )
-from vllm_lamina.transport.messages import (
+from vllm_lamina.wire.messages import (
     PROTOCOL_VERSION,
     Configure,
-    Geometry,
     Refused,
     Welcome,
     decode_request,

@@ -26,10 +26,11 @@ from worker_processes import (
 )
 
 from vllm_lamina._native import ChannelClosed
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import SecretError, WorkerRefused, WorkerUnreachable
-from vllm_lamina.transport.messages import Geometry, Shutdown, encode
 from vllm_lamina.transport.secret import ControlKeys, write_secret
+from vllm_lamina.wire.messages import Shutdown, encode
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 LEASE = 5
@@ -222,7 +223,7 @@ ENGINE = """
 import sys, time
 from vllm_lamina._native import ChannelError
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.kv_cache.geometry import Geometry
 
 connection = AttentionWorkerConnection.connect(sys.argv[1], secret_file=sys.argv[2])
 connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8)

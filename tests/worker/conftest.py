@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from vllm_lamina._native import AttentionClient, Partition
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-2, "float16": 2e-3}
 

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 import pytest
 from engine import Engine, Request
 
+from vllm_lamina.host import available_memory, cgroup_memory, memory_total
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.host import available_memory, cgroup_memory, memory_total
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 CLI = [sys.executable, "-m", "vllm_lamina.cli"]

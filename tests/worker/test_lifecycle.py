@@ -17,19 +17,19 @@ from wire_frames import STEP, frame, raw_channel
 from worker_processes import DEADLINE, pause, stuck_thread, wait_until
 
 from vllm_lamina._native import AttentionWorkerError, ChannelClosed, create_shm_memory
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import WorkerRefused, WorkerUnreachable
-from vllm_lamina.transport.messages import (
+from vllm_lamina.wire.messages import (
     PROTOCOL_VERSION,
     Configure,
     Configured,
-    Geometry,
     Refused,
     WorkerStats,
     decode_reply,
     encode,
 )
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
@@ -190,8 +190,8 @@ def test_killed_engine_frees_the_worker(worker: EmbeddedAttentionWorker, with_ch
 PARENT = """
 import sys, time
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 
 worker = EmbeddedAttentionWorker.start(1 << 30)
 connection = AttentionWorkerConnection.connect(worker.address)

@@ -16,12 +16,14 @@ from engine import Engine, Request
 from wire_frames import STEP, frame, raw_channel
 from worker_processes import CLI, DEADLINE, Worker, free_port, wait_until, worker_process
 
+from vllm_lamina.host import POOL_RESERVE_BYTES
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import WorkerRefused
-from vllm_lamina.transport.messages import (
+from vllm_lamina.units import format_bytes
+from vllm_lamina.wire.messages import (
     Configure,
     Configured,
-    Geometry,
     Goodbye,
     Heartbeat,
     Leave,
@@ -33,8 +35,6 @@ from vllm_lamina.transport.messages import (
     decode_reply,
     encode,
 )
-from vllm_lamina.units import format_bytes
-from vllm_lamina.worker.host import POOL_RESERVE_BYTES
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8

@@ -23,9 +23,9 @@ from wire_frames import (
 from worker_processes import wait_until
 
 from vllm_lamina._native import ChannelTimeout, ShmChannel
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8

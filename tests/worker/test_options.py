@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from vllm_lamina.worker.options import DEFAULT_LEASE_SECONDS, WorkerOptions, add_arguments
+from vllm_lamina.worker.attention_worker.options import DEFAULT_LEASE_SECONDS, WorkerOptions, add_arguments
 
 PARENT = ("--parent-pid", str(os.getpid()), "--memory", "1MiB")
 

@@ -16,9 +16,9 @@ from engine import Engine, Request
 from worker_processes import pause
 
 from vllm_lamina._native import AttentionClient, AttentionWorkerError, ChannelTimeout, Partition
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 BLOCK_SIZE = 32
 NUM_WORKERS = 4

@@ -17,7 +17,7 @@ from vllm_lamina._native import (
     ShmEnd,
     create_shm_memory,
 )
-from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.kv_cache.geometry import Geometry
 
 GEOMETRY = Geometry(1, 32, 8, 1, 64, "float32", (0.125,))
 NUM_BLOCKS = 64

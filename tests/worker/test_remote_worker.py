@@ -13,8 +13,8 @@ from network import PORT, Host, hosts
 from worker_processes import DEADLINE, Worker, pause, wait_until, worker_process
 
 from vllm_lamina._native import AttentionWorkerError, ChannelClosed
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
 from vllm_lamina.transport.secret import write_secret
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
@@ -108,7 +108,7 @@ def test_cut_link(connection: AttentionWorkerConnection, worker: Worker, there: 
 ENGINE = """
 import sys, time
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
+from vllm_lamina.kv_cache.geometry import Geometry
 
 connection = AttentionWorkerConnection.connect(sys.argv[1], secret_file=sys.argv[2])
 connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8, ring_bytes=1 << 20)

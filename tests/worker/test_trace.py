@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from vllm_lamina.cli import main
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.timeline import ROWS, Slice, Timeline, chrome_trace, read_trace
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 
 def test_busy_fractions_and_overlap() -> None:

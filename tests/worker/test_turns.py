@@ -13,10 +13,11 @@ from engine import Engine, Request, client_of_one
 from worker_processes import DEADLINE
 
 from vllm_lamina._native import WAIT_BOUNDS, AttentionClient, ChannelTimeout, create_turn_log
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.timeline import read_trace
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry, Trace, TraceRequest
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
+from vllm_lamina.wire.messages import Trace, TraceRequest
 
 NUM_LAYERS = 4
 STEPS = 60

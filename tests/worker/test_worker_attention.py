@@ -10,9 +10,9 @@ from engine import Engine, Request
 from worker_processes import pause
 
 from vllm_lamina._native import ChannelTimeout, FrameTooLarge
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
 
 NUM_BLOCKS = 40
 

@@ -1,4 +1,4 @@
-"""Frames as csrc/transport/wire.h describes them, and a channel that sends them as they are."""
+"""Frames as csrc/wire/frames.h describes them, and a channel that sends them as they are."""
 
 import os
 import struct
@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from vllm_lamina._native import ShmChannel, ShmEnd, create_shm_memory
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Configure, Configured, Geometry
+from vllm_lamina.wire.messages import Configure, Configured
 
 STEP, ATTEND, OUTPUT, ZERO_BLOCKS, COPY_BLOCKS, ERROR = range(1, 7)
 HEADER = struct.Struct("<IHHQQQII24x")

@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def collect() -> dict[str, str]:
     """Return what is known of software, CPU and memory, by name."""
     from vllm_lamina._native import available_isas
-    from vllm_lamina.worker.host import available_memory, cgroup_memory, memory_total, transparent_hugepages
+    from vllm_lamina.host import available_memory, cgroup_memory, memory_total, transparent_hugepages
 
     cpu = _cpu_info()
     flags = set(cpu.get("flags", "").split())

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from vllm_lamina.transport.address import DEFAULT_ADDRESS
 from vllm_lamina.units import format_bytes
-from vllm_lamina.worker.options import add_arguments
+from vllm_lamina.worker.attention_worker.options import add_arguments
 
 if TYPE_CHECKING:
-    from vllm_lamina.transport.messages import WorkerStats
+    from vllm_lamina.wire.messages import WorkerStats
 
 
 def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -32,7 +32,7 @@ def add_command(commands: "argparse._SubParsersAction[argparse.ArgumentParser]")
 
 def run_worker(arguments: argparse.Namespace) -> int:
     """Run an attention worker."""
-    from vllm_lamina.worker.attention_worker import serve
+    from vllm_lamina.worker.attention_worker.process import serve
 
     return serve(arguments)
 

@@ -10,7 +10,7 @@ from vllm_lamina.device.base import Device
 class CpuDevice(Device):
     """Nothing to copy; the local attention is PyTorch's flash kernel, which returns the LSE."""
 
-    worker_cls = "vllm_lamina.worker.model_worker.LaminaCPUWorker"
+    worker_cls = "vllm_lamina.worker.model_worker.worker.LaminaCPUWorker"
     backend_name = "CPU_ATTN"
 
     def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:

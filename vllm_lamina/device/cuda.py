@@ -13,7 +13,7 @@ from vllm_lamina.device.base import Device
 class CudaDevice(Device):
     """Pinned staging buffers; the local attention is vLLM's FlashAttention."""
 
-    worker_cls = "vllm_lamina.worker.model_worker.LaminaCUDAWorker"
+    worker_cls = "vllm_lamina.worker.model_worker.worker.LaminaCUDAWorker"
     backend_name = "CUSTOM"
 
     def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -31,12 +31,12 @@ from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.parent import end_with_parent
 from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.executor.recovery import Recovery
+from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
+from vllm_lamina.host import available_memory
 from vllm_lamina.ray.driver import RayDeployment
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
-from vllm_lamina.worker.attention_workers import workers_by_rank
-from vllm_lamina.worker.embedded import EmbeddedAttentionWorker
-from vllm_lamina.worker.host import available_memory
+from vllm_lamina.worker.model_worker.attention_workers import workers_by_rank
 
 logger = init_logger("vllm.lamina")
 

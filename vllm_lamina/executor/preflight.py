@@ -7,14 +7,14 @@ from typing import Any
 from vllm_lamina._native import kv_block_bytes
 from vllm_lamina.config import AUTO, LaminaConfig
 from vllm_lamina.errors import ConfigError
+from vllm_lamina.host import cgroup_memory, memory_total
+from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.partition import Pool, divide
 from vllm_lamina.ray.driver import addresses_on_ray
 from vllm_lamina.support import check_engine_config
 from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.messages import Geometry
 from vllm_lamina.units import format_bytes, parse_bytes
-from vllm_lamina.worker.attention_workers import workers_by_rank
-from vllm_lamina.worker.host import cgroup_memory, memory_total
-from vllm_lamina.worker.partition import Pool, divide
+from vllm_lamina.worker.model_worker.attention_workers import workers_by_rank
 
 
 def check_before_start(config: Any) -> None:

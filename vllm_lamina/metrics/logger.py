@@ -20,7 +20,7 @@ from vllm_lamina.config import LaminaConfig
 from vllm_lamina.metrics.definitions import METRICS, PREFIX, STATES, WORKER, Metric
 from vllm_lamina.metrics.engine import LaminaStats
 from vllm_lamina.metrics.polling import WorkerPoll
-from vllm_lamina.transport.messages import WorkerStats
+from vllm_lamina.wire.messages import WorkerStats
 
 ENGINE_LABELS = ("model_name", "engine")
 RECOVERY_COUNTERS = ("recoveries", "requests_recomputed", "tokens_recomputed")

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.control_client import ControlClient
 from vllm_lamina.transport.errors import ConnectionFailed
-from vllm_lamina.transport.messages import StatsRequest, WorkerStats
 from vllm_lamina.transport.secret import ControlKeys
+from vllm_lamina.wire.messages import StatsRequest, WorkerStats
 
 logger = logging.getLogger("vllm.lamina")
 

@@ -17,7 +17,7 @@ import vllm_lamina
 from vllm_lamina.ray.actor import AttentionWorkerActor
 from vllm_lamina.ray.deployment import NAMESPACE, Deployment, DeploymentError, WorkerInfo
 from vllm_lamina.transport.secret import MIN_SECRET_BYTES
-from vllm_lamina.worker.options import DEFAULT_LEASE_SECONDS
+from vllm_lamina.worker.attention_worker.options import DEFAULT_LEASE_SECONDS
 
 logger = logging.getLogger("vllm_lamina.ray")
 

@@ -13,18 +13,20 @@ from types import TracebackType
 import vllm_lamina
 from vllm_lamina._native import Channel, ChannelError, ShmChannel, ShmEnd, UcxChannel, create_shm_memory
 from vllm_lamina.config import TransportOption
+from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.control_client import ControlClient
 from vllm_lamina.transport.errors import ConnectionFailed, ProtocolMismatch, WorkerRefused, WorkerUnreachable
 from vllm_lamina.transport.heartbeat import HeartbeatThread
 from vllm_lamina.transport.host_identity import host_identity
-from vllm_lamina.transport.messages import (
+from vllm_lamina.transport.secret import ControlKeys
+from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx, network_devices, source_hosts
+from vllm_lamina.wire.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
     BlockBytesRequest,
     Configure,
     Configured,
-    Geometry,
     Goodbye,
     Hello,
     Leave,
@@ -38,8 +40,6 @@ from vllm_lamina.transport.messages import (
     Welcome,
     WorkerStats,
 )
-from vllm_lamina.transport.secret import ControlKeys
-from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx, network_devices, source_hosts
 
 logger = logging.getLogger("vllm.lamina")
 

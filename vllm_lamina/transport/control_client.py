@@ -11,7 +11,14 @@ import zmq
 
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.errors import ProtocolMismatch, SecretError, WorkerRefused, WorkerUnreachable
-from vllm_lamina.transport.messages import (
+from vllm_lamina.transport.secret import MAKE_ONE, ControlKeys
+from vllm_lamina.transport.sockets import (
+    Socket,
+    SocketMonitor,
+    set_limits,
+    use_client_keys,
+)
+from vllm_lamina.wire.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
     Configured,
@@ -24,13 +31,6 @@ from vllm_lamina.transport.messages import (
     WorkerStats,
     decode_reply,
     encode,
-)
-from vllm_lamina.transport.secret import MAKE_ONE, ControlKeys
-from vllm_lamina.transport.sockets import (
-    Socket,
-    SocketMonitor,
-    set_limits,
-    use_client_keys,
 )
 
 MAX_REPLY_BYTES = 64 << 20

@@ -9,8 +9,8 @@ from pathlib import Path
 import msgspec
 import zmq
 
-from vllm_lamina.transport.messages import Heartbeat, HeartbeatReply, Refused, decode_reply, encode
 from vllm_lamina.transport.sockets import Socket
+from vllm_lamina.wire.messages import Heartbeat, HeartbeatReply, Refused, decode_reply, encode
 
 BEATS_PER_TIMEOUT = 5
 

@@ -1,0 +1,316 @@
+#include "worker/model_worker/attention_client.h"
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <utility>
+
+namespace lamina {
+namespace {
+
+// Copies rows into contiguous memory; one memcpy where they are contiguous already.
+std::byte* pack(std::byte* to, ConstRows from, RowRange rows, size_t row_bytes) {
+  const std::byte* row = from.data + static_cast<int64_t>(rows.first) * from.stride;
+  if (from.stride == static_cast<int64_t>(row_bytes)) {
+    std::memcpy(to, row, rows.count * row_bytes);
+    return to + rows.count * row_bytes;
+  }
+  for (size_t i = 0; i < rows.count; ++i, row += from.stride, to += row_bytes) std::memcpy(to, row, row_bytes);
+  return to;
+}
+
+void unpack(Rows to, RowRange rows, const std::byte* from, size_t row_bytes) {
+  std::byte* row = to.data + static_cast<int64_t>(rows.first) * to.stride;
+  if (to.stride == static_cast<int64_t>(row_bytes)) {
+    std::memcpy(row, from, rows.count * row_bytes);
+    return;
+  }
+  for (size_t i = 0; i < rows.count; ++i, row += to.stride, from += row_bytes) std::memcpy(row, from, row_bytes);
+}
+
+ConstRows columns(ConstRows rows, size_t offset) { return {rows.data + offset, rows.stride}; }
+Rows columns(Rows rows, size_t offset) { return {rows.data + offset, rows.stride}; }
+
+uint64_t nanoseconds(Clock::time_point time) {
+  return static_cast<uint64_t>(
+      std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count());
+}
+
+AttendLayout attend_layout(const WorkerStep& part, const ModelGeometry& geometry) {
+  return {part.num_rows * geometry.q_row_bytes(), part.num_tokens() * geometry.kv_row_bytes()};
+}
+
+}  // namespace
+
+AttentionClient::AttentionClient(const std::vector<std::shared_ptr<Channel>>& channels, Partition partition)
+    : partition_(std::move(partition)) {
+  if (channels.size() != partition_.num_workers()) {
+    throw std::invalid_argument(std::to_string(channels.size()) + " channels for a partition over " +
+                                std::to_string(partition_.num_workers()) + " attention workers");
+  }
+  for (const auto& channel : channels) links_.push_back(std::make_unique<WorkerLink>(channel));
+  lanes_.reserve(kMaxLanes);
+  while (lanes_.size() < kMaxLanes) lanes_.emplace_back(partition_.geometry().attention);
+}
+
+AttentionClient::Lane& AttentionClient::lane_at(uint32_t lane) {
+  if (lane >= kMaxLanes) {
+    throw std::invalid_argument("lane " + std::to_string(lane) + " of at most " + std::to_string(kMaxLanes));
+  }
+  return lanes_[lane];
+}
+
+AttentionClient::StepTimes AttentionClient::step_times(uint32_t lane) { return lane_at(lane).times; }
+
+void AttentionClient::join_turn(uint32_t lane_id) {
+  lane_at(lane_id);
+  turns_.join(static_cast<int>(lane_id));
+}
+
+void AttentionClient::begin_turn(uint32_t lane_id, Deadline deadline) {
+  Lane& lane = lane_at(lane_id);
+  turns_.begin(static_cast<int>(lane_id), deadline);
+  lane.takes_turns = true;
+  lane.turn_began = Clock::now();
+}
+
+void AttentionClient::end_turn(uint32_t lane_id) {
+  Lane& lane = lane_at(lane_id);
+  lane.takes_turns = false;
+  lane.turn_ended = Clock::now();
+  turns_.end(static_cast<int>(lane_id));
+}
+
+AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const StepView& view,
+                                                      Deadline deadline) {
+  Lane& lane = lane_at(lane_id);
+  partition_.split(view, lane.next);
+  FrameHeader header;
+  header.type = FrameType::kStep;
+  header.lane = lane_id;
+  header.step = ++lane.step;
+  header.generation = lane.generation = generation_;
+  header.began_ns = nanoseconds(lane.computing_since);
+  header.posted_ns = nanoseconds(lane.turn_ended);
+  std::swap(lane.split, lane.next);
+  lane.merge.resize(lane.split.num_merge_rows);
+  lane.times = {};
+  lane.computing_since = lane.takes_turns ? lane.turn_began : Clock::now();
+  lane.posted_layers.clear();
+  lane.num_replies = 0;
+  lane.slowest = {};
+  lane.failure.reset();
+  for (size_t w = 0; w < links_.size(); ++w) {
+    links_[w]->open_step(lane_id, lane.generation, lane.step);
+    const Channel& channel = links_[w]->channel();
+    const WorkerStep& part = lane.split.part(w);
+    const size_t bytes = attend_layout(part, partition_.heads(w).geometry).bytes;
+    if (sizeof(FrameHeader) + bytes > channel.max_frame_bytes()) {
+      throw FrameTooLarge("one layer of a step of " + std::to_string(view.slot_mapping.size()) +
+                          " tokens takes " + std::to_string(bytes) + " bytes, the channel's ring holds " +
+                          std::to_string(channel.max_frame_bytes()) +
+                          "; raise ring_bytes or lower max_num_batched_tokens");
+    }
+    // A step that waits for nothing of this worker would not notice otherwise.
+    if (part.takes_part() && channel.peer_closed()) lane.failure = "the attention worker is gone";
+  }
+  try_send(lane, [&] {
+    for (size_t w = 0; w < links_.size(); ++w) {
+      const WorkerStep& part = lane.split.part(w);
+      if (!part.takes_part()) continue;
+      header.payload_bytes = part.payload_bytes();
+      links_[w]->send(header, deadline, [&](std::byte* payload) { part.write(payload); });
+    }
+  });
+  return {lane.split.num_q_rows, lane.split.num_context_rows};
+}
+
+template <class Send>
+void AttentionClient::try_send(Lane& lane, Send&& send) {
+  if (lane.failure) return;
+  try {
+    send();
+  } catch (const ChannelClosed& error) {
+    lane.failure = error.what();
+  } catch (const ChannelTimeout& error) {
+    lane.failure = error.what();
+  }
+}
+
+void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstRows k, ConstRows v,
+                           Deadline deadline) {
+  Lane& lane = lane_at(lane_id);
+  if (layer >= partition_.geometry().scales.size()) {
+    throw std::invalid_argument("layer " + std::to_string(layer) + " does not exist");
+  }
+  FrameHeader header;
+  header.type = FrameType::kAttend;
+  header.generation = lane.generation;
+  header.step = lane.step;
+  header.lane = lane_id;
+  header.layer = layer;
+  header.began_ns = nanoseconds(lane.computing_since);
+  try_send(lane, [&] {
+    for (size_t w = 0; w < links_.size(); ++w) {
+      const WorkerStep& part = lane.split.part(w);
+      if (!part.takes_part()) continue;
+      const Partition::Heads& heads = partition_.heads(w);
+      const AttendLayout layout = attend_layout(part, heads.geometry);
+      header.payload_bytes = layout.bytes;
+      links_[w]->send(header, deadline, [&](std::byte* payload) {
+        const auto pack_all = [](std::byte* to, ConstRows from, const std::vector<RowRange>& ranges, size_t row) {
+          for (const RowRange& rows : ranges) to = pack(to, from, rows, row);
+        };
+        const size_t kv_row = heads.geometry.kv_row_bytes();
+        pack_all(payload, columns(q, heads.q_offset), part.q_tokens, heads.geometry.q_row_bytes());
+        pack_all(payload + layout.k, columns(k, heads.kv_offset), part.kv_tokens, kv_row);
+        pack_all(payload + layout.v, columns(v, heads.kv_offset), part.kv_tokens, kv_row);
+        header.posted_ns = nanoseconds(Clock::now());
+      });
+    }
+  });
+  if (lane.split.num_q_rows > 0) lane.posted_layers.push_back(layer);
+}
+
+void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::byte* context_out,
+                              std::byte* context_lse, Deadline deadline) {
+  Lane& lane = lane_at(lane_id);
+  const struct Waiting {
+    Lane& lane;
+    Clock::time_point begin = Clock::now();
+    ~Waiting() {
+      lane.computing_since = Clock::now();
+      lane.times.waiting += lane.computing_since - begin;
+    }
+  } waiting{lane};
+  if (lane.takes_turns) {
+    turns_.yield(static_cast<int>(lane_id));
+    turns_.acquire(static_cast<int>(lane_id), deadline);
+  }
+  if (lane.failure) throw ChannelClosed(*lane.failure);
+  if (lane.split.num_q_rows == 0) return;
+  if (lane.posted_layers.empty() || lane.posted_layers.front() != layer) {
+    throw std::invalid_argument("layer " + std::to_string(layer) + " of lane " + std::to_string(lane_id) +
+                                " is not the oldest that was posted and not collected");
+  }
+  if (lane.split.num_context_rows > 0 && (context_out == nullptr || context_lse == nullptr)) {
+    throw std::invalid_argument(
+        "the step has prefill rows with context: context_out and context_lse are required");
+  }
+  const ModelGeometry& geometry = partition_.geometry();
+  const Destination to{out,
+                       {context_out, static_cast<int64_t>(geometry.q_row_bytes())},
+                       {context_lse, static_cast<int64_t>(geometry.lse_row_bytes())}};
+  const Clock::time_point idle_since = Clock::now();
+  // The workers attend at the same time; their answers are taken one after the other. A wait that ends by its deadline may
+  // be repeated: it goes on where it was.
+  for (; lane.num_replies < links_.size(); ++lane.num_replies) {
+    const size_t worker = lane.num_replies;
+    if (lane.split.part(worker).num_rows == 0) continue;
+    const auto take = [&](const FrameHeader& header, const std::byte* payload) {
+      deliver(lane, worker, header, payload, to);
+    };
+    links_[worker]->receive(lane_id, deadline, std::ref(take));  // by reference: nothing to allocate
+  }
+  deliver_merged(lane, to);
+  lane.times.attention += std::exchange(lane.slowest, {});
+  lane.times.waits.add(Clock::now() - idle_since);
+  lane.num_replies = 0;
+  lane.posted_layers.pop_front();
+}
+
+void AttentionClient::deliver(Lane& lane, size_t worker, const FrameHeader& header, const std::byte* payload,
+                              const Destination& to) const {
+  const auto fail = [&](const std::string& what) {
+    lane.posted_layers.clear();  // the step cannot be completed
+    throw AttentionWorkerError(what);
+  };
+  if (header.type == FrameType::kError) {
+    fail("the attention worker dropped a frame: " +
+         std::string(reinterpret_cast<const char*>(payload), header.payload_bytes));
+  }
+  const WorkerStep& part = lane.split.part(worker);
+  const Partition::Heads& heads = partition_.heads(worker);
+  const size_t row_bytes = heads.geometry.q_row_bytes(), lse_bytes = heads.geometry.lse_row_bytes();
+  const OutputLayout layout(part.num_rows * row_bytes, (part.num_rows - part.num_rows_without_lse) * lse_bytes);
+  if (header.payload_bytes != layout.bytes || header.layer != lane.posted_layers.front()) {
+    fail("the attention worker's output does not fit the step");
+  }
+  lane.slowest = std::max(lane.slowest, std::chrono::nanoseconds(header.service_ns));
+  for (const Delivery& rows : part.deliveries) {
+    const RowRange target{rows.first, rows.count};
+    const std::byte* from = payload + rows.row * row_bytes;
+    if (rows.to == Delivery::To::kOut) {
+      unpack(columns(to.out, heads.q_offset), target, from, row_bytes);
+      continue;
+    }
+    const std::byte* lse = payload + layout.lse + (rows.row - part.num_rows_without_lse) * lse_bytes;
+    const auto* lse_values = reinterpret_cast<const float*>(lse);
+    switch (rows.to) {
+      case Delivery::To::kContext:
+        unpack(columns(to.context_out, heads.q_offset), target, from, row_bytes);
+        unpack(columns(to.context_lse, heads.lse_offset), target, lse, lse_bytes);
+        break;
+      case Delivery::To::kFirst:
+        lane.merge.begin(rows.first, rows.count, from, lse_values);
+        break;
+      default:
+        lane.merge.add(rows.first, rows.count, from, lse_values);
+    }
+  }
+}
+
+void AttentionClient::deliver_merged(const Lane& lane, const Destination& to) const {
+  for (const MergedRows& rows : lane.split.merged) {
+    const bool decodes = rows.to == Delivery::To::kOut;
+    const Rows& target = decodes ? to.out : to.context_out;
+    for (size_t i = 0; i < rows.count; ++i) {
+      const auto row = static_cast<int64_t>(rows.first + i);
+      auto* lse = decodes ? nullptr : reinterpret_cast<float*>(to.context_lse.data + row * to.context_lse.stride);
+      lane.merge.finish(rows.row + i, target.data + row * target.stride, lse);
+    }
+  }
+}
+
+void AttentionClient::send_blocks(FrameType type, const std::vector<std::vector<int32_t>>& parts,
+                                  Deadline deadline) {
+  for (size_t w = 0; w < links_.size(); ++w) {
+    const auto& ids = parts[w];
+    if (ids.empty()) continue;
+    FrameHeader header;
+    header.type = type;
+    header.generation = generation_;
+    header.payload_bytes = ids.size() * sizeof(int32_t);
+    links_[w]->send(header, deadline,
+                    [&](std::byte* payload) { std::memcpy(payload, ids.data(), ids.size() * sizeof(int32_t)); });
+  }
+}
+
+void AttentionClient::zero_blocks(std::span<const int32_t> block_ids, Deadline deadline) {
+  send_blocks(FrameType::kZeroBlocks, partition_.split_blocks(block_ids), deadline);
+}
+
+void AttentionClient::copy_blocks(std::span<const int32_t> pairs, Deadline deadline) {
+  send_blocks(FrameType::kCopyBlocks, partition_.split_copies(pairs), deadline);
+}
+
+void AttentionClient::fail_step(uint32_t lane, const std::string& why) { lane_at(lane).failure = why; }
+
+std::vector<uint32_t> AttentionClient::failed_workers() const {
+  std::vector<uint32_t> failed;
+  for (uint32_t w = 0; w < links_.size(); ++w) {
+    if (links_[w]->failed()) failed.push_back(w);
+  }
+  return failed;
+}
+
+void AttentionClient::replace_channel(uint32_t worker, std::shared_ptr<Channel> channel) {
+  links_.at(worker) = std::make_unique<WorkerLink>(std::move(channel));
+}
+
+void AttentionClient::close() {
+  for (const auto& link : links_) link->close();
+}
+
+}  // namespace lamina

@@ -1,0 +1,33 @@
+// Attention of the same rows over disjoint sets of tokens, brought together by LSE in float32.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "kernel/attention_geometry.h"
+
+namespace lamina {
+
+// With A the normalised output and S = exp(LSE) the softmax denominator of each part, the whole is
+// sum(A S) / sum(S) (the merge of the Lamina paper), computed relative to the largest LSE so that nothing overflows.
+class LseMerge {
+ public:
+  LseMerge(DType dtype, int32_t num_heads, int32_t head_size)
+      : dtype_(dtype), num_heads_(num_heads), head_size_(head_size) {}
+
+  void resize(size_t num_rows);
+  // Takes a part of rows [first, first + count). out: [count, heads, head size] in dtype, lse: [count, heads].
+  void begin(size_t first, size_t count, const std::byte* out, const float* lse);
+  void add(size_t first, size_t count, const std::byte* out, const float* lse);
+  // The whole of one row. out: [heads, head size]; lse, if not null: [heads].
+  void finish(size_t row, std::byte* out, float* lse) const;
+
+ private:
+  const DType dtype_;
+  const int32_t num_heads_, head_size_;
+  std::vector<float> out_;  // [rows, heads, head size], times the sum
+  std::vector<float> max_;  // [rows, heads]
+  std::vector<float> sum_;
+};
+
+}  // namespace lamina

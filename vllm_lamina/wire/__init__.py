@@ -1,0 +1,1 @@
+"""What crosses between engines and attention workers; both sides import it, and it imports neither."""

@@ -1,0 +1,315 @@
+"""vLLM's worker without a KV cache of its own: the KV blocks it reports are those of the attention workers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import itertools
+import os
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_lamina._native import ChannelClosed, ChannelTimeout
+from vllm_lamina.attention_backend.exchange import Exchange, StepFailed
+from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.failed_steps import forget_step, step_failed
+from vllm_lamina.compat.lora import share_adapters
+from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
+from vllm_lamina.compat.random_states import keep_random_states
+from vllm_lamina.compat.step_times import report_times, times_of_step
+from vllm_lamina.config import HEAD, LaminaConfig
+from vllm_lamina.device import device_for
+from vllm_lamina.errors import LaminaError, UnsupportedError
+from vllm_lamina.kv_cache.geometry import DType, Geometry
+from vllm_lamina.kv_cache.partition import Partition
+from vllm_lamina.units import format_bytes
+from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers, ChannelOptions
+from vllm_lamina.worker.model_worker.lanes import Lane, Lanes
+
+logger = init_logger("vllm.lamina")
+
+BACKEND = "vllm_lamina.attention_backend.LaminaAttentionBackend"
+
+DTYPE_NAMES: dict[torch.dtype, DType] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
+
+SPIN_US = 2000
+"""How long a side polls before it sleeps, where its CPUs are its own: longer than the other side's part of a layer."""
+
+
+class _LaminaWorker(Worker):
+    """What Lamina changes in vLLM's worker, whatever the device."""
+
+    _attention_workers: AttentionWorkers | None = None
+    _partition: Partition | None = None
+    _lanes: Lanes | None = None
+    _turn_log: int | None = None
+    _execute_seconds = 0.0
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
+        device = device_for(vllm_config.device_config.device_type)
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        self.exchange = Exchange(device, self.lamina_config.timeout, ranks_wait=ranks > 1).activate()
+        override_attention_backend(device.backend_name, BACKEND)
+        super().__init__(vllm_config, *args, **kwargs)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model as vLLM does."""
+        super().load_model(*args, **kwargs)
+        if self.lamina_config.batches > 1:
+            request_output_thread(self.vllm_config)
+
+    def attach_attention_workers(self, addresses_by_rank: Sequence[Sequence[str]], shares_cpus: bool) -> None:
+        """Connect to the attention workers of this rank. Called by the executor once the model is loaded."""
+        output_thread_started(self.vllm_config)
+        self._attention_workers = AttentionWorkers.connect(
+            addresses_by_rank[self.rank], secret_file=self.lamina_config.secret_file
+        )
+        self._spin_us = 0 if shares_cpus else SPIN_US
+
+    def share_turns(self, turn_log: str) -> None:
+        """Open the file by which all ranks' lanes take the same turns. Called by the executor if there are lanes."""
+        self._turn_log = os.open(turn_log, os.O_RDWR | os.O_CLOEXEC)
+
+    @property
+    def attention_workers(self) -> AttentionWorkers:
+        """The attention workers. Raises LaminaError before `attach_attention_workers`."""
+        if self._attention_workers is None:
+            raise LaminaError("The model worker is not connected to attention workers yet.")
+        return self._attention_workers
+
+    def determine_available_memory(self) -> int:
+        """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
+        self._warm_up()
+        specs = self.get_kv_cache_spec()
+        partition = self._divide(specs)
+        if self.model_config.original_max_model_len != -1:  # with -1 vLLM fits the length to the pool
+            partition.check_holds_one_request(self.model_config.max_model_len)
+        # vLLM divides by its own page size, which knows nothing of the padding in the attention worker's layout.
+        return partition.num_blocks * int(sum(spec.page_size_bytes for spec in specs.values()))
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Let the attention workers allocate their pools; the model worker's layers keep empty KV caches."""
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise UnsupportedError(
+                "Lamina does not support models whose layers need different kinds of KV cache."
+            )
+        layer_names = kv_cache_config.kv_cache_groups[0].layer_names
+        specs = self.get_kv_cache_spec()
+        partition = self._divide({name: specs[name] for name in layer_names})
+        self._partition = partition = partition.limited_to(kv_cache_config.num_blocks)
+        options = ChannelOptions(
+            max_tokens=self.scheduler_config.max_num_batched_tokens,
+            max_requests=self.scheduler_config.max_num_seqs,
+            max_model_len=self.model_config.max_model_len,
+            spin_us=self._spin_us,
+            transport=self.lamina_config.transport,
+            heartbeat_timeout=self.lamina_config.heartbeat_timeout,
+        )
+        client, used = self.attention_workers.configure(partition, options)
+        if self._turn_log is not None:
+            client.share_turns(self._turn_log, self.rank)
+        self.exchange.open(client, layer_names)
+        kv_cache_config = dataclasses.replace(kv_cache_config, kv_cache_tensors=[])
+        super().initialize_from_config(kv_cache_config)
+        if self.lamina_config.batches > 1:
+            self._lanes = self._make_lanes(self.lamina_config.batches, kv_cache_config)
+        local = sum(tensor.numel() * tensor.element_size() for tensor in self.model_runner.kv_caches)
+        workers = len(partition.shares)
+        divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
+        logger.info(
+            "Lamina: KV cache of %s on %d attention worker%s%s: %d blocks, %d tokens; %s on the model worker.",
+            format_bytes(used),
+            workers,
+            "s" if workers > 1 else "",
+            divided,
+            partition.num_blocks,
+            partition.num_blocks * partition.geometry.block_size,
+            format_bytes(local),
+        )
+
+    def block_placement(self) -> tuple[str, list[int]] | None:
+        """How the scheduler has to place blocks: the partition, and the number of blocks of each worker.
+
+        None where blocks are the same on all workers, and there is nothing to place.
+        """
+        partition = self._partition
+        if partition is None or partition.kind == HEAD:
+            return None
+        return partition.kind, partition.blocks_per_worker
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
+        zero, copies = scheduler_output.new_block_ids_to_zero, scheduler_output.kv_cache_block_copies
+        with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
+            if zero:
+                self.exchange.client.zero_blocks(np.asarray(zero, np.int32), self.exchange.timeout)
+            if copies:
+                self.exchange.client.copy_blocks(np.asarray(copies, np.int32), self.exchange.timeout)
+        if zero or copies:
+            scheduler_output = copy.copy(scheduler_output)  # with the lane, which is no field of it
+            scheduler_output.new_block_ids_to_zero = scheduler_output.kv_cache_block_copies = None
+        if self._lanes is not None:
+            return self._lanes.execute_model(scheduler_output)
+        begin = time.perf_counter()
+        try:
+            return super().execute_model(scheduler_output)
+        except StepFailed:
+            return None
+        finally:
+            self._execute_seconds = time.perf_counter() - begin
+
+    def sample_tokens(self, grammar_output: Any) -> Any:
+        """Sample the tokens of the step begun last."""
+        if self._lanes is not None:
+            return self._lanes.sample_tokens(grammar_output)
+        if step_failed(self.exchange, 0):
+            return forget_step(self.model_runner)
+        begin = time.perf_counter()
+        keep_random_states(self.model_runner)
+        output = super().sample_tokens(grammar_output)
+        seconds = self._execute_seconds + time.perf_counter() - begin
+        report_times(output, times_of_step(self.exchange.client, 0, seconds))
+        return output
+
+    def lost_attention_workers(self) -> list[int]:
+        """Attention workers of this rank that are lost, by their place in the partition."""
+        return self.attention_workers.lost
+
+    def replace_attention_workers(
+        self, candidates_by_rank: Sequence[Mapping[int, Sequence[str]]]
+    ) -> dict[int, str]:
+        """See `AttentionWorkers.replace`; called by the executor when no step is in flight."""
+        self._finish_steps()
+        return self.attention_workers.replace(candidates_by_rank[self.rank])
+
+    def add_lora(self, lora_request: Any) -> bool:
+        """Load an adapter, which may take the place of another one, between steps."""
+        self._finish_steps()
+        return bool(super().add_lora(lora_request))
+
+    def remove_lora(self, lora_id: int) -> bool:
+        """Unload an adapter, between steps."""
+        self._finish_steps()
+        return bool(super().remove_lora(lora_id))
+
+    def pin_lora(self, lora_id: int) -> bool:
+        """Keep an adapter in its slot.
+
+        Raises
+        ------
+        UnsupportedError
+            There are two batches: the scheduler does not know of a pinned adapter, so the one that would have to make
+            room might be in use by the other batch.
+        """
+        if self._lanes is not None:
+            raise UnsupportedError("LoRA adapters can be pinned with one batch only: use --lamina-batches 1.")
+        return bool(super().pin_lora(lora_id))
+
+    def attention_worker_stats(self) -> list[dict[str, Any]]:
+        """Counters of each attention worker, see `AttentionWorkers.stats`."""
+        return self.attention_workers.stats()
+
+    def shutdown(self) -> None:
+        """Leave the attention workers, and vLLM's registry of backends as it was."""
+        if self._lanes is not None:
+            self._lanes.stop()
+            self._lanes = None
+        if self._attention_workers is not None:
+            self._attention_workers.close()
+            self._attention_workers = None
+        if self._turn_log is not None:
+            os.close(self._turn_log)
+            self._turn_log = None
+        self.exchange.deactivate()
+        restore_attention_backend(self.exchange.device.backend_name)
+        super().shutdown()
+
+    def _finish_steps(self) -> None:
+        if self._lanes is not None:
+            self._lanes.finish_steps()
+
+    def _warm_up(self) -> None:
+        """Compile the model, where the device's worker does so before the KV cache exists."""
+
+    def _make_lanes(self, num_lanes: int, kv_cache_config: KVCacheConfig) -> Lanes:
+        """The first lane has vLLM's model runner; the others' share its weights."""
+        first = self.model_runner
+        runners = [first]
+        while len(runners) < num_lanes:
+            with set_current_vllm_config(self.vllm_config):
+                runner = type(first)(self.vllm_config, self.device)
+                runner.model = first.model
+                if self.vllm_config.lora_config is not None:
+                    share_adapters(first, runner)
+                runner.initialize_kv_cache(kv_cache_config)
+            runners.append(runner)
+        for index, runner in enumerate(runners):
+            for group in itertools.chain.from_iterable(runner.attn_groups):
+                group.get_metadata_builder().lane = index
+        lanes = [Lane(index, runner, self.exchange) for index, runner in enumerate(runners)]
+        return Lanes(lanes, answers=self.rank == 0)
+
+    def _divide(self, specs: dict[str, KVCacheSpec]) -> Partition:
+        return self.attention_workers.divide(
+            self.lamina_config.partition, self._geometry(specs), self.model_config.max_model_len
+        )
+
+    def _geometry(self, specs: dict[str, KVCacheSpec]) -> Geometry:
+        kinds = {
+            (type(spec), spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype)
+            for spec in specs.values()
+        }
+        layers = [self._layer(name) for name in specs]
+        heads = {layer.num_heads for layer in layers}
+        if len(kinds) != 1 or len(heads) != 1:
+            raise UnsupportedError(
+                f"Lamina does not support models whose attention layers differ in kind or shape: {kinds}."
+            )
+        spec = next(iter(specs.values()))
+        if (
+            type(spec) is not FullAttentionSpec
+            or getattr(spec, "head_size_v", spec.head_size) != spec.head_size
+        ):
+            raise UnsupportedError(f"Lamina supports full attention only; this model's KV cache is {spec}.")
+        return Geometry(
+            num_layers=len(specs),
+            block_size=spec.block_size,
+            num_heads=heads.pop(),
+            num_kv_heads=spec.num_kv_heads,
+            head_size=spec.head_size,
+            dtype=DTYPE_NAMES[spec.dtype],
+            scales=tuple(layer.impl.scale for layer in layers),
+        )
+
+    def _layer(self, name: str) -> Any:
+        return self.vllm_config.compilation_config.static_forward_context[name]
+
+
+class LaminaCPUWorker(_LaminaWorker, CPUWorker):
+    """The model worker on a CPU."""
+
+    def _warm_up(self) -> None:
+        if self._should_warm_up_model():
+            self.model_runner.warming_up_model()
+
+
+class LaminaCUDAWorker(_LaminaWorker):
+    """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
+
+    def _warm_up(self) -> None:
+        self.model_runner.profile_run()

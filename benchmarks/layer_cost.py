@@ -28,6 +28,7 @@ from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
+from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
 from vllm_lamina.device import device_for
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.kv_cache.geometry import Geometry
@@ -87,17 +88,13 @@ class Lane:
                 client.end_turn(self._index)
 
     def _begin_step(self, context: int) -> LaminaMetadata:
-        blocks = np.arange(self._batch, dtype=np.int32) + self._index * self._batch
-        self._exchange.client.begin_step(
-            self._index,
-            self._batch,
-            np.ones(self._batch, np.int32),
-            np.full(self._batch, context, np.int32),
-            blocks[:, None],
-            blocks.astype(np.int64) * BLOCK_SIZE + context,
-            TIMEOUT,
-        )
-        return LaminaMetadata(self._exchange, self._index, self._batch, (), 0)
+        first = self._index * self._batch
+        requests = {
+            f"{i}": PlannedRequest(context, 1, np.array([first + i], np.int32)) for i in range(self._batch)
+        }
+        step = Step(StepPlan(requests, lambda: list(requests)), BLOCK_SIZE)
+        step.send_once(self._exchange.client, self._index, TIMEOUT)
+        return LaminaMetadata(self._exchange, self._index, step)
 
 
 def measure(shape: tuple[int, int, int], batch: int, num_lanes: int, steps: int, cpus: list[int]) -> float:
@@ -109,7 +106,7 @@ def measure(shape: tuple[int, int, int], batch: int, num_lanes: int, steps: int,
             exchange = Exchange(device_for("cpu"), TIMEOUT).activate()
             partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
             client = AttentionClient([connection.channel], partition)
-            exchange.open(client, [f"{i}" for i in range(NUM_LAYERS)])
+            exchange.open(client, [f"{i}" for i in range(NUM_LAYERS)], BLOCK_SIZE)
             lanes = [Lane(index, exchange, geometry, batch) for index in range(num_lanes)]
             start = threading.Barrier(num_lanes)
             run = [threading.Thread(target=lane.run, args=(steps, start)) for lane in lanes]

@@ -15,7 +15,6 @@ from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_lamina.compat.lora import share_adapters
 from vllm_lamina.errors import UnsupportedError
-from vllm_lamina.worker.model_worker.lanes import Lanes
 from vllm_lamina.worker.model_worker.worker import LaminaCPUWorker
 
 
@@ -86,7 +85,7 @@ def test_adapters_are_loaded_and_unloaded_by_these_methods() -> None:
 
 def test_no_adapter_is_pinned_with_two_lanes() -> None:
     worker = object.__new__(LaminaCPUWorker)
-    worker._lanes = Lanes([object()], answers=True)
+    worker._lanes = [object(), object()]
     with pytest.raises(UnsupportedError, match="use --lamina-batches 1"):
         worker.pin_lora(1)
 

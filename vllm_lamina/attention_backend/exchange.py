@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
+from vllm_lamina.attention_backend.step import Step, StepPlan
 from vllm_lamina.device import Device
 from vllm_lamina.errors import LaminaError
 
@@ -35,6 +38,9 @@ class Exchange:
     _failures: dict[int, str] = field(default_factory=dict)
     """By lane: why its step cannot be completed."""
     _layer_indices: dict[str, int] = field(default_factory=dict)
+    _block_size: int = 0
+    _steps: dict[int, StepPlan | Step] = field(default_factory=dict)
+    """By lane: the step that its runner runs, from the first layer on in the order of the runner's batch."""
 
     _current: ClassVar[Exchange | None] = None
 
@@ -55,9 +61,10 @@ class Exchange:
             raise LaminaError("Lamina's attention backend is used outside of a Lamina model worker.")
         return Exchange._current
 
-    def open(self, client: AttentionClient, layer_names: list[str]) -> None:
-        """Attend through ``client``, whose layer i is ``layer_names[i]``."""
+    def open(self, client: AttentionClient, layer_names: list[str], block_size: int) -> None:
+        """Attend through ``client``: its layer i is ``layer_names[i]``, its blocks hold ``block_size`` tokens."""
         self._client = client
+        self._block_size = block_size
         self._layer_indices = {name: index for index, name in enumerate(layer_names)}
 
     @property
@@ -66,6 +73,22 @@ class Exchange:
         if self._client is None:
             raise LaminaError("The attention worker's KV pool is not configured yet.")
         return self._client
+
+    @contextlib.contextmanager
+    def running(self, lane: int, plan: StepPlan) -> Iterator[None]:
+        """Let the lane's layers attend the planned step; without a step they attend nothing."""
+        self._steps[lane] = plan
+        try:
+            yield
+        finally:
+            del self._steps[lane]
+
+    def step(self, lane: int) -> Step | None:
+        """The step that the lane's runner has prepared, the same one each time; None where there is none."""
+        step = self._steps.get(lane)
+        if isinstance(step, StepPlan):
+            step = self._steps[lane] = Step(step, self._block_size)
+        return step
 
     def fail_step(self, lane: int, error: Exception) -> None:
         """An attention worker was lost: the lane's step ends here.

@@ -6,6 +6,7 @@ import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_lamina._native import ChannelError
+from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
 from vllm_lamina.compat import forward_context
 from vllm_lamina.support import LayerOptions, check_layer
@@ -73,21 +74,23 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         kv_cache
             Empty: the KV blocks are on the attention worker.
         attn_metadata
-            The step, or None when vLLM profiles or warms up, where nothing is attended.
+            The step; None, or without one, when vLLM profiles or warms up, where nothing is attended.
         output
-            [tokens, num_heads, head_size], written in place; zeros where an attention worker was lost, see
-            `Exchange.fail_step`.
+            [tokens, num_heads, head_size], written in place; zeros where nothing is attended, and where an
+            attention worker was lost, see `Exchange.fail_step`.
         """
-        if attn_metadata is None:
-            return output
-        step = attn_metadata
+        step = attn_metadata.step if attn_metadata is not None else None
+        if attn_metadata is None or step is None:
+            return output.zero_()
+        exchange, lane = attn_metadata.exchange, attn_metadata.lane
+        step.send_once(exchange.client, lane, exchange.timeout)
         num_tokens = step.num_tokens
-        device = step.exchange.device
+        device = exchange.device
         q = device.rows_on_host(query[:num_tokens])
         k = device.rows_on_host(key[:num_tokens])
         v = device.rows_on_host(value[:num_tokens])
         out = device.host_output(output[:num_tokens])
-        call = _LayerCall(step, step.exchange.layer_index(layer), q, k, v, out)
+        call = _LayerCall(exchange, lane, exchange.layer_index(layer), q, k, v, out)
         if not step.prefill_chunks:
             if not call.attend():
                 return output.zero_()
@@ -132,17 +135,18 @@ class _LayerCall:
 
     def __init__(
         self,
-        step: LaminaMetadata,
+        exchange: Exchange,
+        lane: int,
         layer: int,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        self.exchange = step.exchange
-        self.client = step.exchange.client
-        self.timeout = step.exchange.timeout
-        self.where = (step.lane, layer)
+        self.exchange = exchange
+        self.client = exchange.client
+        self.timeout = exchange.timeout
+        self.where = (lane, layer)
         size = q.element_size()
         self.qkv = (
             q.data_ptr(),

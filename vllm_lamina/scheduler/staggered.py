@@ -11,7 +11,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_lamina.compat.step_times import reported_times
+from vllm_lamina.compat.lane_marks import lane_of, mark_lane
+from vllm_lamina.compat.step_reports import reported_times
 from vllm_lamina.config import ALWAYS, LaminaConfig
 from vllm_lamina.scheduler.costs import MARGIN, StepCosts
 from vllm_lamina.scheduler.lanes import Lanes, request_load
@@ -73,7 +74,7 @@ class StaggeredScheduler(PlacingScheduler):
         index = None if self.recovery_is_due else self.lanes.next_idle(self._useful_lanes())
         with self._showing(index):
             output = super().schedule(throttle_prefills)
-        output.lamina_lane = index
+        mark_lane(output, index)
         if output.total_num_scheduled_tokens:
             assert index is not None
             scheduled = output.num_scheduled_tokens
@@ -85,7 +86,7 @@ class StaggeredScheduler(PlacingScheduler):
     ) -> Any:
         """Take the output of a lane's step; the lane is idle from now on."""
         if scheduler_output.total_num_scheduled_tokens:
-            self.lanes.end_step(scheduler_output.lamina_lane)
+            self.lanes.end_step(lane_of(scheduler_output))
             self._learn(scheduler_output, model_runner_output)
         return super().update_from_output(scheduler_output, model_runner_output)
 

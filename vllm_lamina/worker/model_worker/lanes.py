@@ -1,4 +1,4 @@
-"""Two lanes over one model: each has a model runner and a thread, and they use the compute device in turns."""
+"""The lanes of a model worker: each runs its steps over the one model, several in turns on the compute device."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -18,15 +18,19 @@ from vllm.logger import init_logger
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_lamina.attention_backend.exchange import StepFailed
-from vllm_lamina.compat.failed_steps import forget_step, step_failed
-from vllm_lamina.compat.random_states import keep_random_states
-from vllm_lamina.compat.step_times import report_times, times_of_step
+from vllm_lamina.attention_backend.step import StepPlan
+from vllm_lamina.compat.lane_marks import lane_of
+from vllm_lamina.compat.ranks import any_rank
+from vllm_lamina.compat.step_reports import StepTimes, failed_step, report_times
 from vllm_lamina.compat.threads import set_num_threads
+from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 
     from vllm_lamina.attention_backend.exchange import Exchange
+    from vllm_lamina.attention_backend.step import PlannedRequest
+    from vllm_lamina.compat.runner import LaneRunner
 
 logger = init_logger("vllm.lamina")
 
@@ -34,35 +38,38 @@ JOIN_SECONDS = 5.0
 
 
 class Lane:
-    """One lane: its steps run one after the other on its own thread.
+    """One lane: its steps run one after the other.
 
-    The runner keeps its input batch from step to step, so a lane's requests are added to it once. Weights are shared
-    with the other lane's runner.
+    Where there are several, each runs on its own thread and they take turns; a single one runs on the caller's.
     """
 
-    def __init__(self, index: int, runner: Any, exchange: Exchange) -> None:
+    def __init__(self, index: int, runner: LaneRunner, exchange: Exchange, has_thread: bool) -> None:
+        self.index = index
         self.runner = runner
         self.finished_req_ids: set[str] = set()
-        """Requests that have finished since the lane's last step, and may still be in its input batch."""
-        self._index = index
+        """Requests that have finished since the lane's last step, and that its runner may still know."""
         self._exchange = exchange
         self._client = exchange.client
-        self._num_threads = torch.get_num_threads()
         self._execute_seconds = 0.0
         self._executed: Future[Any] = Future()
+        self._num_threads = torch.get_num_threads()
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
+        if has_thread:
+            self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
+            self._thread.start()
 
-    def execute(self, scheduler_output: SchedulerOutput) -> None:
+    def execute(self, output: SchedulerOutput, requests: Mapping[str, PlannedRequest]) -> None:
         """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
-        self._client.join_turn(self._index)
+        self._client.join_turn(self.index)
+        plan = StepPlan(requests, self.runner.order)
 
         def execute() -> ModelRunnerOutput | None:
             begin = time.perf_counter()
             try:
-                return self.runner.execute_model(scheduler_output)
+                with self._exchange.running(self.index, plan):
+                    return self.runner.execute(output)
             except StepFailed:
                 return None
             finally:
@@ -77,100 +84,112 @@ class Lane:
         def sample() -> ModelRunnerOutput:
             begin = time.perf_counter()
             output = executed.result()
-            if step_failed(self._exchange, self._index):
-                return forget_step(self.runner)
+            # The ranks agree: sampling with log-probabilities of the prompt waits for all of them.
+            if any_rank(self._exchange.take_failure(self.index) is not None):
+                self.runner.forget_step()
+                return failed_step()
             if output is None:
-                keep_random_states(self.runner)
-                output = self.runner.sample_tokens(grammar_output)
-            seconds = self._execute_seconds + time.perf_counter() - begin
-            report_times(output, times_of_step(self._client, self._index, seconds))
+                output = self.runner.sample(grammar_output)
+            report_times(output, self._times(self._execute_seconds + time.perf_counter() - begin))
             return output
 
         return self._submit(sample)
 
     def take_over(self, request_id: str, other: Lane) -> None:
         """Take a request that another lane has run so far; this lane must be idle, and the request not in flight."""
-        # This lane's input batch may still hold what it was when it left, or an earlier request of the same name.
-        self.runner.input_batch.remove_request(request_id)
         self.finished_req_ids.discard(request_id)
-        # The state itself is shared: should the request come back, the other lane's is up to date.
-        self.runner.requests[request_id] = other.runner.requests[request_id]
-        if request_id in other.runner.num_prompt_logprobs:
-            self.runner.num_prompt_logprobs[request_id] = other.runner.num_prompt_logprobs.pop(request_id)
+        self.runner.take_over(request_id, other.runner)
 
     def finish_steps(self) -> None:
         """Wait until the steps that were begun are over, whatever came of them."""
-        self._submit(lambda: None).result()
+        if self._thread is not None:
+            self._submit(lambda: None).result()
 
     def stop(self) -> None:
         """End the thread, after what it is doing."""
-        self._tasks.put(None)
-        self._thread.join(JOIN_SECONDS)
+        if self._thread is not None:
+            self._tasks.put(None)
+            self._thread.join(JOIN_SECONDS)
+
+    def _times(self, seconds: float) -> StepTimes:
+        """The times of the step that took ``seconds`` from its begin to its output."""
+        waiting, attention = self._client.step_times(self.index)
+        return StepTimes(seconds - waiting, attention, *self._client.step_waits(self.index))
 
     def _submit(self, task: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
-        self._tasks.put((future, task))
+        if self._thread is not None:
+            self._tasks.put((future, task))
+        else:
+            self._run_task(future, task)
         return future
 
     def _run(self) -> None:
-        # Both settings belong to the thread.
-        set_num_threads(self._num_threads)
-        with torch.inference_mode():
-            while (item := self._tasks.get()) is not None:
-                future, task = item
-                try:
-                    future.set_result(self._in_turn(task))
-                except BaseException as error:
-                    future.set_exception(error)
+        set_num_threads(self._num_threads)  # a setting of the thread
+        while (item := self._tasks.get()) is not None:
+            self._run_task(*item)
 
-    def _in_turn(self, task: Callable[[], Any]) -> Any:
-        self._client.begin_turn(self._index, self._exchange.timeout)
+    def _run_task(self, future: Future[Any], task: Callable[[], Any]) -> None:
         try:
-            return task()
-        finally:
-            self._client.end_turn(self._index)
+            self._client.begin_turn(self.index, self._exchange.timeout)
+            try:
+                with torch.inference_mode():  # another one
+                    result = task()
+            finally:
+                self._client.end_turn(self.index)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
 
 
 class Lanes:
-    """The lanes of a model worker, driven by vLLM's ``execute_model`` and ``sample_tokens``.
+    """The lanes of a model worker, one or several, driven by vLLM's ``execute_model`` and ``sample_tokens``.
 
     Of several ranks of a model vLLM asks one for its output: ``answers`` says whether it is this one.
     """
 
-    def __init__(self, lanes: list[Lane], answers: bool) -> None:
-        self._lanes = lanes
+    def __init__(self, runners: Sequence[LaneRunner], exchange: Exchange, answers: bool) -> None:
+        self._lanes = [
+            Lane(index, runner, exchange, has_thread=len(runners) > 1) for index, runner in enumerate(runners)
+        ]
+        self._planner = StepPlanner()
         self._answers = answers
-        self._last = lanes[0]
+        self._last = self._lanes[0]
         self._lane_of: dict[str, Lane] = {}
         """The lane that ran a request's last step."""
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Begin the step of the lane that the scheduler chose; returns at once."""
+    def __len__(self) -> int:
+        return len(self._lanes)
+
+    def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
+        """Begin the step of the lane that the scheduler chose; where there are several, returns at once."""
+        requests = self._planner.plan(output)
         for lane in self._lanes:
-            lane.finished_req_ids |= scheduler_output.finished_req_ids
-        for request_id in scheduler_output.finished_req_ids:
+            lane.finished_req_ids |= output.finished_req_ids
+        for request_id in output.finished_req_ids:
             self._lane_of.pop(request_id, None)
-        if scheduler_output.total_num_scheduled_tokens == 0:
+        if output.total_num_scheduled_tokens == 0:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        lane = self._last = self._lanes[scheduler_output.lamina_lane]
-        for request in scheduler_output.scheduled_new_reqs:
+        lane = self._last = self._lanes[lane_of(output)]
+        for request in output.scheduled_new_reqs:
             self._lane_of[request.req_id] = lane
             if request.lora_request is not None and request.lora_request.load_inplace:
                 self._load_in_place(lane, request)
-        for request_id in scheduler_output.scheduled_cached_reqs.req_ids:
+        for request_id in output.scheduled_cached_reqs.req_ids:
             other = self._lane_of[request_id]
             if other is not lane:
                 lane.take_over(request_id, other)
                 self._lane_of[request_id] = lane
-        step = dataclasses.replace(scheduler_output, finished_req_ids=lane.finished_req_ids)
+        step = dataclasses.replace(output, finished_req_ids=lane.finished_req_ids)
         lane.finished_req_ids = set()
-        lane.execute(step)
+        lane.execute(step, requests)
         return None
 
     def _load_in_place(self, lane: Lane, request: NewRequestData) -> None:
         """Load the request's adapter anew. vLLM would in each step of the request, also amid one of another lane."""
         self.finish_steps()
-        lane.runner.add_lora(request.lora_request)
+        lane.runner.load_adapter(request.lora_request)
         request.lora_request = msgspec.structs.replace(request.lora_request, load_inplace=False)
 
     def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput:

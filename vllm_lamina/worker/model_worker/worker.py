@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import itertools
 import os
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina._native import ChannelClosed, ChannelTimeout
-from vllm_lamina.attention_backend.exchange import Exchange, StepFailed
+from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
-from vllm_lamina.compat.failed_steps import forget_step, step_failed
-from vllm_lamina.compat.lora import share_adapters
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
-from vllm_lamina.compat.random_states import keep_random_states
-from vllm_lamina.compat.step_times import report_times, times_of_step
+from vllm_lamina.compat.runner_v1 import lane_runners
+from vllm_lamina.compat.scheduled import take_block_operations
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import LaminaError, UnsupportedError
@@ -34,7 +28,7 @@ from vllm_lamina.kv_cache.geometry import DType, Geometry
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
 from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers, ChannelOptions
-from vllm_lamina.worker.model_worker.lanes import Lane, Lanes
+from vllm_lamina.worker.model_worker.lanes import Lanes
 
 logger = init_logger("vllm.lamina")
 
@@ -57,7 +51,6 @@ class _LaminaWorker(Worker):
     _partition: Partition | None = None
     _lanes: Lanes | None = None
     _turn_log: int | None = None
-    _execute_seconds = 0.0
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
@@ -92,6 +85,13 @@ class _LaminaWorker(Worker):
             raise LaminaError("The model worker is not connected to attention workers yet.")
         return self._attention_workers
 
+    @property
+    def lanes(self) -> Lanes:
+        """The lanes. Raises LaminaError before `initialize_from_config`."""
+        if self._lanes is None:
+            raise LaminaError("The model worker has no KV cache yet.")
+        return self._lanes
+
     def determine_available_memory(self) -> int:
         """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
         self._warm_up()
@@ -123,11 +123,13 @@ class _LaminaWorker(Worker):
         client, used = self.attention_workers.configure(partition, options)
         if self._turn_log is not None:
             client.share_turns(self._turn_log, self.rank)
-        self.exchange.open(client, layer_names)
+        self.exchange.open(client, layer_names, partition.geometry.block_size)
         kv_cache_config = dataclasses.replace(kv_cache_config, kv_cache_tensors=[])
         super().initialize_from_config(kv_cache_config)
-        if self.lamina_config.batches > 1:
-            self._lanes = self._make_lanes(self.lamina_config.batches, kv_cache_config)
+        runners = lane_runners(
+            self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config
+        )
+        self._lanes = Lanes(runners, self.exchange, answers=self.rank == 0)
         local = sum(tensor.numel() * tensor.element_size() for tensor in self.model_runner.kv_caches)
         workers = len(partition.shares)
         divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
@@ -154,37 +156,18 @@ class _LaminaWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
-        zero, copies = scheduler_output.new_block_ids_to_zero, scheduler_output.kv_cache_block_copies
+        output, zero, copies = take_block_operations(scheduler_output)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
             if zero:
                 self.exchange.client.zero_blocks(np.asarray(zero, np.int32), self.exchange.timeout)
             if copies:
                 self.exchange.client.copy_blocks(np.asarray(copies, np.int32), self.exchange.timeout)
-        if zero or copies:
-            scheduler_output = copy.copy(scheduler_output)  # with the lane, which is no field of it
-            scheduler_output.new_block_ids_to_zero = scheduler_output.kv_cache_block_copies = None
-        if self._lanes is not None:
-            return self._lanes.execute_model(scheduler_output)
-        begin = time.perf_counter()
-        try:
-            return super().execute_model(scheduler_output)
-        except StepFailed:
-            return None
-        finally:
-            self._execute_seconds = time.perf_counter() - begin
+        with self.annotate_profile(output):
+            return self.lanes.execute_model(output)
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of the step begun last."""
-        if self._lanes is not None:
-            return self._lanes.sample_tokens(grammar_output)
-        if step_failed(self.exchange, 0):
-            return forget_step(self.model_runner)
-        begin = time.perf_counter()
-        keep_random_states(self.model_runner)
-        output = super().sample_tokens(grammar_output)
-        seconds = self._execute_seconds + time.perf_counter() - begin
-        report_times(output, times_of_step(self.exchange.client, 0, seconds))
-        return output
+        return self.lanes.sample_tokens(grammar_output)
 
     def lost_attention_workers(self) -> list[int]:
         """Attention workers of this rank that are lost, by their place in the partition."""
@@ -216,7 +199,7 @@ class _LaminaWorker(Worker):
             There are two batches: the scheduler does not know of a pinned adapter, so the one that would have to make
             room might be in use by the other batch.
         """
-        if self._lanes is not None:
+        if len(self.lanes) > 1:
             raise UnsupportedError("LoRA adapters can be pinned with one batch only: use --lamina-batches 1.")
         return bool(super().pin_lora(lora_id))
 
@@ -245,24 +228,6 @@ class _LaminaWorker(Worker):
 
     def _warm_up(self) -> None:
         """Compile the model, where the device's worker does so before the KV cache exists."""
-
-    def _make_lanes(self, num_lanes: int, kv_cache_config: KVCacheConfig) -> Lanes:
-        """The first lane has vLLM's model runner; the others' share its weights."""
-        first = self.model_runner
-        runners = [first]
-        while len(runners) < num_lanes:
-            with set_current_vllm_config(self.vllm_config):
-                runner = type(first)(self.vllm_config, self.device)
-                runner.model = first.model
-                if self.vllm_config.lora_config is not None:
-                    share_adapters(first, runner)
-                runner.initialize_kv_cache(kv_cache_config)
-            runners.append(runner)
-        for index, runner in enumerate(runners):
-            for group in itertools.chain.from_iterable(runner.attn_groups):
-                group.get_metadata_builder().lane = index
-        lanes = [Lane(index, runner, self.exchange) for index, runner in enumerate(runners)]
-        return Lanes(lanes, answers=self.rank == 0)
 
     def _divide(self, specs: dict[str, KVCacheSpec]) -> Partition:
         return self.attention_workers.divide(

@@ -1,0 +1,113 @@
+"""One step of one lane as the attention workers are told of it: what the scheduler says, in the order of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from vllm_lamina._native import AttentionClient
+
+
+class PlannedRequest(NamedTuple):
+    """One request's part of a step.
+
+    ``context_len`` tokens are in the KV cache, ``query_len`` are new; ``block_ids``, int32, hold at least both.
+    """
+
+    context_len: int
+    query_len: int
+    block_ids: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """A step before the model runner has prepared it: the parts of its requests, by their names.
+
+    ``order`` returns the names in the order of the runner's batch; it is asked once the runner has prepared the step.
+    """
+
+    requests: Mapping[str, PlannedRequest]
+    order: Callable[[], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class PrefillChunk:
+    """Query tokens of one request that attend among themselves on the model worker.
+
+    ``context_start`` is the first of the chunk's rows in what the attention worker returns for the context, or None
+    where the request has no context.
+    """
+
+    start: int
+    end: int
+    context_start: int | None
+
+
+class Step:
+    """A step in the order of the runner's batch: the decodes first, one token each, then the prefill chunks.
+
+    Everything of it comes from the scheduler's output, so no tensor of the runner is read, and how a batch is padded
+    does not matter.
+
+    Attributes
+    ----------
+    num_tokens
+        Query tokens of all requests.
+    num_decodes
+        Requests at the head of the batch with one query token and context.
+    num_context_rows
+        Query tokens of prefill chunks that have context.
+    """
+
+    def __init__(self, plan: StepPlan, block_size: int) -> None:
+        parts = [plan.requests[name] for name in plan.order()]
+        self._query_lens = np.array([part.query_len for part in parts], np.int32)
+        self._context_lens = np.array([part.context_len for part in parts], np.int32)
+        widths = -(-(self._query_lens + self._context_lens) // block_size)
+        self._block_table = np.zeros((len(parts), widths.max()), np.int32)
+        for row, part, width in zip(self._block_table, parts, widths, strict=True):
+            row[:width] = part.block_ids[:width]
+        starts = np.concatenate(([0], np.cumsum(self._query_lens)))
+        self.num_tokens = int(starts[-1])
+        requests = np.repeat(np.arange(len(parts)), self._query_lens)
+        positions = np.arange(self.num_tokens) - starts[requests] + self._context_lens[requests]
+        blocks = self._block_table[requests, positions // block_size].astype(np.int64)
+        self._slot_mapping = blocks * block_size + positions % block_size
+        decodes = (self._query_lens == 1) & (self._context_lens > 0)
+        self.num_decodes = len(parts) if decodes.all() else int(np.argmin(decodes))
+        chunks = range(self.num_decodes, len(parts))
+        self.num_context_rows = sum(parts[i].query_len for i in chunks if parts[i].context_len)
+        self.prefill_chunks = tuple(_prefill_chunks(parts[self.num_decodes :], int(starts[self.num_decodes])))
+        self._is_sent = False
+
+    def send_once(self, client: AttentionClient, lane: int, timeout: float) -> None:
+        """Tell the attention workers, before the step's first exchange; later calls do nothing."""
+        if self._is_sent:
+            return
+        self._is_sent = True
+        client.begin_step(
+            lane,
+            self.num_decodes,
+            self._query_lens,
+            self._context_lens,
+            self._block_table,
+            self._slot_mapping,
+            timeout,
+        )
+
+
+def _prefill_chunks(parts: Sequence[PlannedRequest], start: int) -> Iterator[PrefillChunk]:
+    context_row = 0
+    for part in parts:
+        end = start + part.query_len
+        if part.context_len == 0:
+            yield PrefillChunk(start, end, None)
+        else:
+            yield PrefillChunk(start, end, context_row)
+            context_row += part.query_len
+        start = end

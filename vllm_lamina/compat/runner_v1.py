@@ -1,0 +1,73 @@
+"""The runner port for vLLM's V1 model runner, which keeps its batch, and what it knows of requests, from step to step.
+
+So each lane has a model runner of its own, with the model of the first.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, Self
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_lamina.compat.lora import share_adapters
+from vllm_lamina.compat.random_states import keep_random_states
+
+
+class LaneRunnerV1:
+    """See `LaneRunner`."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
+        return self._runner.execute_model(output)
+
+    def sample(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        keep_random_states(self._runner)
+        return self._runner.sample_tokens(grammar_output)
+
+    def forget_step(self) -> None:
+        # The runner holds nothing else of it: token counts come with the next step, tokens and random states change
+        # only when something is sampled.
+        self._runner.execute_model_state = None
+
+    def order(self) -> Sequence[str]:
+        batch = self._runner.input_batch
+        order: Sequence[str] = batch.req_ids[: batch.num_reqs]
+        return order
+
+    def take_over(self, request_id: str, other: Self) -> None:
+        mine, its = self._runner, other._runner
+        # This lane's batch may still hold what the request was when it left, or an earlier one of the same name.
+        mine.input_batch.remove_request(request_id)
+        # The state itself is shared: should the request come back, the other lane's is up to date.
+        mine.requests[request_id] = its.requests[request_id]
+        if request_id in its.num_prompt_logprobs:
+            mine.num_prompt_logprobs[request_id] = its.num_prompt_logprobs.pop(request_id)
+
+    def load_adapter(self, lora_request: Any) -> None:
+        self._runner.add_lora(lora_request)
+
+
+def lane_runners(
+    first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> list[LaneRunnerV1]:
+    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others with its model."""
+    runners = [first]
+    while len(runners) < num_lanes:
+        with set_current_vllm_config(config):
+            runner = type(first)(config, first.device)
+            runner.model = first.model
+            if config.lora_config is not None:
+                share_adapters(first, runner)
+            runner.initialize_kv_cache(kv_cache_config)
+        runners.append(runner)
+    for lane, runner in enumerate(runners):
+        for group in itertools.chain.from_iterable(runner.attn_groups):
+            group.get_metadata_builder().lane = lane
+    return [LaneRunnerV1(runner) for runner in runners]

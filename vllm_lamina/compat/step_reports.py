@@ -1,0 +1,43 @@
+"""What the model worker reports of a step, carried to the scheduler with vLLM's output of it."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vllm.v1.outputs import ModelRunnerOutput
+
+
+class StepTimes(NamedTuple):
+    """Seconds of one step: on the model worker without its waiting, and on the attention worker.
+
+    ``waits`` counts, by the classes of ``_native.WAIT_BOUNDS``, how long the model worker waited for each layer's
+    output with nothing else to do; ``waited`` is their sum.
+    """
+
+    model: float
+    attention: float
+    waits: tuple[int, ...] = ()
+    waited: float = 0.0
+
+
+def report_times(output: Any, times: StepTimes) -> None:
+    """Attach the times to a ``ModelRunnerOutput``."""
+    output.lamina_report = tuple(times)
+
+
+def reported_times(output: Any) -> StepTimes | None:
+    """The times of a ``ModelRunnerOutput``; None where there are none, as for a step without tokens or a failed one."""
+    report = getattr(output, "lamina_report", None)
+    return StepTimes(*report) if report else None
+
+
+def failed_step() -> ModelRunnerOutput:
+    """The output of a step of which nothing was sampled, because an attention worker was lost."""
+    output = ModelRunnerOutput(req_ids=[], req_id_to_index={})
+    output.lamina_report = ()
+    return output
+
+
+def has_failed(output: Any) -> bool:
+    """Whether the output is one of `failed_step`."""
+    return getattr(output, "lamina_report", None) == ()

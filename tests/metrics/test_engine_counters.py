@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_lamina.compat.step_reports import StepTimes
+from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.metrics.engine import EngineMetrics, LaminaStats
 
 

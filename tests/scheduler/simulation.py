@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_lamina.compat.config import tell_block_placement, with_batches_in_flight
-from vllm_lamina.compat.step_reports import StepTimes, report_times
+from vllm_lamina.compat.outputs import StepTimes, report_times
 from vllm_lamina.scheduler.staggered import StaggeredScheduler
 
 BLOCK_SIZE = 32

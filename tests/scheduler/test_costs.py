@@ -2,7 +2,7 @@
 
 import pytest
 
-from vllm_lamina.compat.step_reports import StepTimes
+from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.scheduler.costs import ENOUGH_STEPS, StepCosts
 
 

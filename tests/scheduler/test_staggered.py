@@ -4,7 +4,7 @@ import pytest
 from models import ModelZoo
 from simulation import MAX_NUM_SEQS, Simulation, make_config, make_scheduler
 
-from vllm_lamina.compat.step_reports import StepTimes
+from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.scheduler.lanes import ALLOWED_IMBALANCE, Lanes, request_load
 
 

@@ -3,52 +3,118 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from vllm.v1.core.sched.output import SchedulerOutput
+import msgspec
 
 
 class ScheduledRequest(NamedTuple):
     """One request of a step.
 
     ``context_len`` tokens were computed before, ``query_len`` are computed now. ``block_ids`` follow those that the
-    request has, or are all of its blocks where ``is_anew``.
+    request has, or are all of its blocks where ``has_new_blocks``. ``is_new`` where no model runner knows it.
     """
 
     name: str
     context_len: int
     query_len: int
     block_ids: Sequence[int]
-    is_anew: bool
+    has_new_blocks: bool
+    is_new: bool
 
 
-def scheduled_requests(output: SchedulerOutput) -> Iterator[ScheduledRequest]:
-    """The requests of a step, in no particular order. There is one KV cache group."""
+@dataclass(frozen=True)
+class ScheduledStep:
+    """A step, in the order of the scheduler's output; the model runner's batch has an order of its own.
+
+    Attributes
+    ----------
+    lane
+        Of the step.
+    num_tokens
+        Of all requests; 0 for an output that only tells of requests that have finished.
+    finished
+        Requests that have finished since the output before.
+    adapters
+        LoRA adapters to load anew before the step; vLLM's own runner would in each step of their requests.
+    blocks_to_zero, blocks_to_copy
+        Ids of KV blocks, and pairs (source, destination) of them, before the step.
+    """
+
+    lane: int
+    num_tokens: int
+    requests: Sequence[ScheduledRequest]
+    finished: Set[str]
+    adapters: Sequence[Any]
+    blocks_to_zero: Sequence[int]
+    blocks_to_copy: Sequence[Any]
+    _output: Any
+
+    def for_runner(self, finished: set[str]) -> Any:
+        """The ``SchedulerOutput`` for a model runner of whose requests these have finished."""
+        return dataclasses.replace(
+            self._output,
+            finished_req_ids=finished,
+            new_block_ids_to_zero=None,
+            kv_cache_block_copies=None,
+        )
+
+
+def mark_lane(output: Any, lane: int | None) -> None:
+    """Say which lane a ``SchedulerOutput`` is for; None for one without a step."""
+    output.lamina_lane = lane
+
+
+def lane_of(output: Any) -> int:
+    """The lane of a ``SchedulerOutput``."""
+    lane: int = getattr(output, "lamina_lane", None) or 0
+    return lane
+
+
+def read_step(output: Any) -> ScheduledStep:
+    """Read a ``SchedulerOutput``; the adapters that it would have loaded in place are the reader's from now on."""
+    adapters = []
+    for new in output.scheduled_new_reqs:
+        if new.lora_request is not None and new.lora_request.load_inplace:
+            adapters.append(new.lora_request)
+            new.lora_request = msgspec.structs.replace(new.lora_request, load_inplace=False)
+    return ScheduledStep(
+        lane=lane_of(output),
+        num_tokens=output.total_num_scheduled_tokens,
+        requests=tuple(_requests(output)),
+        finished=output.finished_req_ids,
+        adapters=adapters,
+        blocks_to_zero=output.new_block_ids_to_zero or (),
+        blocks_to_copy=output.kv_cache_block_copies or (),
+        _output=output,
+    )
+
+
+def keep_grammar(grammar_output: Any) -> Any:
+    """A ``GrammarOutput`` that stays as it is: in the engine's own process its bitmask is a view of a buffer that the
+    next step of any lane overwrites.
+    """
+    if grammar_output is None or grammar_output.grammar_bitmask is None:
+        return grammar_output
+    kept = copy.copy(grammar_output)
+    kept.grammar_bitmask = grammar_output.grammar_bitmask.copy()
+    return kept
+
+
+def _requests(output: Any) -> Iterator[ScheduledRequest]:
     query_lens = output.num_scheduled_tokens
     for new in output.scheduled_new_reqs:
-        [block_ids] = new.block_ids
-        yield ScheduledRequest(new.req_id, new.num_computed_tokens, query_lens[new.req_id], block_ids, True)
+        [block_ids] = new.block_ids  # there is one KV cache group
+        yield ScheduledRequest(
+            new.req_id, new.num_computed_tokens, query_lens[new.req_id], block_ids, True, True
+        )
     cached = output.scheduled_cached_reqs
     for name, context_len, blocks in zip(
         cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
     ):
         [block_ids] = blocks if blocks is not None else [()]
-        yield ScheduledRequest(name, context_len, query_lens[name], block_ids, name in cached.resumed_req_ids)
-
-
-def take_block_operations(
-    output: SchedulerOutput,
-) -> tuple[SchedulerOutput, Sequence[int], Sequence[Any]]:
-    """Take out what vLLM would do to KV blocks itself.
-
-    Returns
-    -------
-    tuple
-        The output without them, the ids of blocks to zero, and pairs (source, destination) of blocks to copy.
-    """
-    zero, copies = output.new_block_ids_to_zero or (), output.kv_cache_block_copies or ()
-    if zero or copies:
-        output = copy.copy(output)  # with the lane, which is no field of it
-        output.new_block_ids_to_zero = output.kv_cache_block_copies = None
-    return output, zero, copies
+        resumed = name in cached.resumed_req_ids
+        yield ScheduledRequest(name, context_len, query_lens[name], block_ids, resumed, False)

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_lamina.compat.step_reports import StepTimes
+from vllm_lamina.compat.outputs import StepTimes
 
 
 class LaminaStats(msgspec.Struct, omit_defaults=True):

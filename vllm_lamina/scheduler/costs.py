@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vllm_lamina.compat.step_reports import StepTimes
+from vllm_lamina.compat.outputs import StepTimes
 
 FORGETTING = 0.97
 """Weight of everything learnt before, at each new step: about the last thirty steps count."""

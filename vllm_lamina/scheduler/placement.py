@@ -14,8 +14,8 @@ from vllm.v1.request import Request
 
 from vllm_lamina.compat.config import attention_workers, block_placement
 from vllm_lamina.compat.free_blocks import all_blocks, queue_of, use_free_blocks
+from vllm_lamina.compat.outputs import reported_times
 from vllm_lamina.compat.stat_loggers import attach_stats, front_end_logs
-from vllm_lamina.compat.step_reports import reported_times
 from vllm_lamina.config import SEQUENCE
 from vllm_lamina.scheduler.recovery import RecoveringScheduler
 

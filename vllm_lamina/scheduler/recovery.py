@@ -17,7 +17,7 @@ from vllm.v1.request import Request
 from vllm_lamina.compat.config import recovery_of
 from vllm_lamina.compat.failed_requests import end_with_errors
 from vllm_lamina.compat.free_blocks import all_blocks, blocks_by_request, forget_cached
-from vllm_lamina.compat.step_reports import has_failed
+from vllm_lamina.compat.outputs import has_failed
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.metrics.engine import EngineMetrics
 

@@ -11,8 +11,8 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 
-from vllm_lamina.compat.lane_marks import lane_of, mark_lane
-from vllm_lamina.compat.step_reports import reported_times
+from vllm_lamina.compat.outputs import reported_times
+from vllm_lamina.compat.scheduled import lane_of, mark_lane
 from vllm_lamina.config import ALWAYS, LaminaConfig
 from vllm_lamina.scheduler.costs import MARGIN, StepCosts
 from vllm_lamina.scheduler.lanes import Lanes, request_load

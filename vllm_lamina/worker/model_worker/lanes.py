@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import queue
 import signal
@@ -12,22 +11,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from vllm.logger import init_logger
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
 
 from vllm_lamina.attention_backend.exchange import StepFailed
 from vllm_lamina.attention_backend.step import StepPlan
-from vllm_lamina.compat.lane_marks import lane_of
+from vllm_lamina.compat.outputs import StepTimes, failed_step, report_times
 from vllm_lamina.compat.ranks import any_rank
-from vllm_lamina.compat.step_reports import StepTimes, failed_step, report_times
+from vllm_lamina.compat.scheduled import ScheduledStep, keep_grammar
 from vllm_lamina.compat.threads import set_num_threads
 from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
-
     from vllm_lamina.attention_backend.exchange import Exchange
     from vllm_lamina.attention_backend.step import PlannedRequest
     from vllm_lamina.compat.runner import LaneRunner
@@ -59,13 +54,15 @@ class Lane:
             self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
             self._thread.start()
 
-    def execute(self, output: SchedulerOutput, requests: Mapping[str, PlannedRequest]) -> None:
+    def execute(self, step: ScheduledStep, requests: Mapping[str, PlannedRequest]) -> None:
         """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
         self._client.join_turn(self.index)
         plan = StepPlan(requests, self.runner.order)
+        output = step.for_runner(self.finished_req_ids)
+        self.finished_req_ids = set()
 
-        def execute() -> ModelRunnerOutput | None:
+        def execute() -> Any:
             begin = time.perf_counter()
             try:
                 with self._exchange.running(self.index, plan):
@@ -77,11 +74,11 @@ class Lane:
 
         self._executed = self._submit(execute)
 
-    def sample(self, grammar_output: GrammarOutput | None) -> Future[ModelRunnerOutput]:
+    def sample(self, grammar_output: Any) -> Future[Any]:
         """End the step that was begun last: the future holds what it sampled."""
         executed = self._executed
 
-        def sample() -> ModelRunnerOutput:
+        def sample() -> Any:
             begin = time.perf_counter()
             output = executed.result()
             # The ranks agree: sampling with log-probabilities of the prompt waits for all of them.
@@ -144,7 +141,7 @@ class Lane:
 
 
 class Lanes:
-    """The lanes of a model worker, one or several, driven by vLLM's ``execute_model`` and ``sample_tokens``.
+    """The lanes of a model worker, one or several, and which of them runs each request.
 
     Of several ranks of a model vLLM asks one for its output: ``answers`` says whether it is this one.
     """
@@ -162,46 +159,31 @@ class Lanes:
     def __len__(self) -> int:
         return len(self._lanes)
 
-    def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
-        """Begin the step of the lane that the scheduler chose; where there are several, returns at once."""
-        requests = self._planner.plan(output)
+    def execute(self, step: ScheduledStep) -> None:
+        """Begin a step on its lane; where there are several, returns at once."""
+        requests = self._planner.plan(step)
         for lane in self._lanes:
-            lane.finished_req_ids |= output.finished_req_ids
-        for request_id in output.finished_req_ids:
-            self._lane_of.pop(request_id, None)
-        if output.total_num_scheduled_tokens == 0:
-            return EMPTY_MODEL_RUNNER_OUTPUT
-        lane = self._last = self._lanes[lane_of(output)]
-        for request in output.scheduled_new_reqs:
-            self._lane_of[request.req_id] = lane
-            if request.lora_request is not None and request.lora_request.load_inplace:
-                self._load_in_place(lane, request)
-        for request_id in output.scheduled_cached_reqs.req_ids:
-            other = self._lane_of[request_id]
-            if other is not lane:
-                lane.take_over(request_id, other)
-                self._lane_of[request_id] = lane
-        step = dataclasses.replace(output, finished_req_ids=lane.finished_req_ids)
-        lane.finished_req_ids = set()
+            lane.finished_req_ids |= step.finished
+        for name in step.finished:
+            self._lane_of.pop(name, None)
+        if step.num_tokens == 0:
+            return
+        lane = self._last = self._lanes[step.lane]
+        for adapter in step.adapters:
+            self.finish_steps()
+            lane.runner.load_adapter(adapter)
+        for request in step.requests:
+            if not request.is_new and (other := self._lane_of[request.name]) is not lane:
+                lane.take_over(request.name, other)
+            self._lane_of[request.name] = lane
         lane.execute(step, requests)
-        return None
 
-    def _load_in_place(self, lane: Lane, request: NewRequestData) -> None:
-        """Load the request's adapter anew. vLLM would in each step of the request, also amid one of another lane."""
-        self.finish_steps()
-        lane.runner.load_adapter(request.lora_request)
-        request.lora_request = msgspec.structs.replace(request.lora_request, load_inplace=False)
-
-    def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput:
-        """What the step begun last samples, when it is done."""
-        if grammar_output is not None and grammar_output.grammar_bitmask is not None:
-            # In the engine's own process this is a view of a buffer that the next step of any lane overwrites.
-            bitmask = grammar_output.grammar_bitmask.copy()
-            grammar_output = dataclasses.replace(grammar_output, grammar_bitmask=bitmask)
-        sampled = self._last.sample(grammar_output)
+    def sample(self, grammar_output: Any) -> Future[Any]:
+        """What the step begun last samples: vLLM's output, when it is there."""
+        sampled = self._last.sample(keep_grammar(grammar_output))
         if not self._answers:
             sampled.add_done_callback(_end_process_on_failure)
-        return _LaneOutput(sampled)
+        return sampled
 
     def finish_steps(self) -> None:
         """Wait until no lane has a step in flight."""
@@ -214,17 +196,9 @@ class Lanes:
             lane.stop()
 
 
-def _end_process_on_failure(sampled: Future[ModelRunnerOutput]) -> None:
+def _end_process_on_failure(sampled: Future[Any]) -> None:
     """For a rank that nobody asks for its output: the other ranks would wait for it for ever."""
     error = sampled.exception()
     if error is not None:
         logger.error("Lamina: a step failed on this rank of the model; ending it.", exc_info=error)
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-class _LaneOutput(AsyncModelRunnerOutput):
-    def __init__(self, sampled: Future[ModelRunnerOutput]) -> None:
-        self._sampled = sampled
-
-    def get_output(self) -> ModelRunnerOutput:
-        return self._sampled.result()

@@ -1,17 +1,12 @@
-"""Keeps the KV blocks of the requests that run, and plans each step from the scheduler's output."""
+"""Keeps the KV blocks of the requests that run, and plans each step from what the scheduler says."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from vllm_lamina.attention_backend.step import PlannedRequest
-from vllm_lamina.compat.scheduled import scheduled_requests
-
-if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+from vllm_lamina.compat.scheduled import ScheduledStep
 
 
 class StepPlanner:
@@ -23,13 +18,13 @@ class StepPlanner:
     def __init__(self) -> None:
         self._block_ids: dict[str, npt.NDArray[np.int32]] = {}
 
-    def plan(self, output: SchedulerOutput) -> dict[str, PlannedRequest]:
+    def plan(self, step: ScheduledStep) -> dict[str, PlannedRequest]:
         """The parts of a step's requests; what is returned does not change with later steps."""
-        for name in output.finished_req_ids:
+        for name in step.finished:
             self._block_ids.pop(name, None)
         planned = {}
-        for request in scheduled_requests(output):
-            if request.is_anew:
+        for request in step.requests:
+            if request.has_new_blocks:
                 self._block_ids[request.name] = np.array(request.block_ids, np.int32)
             elif request.block_ids:
                 further = np.array(request.block_ids, np.int32)

@@ -19,8 +19,9 @@ from vllm_lamina._native import ChannelClosed, ChannelTimeout
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
+from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner_v1 import lane_runners
-from vllm_lamina.compat.scheduled import take_block_operations
+from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import LaminaError, UnsupportedError
@@ -156,18 +157,21 @@ class _LaminaWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
-        output, zero, copies = take_block_operations(scheduler_output)
+        step = read_step(scheduler_output)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
-            if zero:
-                self.exchange.client.zero_blocks(np.asarray(zero, np.int32), self.exchange.timeout)
-            if copies:
-                self.exchange.client.copy_blocks(np.asarray(copies, np.int32), self.exchange.timeout)
-        with self.annotate_profile(output):
-            return self.lanes.execute_model(output)
+            if step.blocks_to_zero:
+                ids = np.asarray(step.blocks_to_zero, np.int32)
+                self.exchange.client.zero_blocks(ids, self.exchange.timeout)
+            if step.blocks_to_copy:
+                pairs = np.asarray(step.blocks_to_copy, np.int32)
+                self.exchange.client.copy_blocks(pairs, self.exchange.timeout)
+        with self.annotate_profile(scheduler_output):
+            self.lanes.execute(step)
+        return None if step.num_tokens else NOTHING_TO_DO
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of the step begun last."""
-        return self.lanes.sample_tokens(grammar_output)
+        return LaterOutput(self.lanes.sample(grammar_output))
 
     def lost_attention_workers(self) -> list[int]:
         """Attention workers of this rank that are lost, by their place in the partition."""

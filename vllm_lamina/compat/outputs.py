@@ -1,10 +1,24 @@
-"""What the model worker reports of a step, carried to the scheduler with vLLM's output of it."""
+"""What the model worker answers to a step: vLLM's output of it, which carries a report of ours to the scheduler."""
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, ModelRunnerOutput
+
+NOTHING_TO_DO = EMPTY_MODEL_RUNNER_OUTPUT
+"""The output of a step without tokens."""
+
+
+class LaterOutput(AsyncModelRunnerOutput):
+    """The output of a step that may still run; who asks for it waits."""
+
+    def __init__(self, output: Future[ModelRunnerOutput]) -> None:
+        self._output = output
+
+    def get_output(self) -> ModelRunnerOutput:
+        return self._output.result()
 
 
 class StepTimes(NamedTuple):

@@ -27,6 +27,7 @@ LONG_BATCHES = (1, 4, 8)
 REPEATS = 3
 # Hidden size, layers, feed-forward size: one small and deep, one small and shallow, one whose weights dominate.
 SHAPES = ((512, 24, 1408), (512, 8, 1408), (1536, 12, 4096))
+# What the kernel reads when it is timed alone; the pool is larger than caches.
 HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE = 8, 2, 64, 128
 POOL_BYTES = 384 << 20
 

@@ -138,13 +138,13 @@ def _question(args: argparse.Namespace) -> Question:
 
 
 def _amount(text: str, number: str, wanted: str) -> float:
-    """Read a number above 0; nobody means more than the bound, and figures made of it would leave a float's range."""
+    """Read a number above 0; nobody means one beyond the bounds, and figures made of it may leave a float's range."""
     try:
         value = float(number)
     except ValueError:
         value = math.nan
     if not 1e-6 <= value <= 1e12:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} (above 0, at most 1e12)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} (above 0: 1e-6 to 1e12)")
     return value
 
 

@@ -19,10 +19,8 @@ from paper import replace_section
 from paper_model import CATALOGUE, H20, H100, MODELS
 
 from vllm_lamina.planner.deployment import Deployment, lamina
-from vllm_lamina.planner.engine_options import EngineOptions, Failure
-from vllm_lamina.planner.pipeline import SteadyState, steady_state
-from vllm_lamina.planner.results import SimulationResult
-from vllm_lamina.planner.simulator import simulate
+from vllm_lamina.planner.results import SimulationResult, SteadyState, steady_state
+from vllm_lamina.planner.simulator import EngineOptions, Failure, simulate
 from vllm_lamina.planner.traces import WORKLOADS, Trace, load_trace
 
 MODEL = MODELS["llama3-70b"]

@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vllm_lamina.planner.devices import Device
-from vllm_lamina.planner.efficiency import Array
+from vllm_lamina.planner.devices import Array, Device
 from vllm_lamina.planner.models import Model
 
 if TYPE_CHECKING:

@@ -6,20 +6,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.deployment import Deployment, baseline, lamina
-from vllm_lamina.planner.devices import default_catalogue
-from vllm_lamina.planner.efficiency import Array, Curve
+from vllm_lamina.planner.devices import Array, Curve, Efficiency, read_catalogue
 from vllm_lamina.planner.models import Model, builtin_models
-from vllm_lamina.planner.network import minimum_bandwidth
-from vllm_lamina.planner.pipeline import steady_state
+from vllm_lamina.planner.results import steady_state
 from vllm_lamina.planner.simulator import simulate
 from vllm_lamina.planner.traces import WORKLOADS, Trace, load_trace
 
-CATALOGUE = default_catalogue()
+CATALOGUE = read_catalogue()
 H100, H20 = CATALOGUE.device("h100"), CATALOGUE.device("h20")
+IDEAL = Efficiency(*[Curve.read(1.0)] * 4)
+"""The roofline itself."""
 MODELS = builtin_models()
 EQUAL_COST = {"llama-33b": (2, (1, 2)), "llama-65b": (4, (2, 4)), "llama3-70b": (4, (2, 4))}
 PUBLIC_FILES = {
@@ -51,10 +52,21 @@ class Cell:
         return self.two_batches / self.vllm
 
 
+def minimum_bandwidth(
+    model: Model, tokens: ArrayLike, non_attention_time: ArrayLike, attention_time: ArrayLike, slack: float
+) -> Array:
+    """Least bytes/s that keeps the network's part of a step under a fraction `slack` (alpha) of the rest.
+
+    ``(2 + 2/G) e d B L / (alpha (MTIME(B) + ATIME(B, l)))`` (arXiv 2405.01814, section 3), both directions together.
+    """
+    moved = np.asarray(tokens, dtype=np.float64) * model.wire_bytes_per_token
+    return np.asarray(moved / (slack * np.add(non_attention_time, attention_time)))
+
+
 def least_bandwidth(batch: Array, context: int, *, ideal: bool = False) -> Array:
     """GB/s of the paper's formula for LLaMA3-70B on one H100 and one H20 at 20% slack."""
     model = MODELS["llama3-70b"]
-    compute, memory = (device.ideal() if ideal else device for device in (H100, H20))
+    compute, memory = (replace(device, efficiency=IDEAL) if ideal else device for device in (H100, H20))
     group = ComputeGroup(model, compute, 1, CATALOGUE.collective)
     attention = attention_time_per_token(model, memory, 1, batch) * batch * context
     return minimum_bandwidth(model, batch, group.non_attention_time(batch), attention, 0.2) / 1e9
@@ -77,7 +89,8 @@ def equal_cost(directory: Path | None) -> list[Cell]:
         splits = [lamina(model, H100, H20, dop, CATALOGUE, lanes=lanes) for lanes in (1, 2)]
         for trace_name in WORKLOADS:
             trace, source = trace_for(trace_name, directory)
-            common = trace.saturating().fitting(int(0.98 * alone.kv_tokens))
+            fits = trace.prompts + trace.outputs <= int(0.98 * alone.kv_tokens)
+            common = Trace(trace.name, np.zeros(fits.sum()), trace.prompts[fits], trace.outputs[fits])
             vllm, one, two = (simulate(deployment, common) for deployment in (alone, *splits))
             cells.append(
                 Cell(

@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from paper import replace_section
 
-from vllm_lamina.planner.calibrate import calibrate, split_cpus
+from vllm_lamina.planner.calibrate import calibrate, random_model, split_cpus
 from vllm_lamina.planner.cost import ComputeGroup
 from vllm_lamina.planner.deployment import Baseline, Deployment, Lamina
 from vllm_lamina.planner.devices import Catalogue, read_catalogue
 from vllm_lamina.planner.engine_steps import Case, measure_steps
 from vllm_lamina.planner.models import Model, load_model
-from vllm_lamina.planner.pipeline import steady_state
+from vllm_lamina.planner.results import steady_state
 
 STEPS = 24
 REPEATS = 2
@@ -37,25 +37,6 @@ CASES = [
 ]
 SYSTEMS = {"vLLM": 0, "Lamina, 1 batch": 1, "Lamina, 2 batches": 2}
 """Batches in flight of each system; 0 is stock vLLM."""
-
-RANDOM_MODEL = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 1024,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "intermediate_size": 2816,
-    "vocab_size": 32000,
-    "max_position_embeddings": 8192,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 
 @dataclass(frozen=True)
@@ -180,8 +161,7 @@ def main() -> None:
         for name in args.models:
             path = Path(directory, "random-0.3B") if name == "random" else Path(name)
             if name == "random":
-                path.mkdir()
-                (path / "config.json").write_text(json.dumps(RANDOM_MODEL))
+                random_model(path, 1024, 24, 2816, vocabulary=32000)
             for new in compare(path, catalogue, cpus, args.systems):
                 found = [c for c in found if c.key != new.key] + [new]
     text = markdown(found, cpus)

@@ -2,10 +2,10 @@
 
 from vllm_lamina.planner.cost import ComputeGroup
 from vllm_lamina.planner.deployment import Baseline, Lamina
-from vllm_lamina.planner.devices import Collective, Device, Price, Transport
-from vllm_lamina.planner.efficiency import IDEAL
+from vllm_lamina.planner.devices import Collective, Curve, Device, Efficiency, Price, Transport
 from vllm_lamina.planner.models import Model
 
+IDEAL = Efficiency(*[Curve.read(1.0)] * 4)
 FREE_COLLECTIVE = Collective(0.0, 1.0)
 NO_NETWORK = Transport("none", "no network", 0.0, 1.0)
 

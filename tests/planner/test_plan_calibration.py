@@ -6,10 +6,17 @@ import numpy as np
 import pytest
 
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.calibrate import SHAPES, HostRates, as_toml, split_cpus
+from vllm_lamina.planner.calibrate import (
+    SHAPES,
+    HostRates,
+    StepFit,
+    StepSample,
+    as_toml,
+    fit_steps,
+    split_cpus,
+)
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.devices import read_catalogue
-from vllm_lamina.planner.fit import StepFit, StepSample, fit_steps
 from vllm_lamina.planner.models import Model, model_from_config
 
 TRUTH = StepFit(8e11, 1.4e10, 2e-3, 4e-4, 3e-4, 0.0)

@@ -5,15 +5,13 @@ import pytest
 from planner_examples import MODEL, device, example_baseline, example_lamina
 
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
+from vllm_lamina.planner.cost import ComputeGroup, Wire, attention_time_per_token
 from vllm_lamina.planner.deployment import baseline, lamina
-from vllm_lamina.planner.devices import Collective, Transport, default_catalogue
-from vllm_lamina.planner.efficiency import Curve
+from vllm_lamina.planner.devices import Collective, Curve, Transport, read_catalogue
 from vllm_lamina.planner.models import builtin_models
-from vllm_lamina.planner.network import Wire, minimum_bandwidth
-from vllm_lamina.planner.pipeline import steady_state
+from vllm_lamina.planner.results import steady_state
 
-CATALOGUE = default_catalogue()
+CATALOGUE = read_catalogue()
 MODELS = builtin_models()
 
 
@@ -81,10 +79,6 @@ def test_wire_time_by_hand() -> None:
     assert rotating.busy_time(100) == pytest.approx(100 * max(60_000 / 1.5e9, 40_000 / 1e9))
     split_contexts = Wire(MODEL, transport, 1e9, 4e9, 4, "sequence")
     assert split_contexts.busy_time(100) == pytest.approx(100 * (4 * 20_000 + 20_000) / 0.5e9)
-
-
-def test_minimum_bandwidth_by_hand() -> None:
-    assert minimum_bandwidth(MODEL, 100, 0.2, 0.3, slack=0.1) == pytest.approx(100 * 60_000 / 0.05)
 
 
 def test_moe_reads_only_the_experts_it_touches() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from planner_examples import MODEL
 
 from vllm_lamina.planner.deployment import baseline, lamina
 from vllm_lamina.planner.simulator import simulate
@@ -12,6 +13,11 @@ from vllm_lamina.planner.traces import load_trace
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 paper_model = pytest.importorskip("paper_model")
+
+
+def test_minimum_bandwidth_by_hand() -> None:
+    found = paper_model.minimum_bandwidth(MODEL, 100, 0.2, 0.3, slack=0.1)
+    assert found == pytest.approx(100 * 60_000 / 0.05)
 
 
 def test_least_bandwidth_is_under_30_gb_per_second() -> None:

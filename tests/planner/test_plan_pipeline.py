@@ -4,7 +4,7 @@ import pytest
 from layer_pipeline import time_between_tokens
 from planner_examples import MODEL, device, example_lamina
 
-from vllm_lamina.planner.pipeline import steady_state
+from vllm_lamina.planner.results import steady_state
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 3, 4])

@@ -5,14 +5,15 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planner_examples import IDEAL
 
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.deployment import Lamina
-from vllm_lamina.planner.devices import Device, default_catalogue
+from vllm_lamina.planner.devices import Device, read_catalogue
 from vllm_lamina.planner.models import Model, builtin_models
-from vllm_lamina.planner.pipeline import steady_state
+from vllm_lamina.planner.results import steady_state
 
-CATALOGUE = default_catalogue()
+CATALOGUE = read_catalogue()
 FITTING = [name for name, model in builtin_models().items() if model.weight_bytes < 140e9]
 MODELS = st.sampled_from([builtin_models()[name] for name in FITTING])
 DEVICES = st.sampled_from([CATALOGUE.device(name) for name in ("h100", "h200", "b200", "mi300x")])
@@ -90,6 +91,7 @@ def test_overlap_never_hurts_and_stays_within_its_share(
 @settings(max_examples=60, deadline=None)
 def test_efficiency_only_loses(model, compute, attention, lanes, batch, context) -> None:  # type: ignore[no-untyped-def]
     real = steady_state(deployment(model, compute, attention, lanes), batch, context)
-    ideal = steady_state(deployment(model, compute.ideal(), attention.ideal(), lanes), batch, context)
+    at_the_roofline = (replace(device, efficiency=IDEAL) for device in (compute, attention))
+    ideal = steady_state(deployment(model, *at_the_roofline, lanes), batch, context)
     assert ideal.tbt <= real.tbt
     assert max(real.model_busy, real.attention_busy, real.wire_busy) <= 1 + 1e-9

@@ -5,14 +5,13 @@ from dataclasses import replace
 import pytest
 
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.devices import default_catalogue
+from vllm_lamina.planner.devices import read_catalogue
 from vllm_lamina.planner.models import builtin_models
-from vllm_lamina.planner.question import Question
 from vllm_lamina.planner.report import format_answer, network_need, verdict
-from vllm_lamina.planner.search import answer
+from vllm_lamina.planner.search import Question, answer
 from vllm_lamina.planner.traces import load_trace
 
-CATALOGUE = default_catalogue()
+CATALOGUE = read_catalogue()
 
 
 def question(**changes) -> Question:  # type: ignore[no-untyped-def]

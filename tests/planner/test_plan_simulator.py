@@ -10,11 +10,10 @@ from planner_examples import device, example_baseline, example_lamina
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment, lamina
-from vllm_lamina.planner.devices import default_catalogue
-from vllm_lamina.planner.engine_options import EngineOptions, Failure
+from vllm_lamina.planner.devices import read_catalogue
 from vllm_lamina.planner.models import builtin_models
-from vllm_lamina.planner.pipeline import steady_state
-from vllm_lamina.planner.simulator import simulate
+from vllm_lamina.planner.results import steady_state
+from vllm_lamina.planner.simulator import EngineOptions, Failure, simulate
 from vllm_lamina.planner.traces import Trace, load_trace
 
 
@@ -168,11 +167,11 @@ def test_every_run_conserves_tokens_and_time(deployment: Deployment, requests: T
     assert max(result.model_busy, result.attention_busy, result.wire_busy) <= 1 + cut + 1e-9
     fastest = stages.model[1] / deployment.replicas
     assert result.duration * 1.000001 >= fastest * requests.outputs.max()
-    assert result.tbt.p50 <= result.tbt.p90 <= result.tbt.p99
+    assert result.tbt.p50 <= result.tbt.p99
 
 
 def test_saturated_run_agrees_with_the_steady_state() -> None:
-    catalogue, model = default_catalogue(), builtin_models()["llama3-70b"]
+    catalogue, model = read_catalogue(), builtin_models()["llama3-70b"]
     deployment = lamina(model, catalogue.device("h100"), catalogue.device("h20"), (2, 4), catalogue)
     requests = load_trace("kimi-ta").saturating().head(3000)
     result = simulate(deployment, requests)
@@ -182,7 +181,7 @@ def test_saturated_run_agrees_with_the_steady_state() -> None:
 
 
 def test_twenty_thousand_requests_take_under_a_minute() -> None:
-    catalogue, model = default_catalogue(), builtin_models()["llama3-70b"]
+    catalogue, model = read_catalogue(), builtin_models()["llama3-70b"]
     deployment = lamina(model, catalogue.device("h100"), catalogue.device("h20"), (2, 4), catalogue)
     requests = load_trace("azure-conv")
     start = time.process_time()

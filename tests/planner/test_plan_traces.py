@@ -74,7 +74,7 @@ def test_mean_context_by_hand(tmp_path: Path) -> None:
     [
         ("a.csv", "TIME,Tokens\n1,2\n", "not an Azure trace .*TIMESTAMP"),
         ("a.jsonl", '{"timestamp": 1}\n', "not a Mooncake trace .*input_length"),
-        ("a.jsonl", "nonsense\n", "not JSON on every line"),
+        ("a.jsonl", "nonsense\n", "request 1: not JSON"),
         ("a.jsonl", "", "has no requests"),
     ],
 )

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import math
+import os
 import sys
-from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
+
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vllm_lamina.errors import ConfigError, LaminaError
 from vllm_lamina.planner.devices import PRICE_SETS, Catalogue, read_catalogue
-from vllm_lamina.planner.models import load_model
-from vllm_lamina.planner.question import Candidate, Question
-from vllm_lamina.planner.report import answer_as_json, format_answer
-from vllm_lamina.planner.search import Progress, answer
-from vllm_lamina.planner.traces import load_trace
+from vllm_lamina.planner.models import builtin_models, load_model
+from vllm_lamina.planner.report import answer_as_json, format_answer, plot_answer
+from vllm_lamina.planner.search import Question, answer
+from vllm_lamina.planner.traces import WORKLOADS, load_trace
 
 _EXAMPLES = """examples:
   vllm-lamina plan --model llama3-70b --trace kimi-conv --devices h100,h20
@@ -25,8 +27,8 @@ _EXAMPLES = """examples:
 """
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> argparse.ArgumentParser:
-    """Declare the command; the parsed arguments' `run` is `run`."""
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Declare the command and its options; the parsed arguments' `run` is `run`."""
     parser = subparsers.add_parser(
         "plan",
         help="say whether to disaggregate a model, onto which devices, and what that brings",
@@ -34,12 +36,6 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_arguments(parser)
-    return parser
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the command."""
     option = parser.add_argument
     option("--model", help="short name, or a Hugging Face config.json, or the directory that holds one")
     option(
@@ -49,7 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option("--devices", default="h100,h20", help="devices to choose from, separated by commas (%(default)s)")
     option(
-        "--price", action="append", default=[], metavar="DEVICE=USD", help="price of one device for one hour"
+        "--price",
+        type=_price,
+        action="append",
+        default=[],
+        metavar="DEVICE=USD",
+        help="price of one device for one hour",
     )
     option(
         "--prices", choices=PRICE_SETS, default="latest", help="which of the catalogue's prices (%(default)s)"
@@ -62,23 +63,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--prefill", action="store_true", help="compute prompts on the same devices (default: elsewhere)")
     option(
         "--rate",
-        type=float,
+        type=_rate,
         metavar="REQ/S",
         help="requests per second to serve (default: compare engines saturated)",
     )
     option(
-        "--requests", type=int, default=3000, help="requests of the trace to simulate, at least (%(default)s)"
+        "--requests",
+        type=_count,
+        default=3000,
+        help="requests of the trace to simulate, at least (%(default)s)",
     )
     option("--catalogue", type=Path, metavar="TOML", help="your devices, prices and measurements")
     option("--json", action="store_true", help="print the answer as JSON")
-    option("--plot", type=Path, metavar="PNG", help="draw cost against throughput")
+    option("--plot", type=_file, metavar="PNG", help="draw cost against throughput")
     option("--list", action="store_true", help="list the devices, models and traces known by name")
     parser.set_defaults(run=run)
     actions = parser.add_subparsers(metavar="[calibrate]")
     calibrate = actions.add_parser(
         "calibrate", help="measure this host with the attention kernel and vLLM, for --catalogue"
     )
-    calibrate.add_argument("--output", type=Path, required=True, metavar="TOML", help="file to write")
+    calibrate.add_argument("--output", type=_file, required=True, metavar="TOML", help="file to write")
     calibrate.add_argument(
         "--cpus", default=None, metavar="LIST", help="CPUs of model and attention worker, as 0;1"
     )
@@ -93,14 +97,15 @@ def run(args: argparse.Namespace) -> int:
             return 0
         if not args.model:
             raise ConfigError("which model? Give --model, or see --list")
-        found = answer(_question(args), progress=_progress_bar(quiet=args.json))
+        # Off a terminal, or for a program, there is no bar.
+        quiet = args.json or None
+        bar = partial(tqdm, desc="simulating", unit="deployment", delay=1.0, leave=False, disable=quiet)
+        found = answer(_question(args), progress=bar)
         if args.json:
             print(json.dumps(answer_as_json(found, args.model), indent=2))
         else:
             print(format_answer(found, args.model))
         if args.plot:
-            from vllm_lamina.planner.plots import plot_answer
-
             plot_answer(found, args.plot)
     except LaminaError as error:
         print(f"vllm-lamina plan: {error}", file=sys.stderr)
@@ -110,14 +115,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _question(args: argparse.Namespace) -> Question:
     catalogue = read_catalogue(args.catalogue)
-    for price in args.price:
-        device, _, dollars = price.partition("=")
-        try:
-            catalogue = catalogue.with_price(device, float(dollars))
-        except ValueError as error:
-            if isinstance(error, ConfigError):
-                raise
-            raise ConfigError(f"--price {price!r} is not DEVICE=USD, such as h20=1.10") from error
+    for name, usd in args.price:
+        catalogue = catalogue.with_price(name, usd)
     trace = load_trace(args.trace)
     devices = tuple(catalogue.device(name.strip()) for name in args.devices.split(","))
     for device in devices:
@@ -138,48 +137,53 @@ def _question(args: argparse.Namespace) -> Question:
     )
 
 
-def _progress_bar(*, quiet: bool) -> Progress:
-    def progress(items: Iterable[Candidate], total: int) -> Iterable[Candidate]:
-        if quiet or not sys.stderr.isatty():
-            return items
-        from tqdm import tqdm  # type: ignore[import-untyped]
-
-        bar: Iterable[Candidate] = tqdm(
-            items, total=total, desc="simulating", unit="deployment", delay=1.0, leave=False
-        )
-        return bar
-
-    return progress
-
-
-def _positive(text: str) -> float:
+def _amount(text: str, number: str, wanted: str) -> float:
+    """Read a number above 0; nobody means one beyond the bounds, and figures made of it may leave a float's range."""
     try:
-        value = float(text)
+        value = float(number)
     except ValueError:
-        value = 0.0
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+        value = math.nan
+    if not 1e-6 <= value <= 1e12:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted} (above 0: 1e-6 to 1e12)")
     return value
 
 
+def _rate(text: str) -> float:
+    return _amount(text, text, "a number of requests per second, such as 200")
+
+
 def _dollars(text: str) -> float:
-    match = re.fullmatch(r"\$?(\d+(?:\.\d+)?)(?:/h)?", text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an amount per hour, such as 45/h")
-    return float(match[1])
+    return _amount(
+        text, text.strip().removeprefix("$").removesuffix("/h"), "an amount per hour, such as 45/h"
+    )
+
+
+def _price(text: str) -> tuple[str, float]:
+    device, _, dollars = text.partition("=")
+    return device, _amount(text, dollars, "DEVICE=USD, such as h20=1.10")
 
 
 def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s)?", text.strip())
-    if match is None or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time, such as 100ms or 0.1s")
-    return float(match[1]) * (1.0 if match[2] == "s" else 1e-3)
+    number = text.removesuffix("ms")
+    unit = 1.0 if number == text and text.endswith("s") else 1e-3
+    return _amount(text, number if unit < 1 else text[:-1], "a time, such as 100ms or 0.1s") * unit
+
+
+def _file(text: str) -> Path:
+    """Read the name of a file to write, so that one that cannot be is known before the work is done."""
+    path = Path(text)
+    if not path.name or path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file that can be written")
+    return path
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 0 < float(text) <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0 (at most 1e9)")
+    return int(text)
 
 
 def _listing(catalogue: Catalogue) -> str:
-    from vllm_lamina.planner.models import builtin_models
-    from vllm_lamina.planner.traces import WORKLOADS
-
     lines = ["Devices:"]
     for device in catalogue.devices.values():
         prices = "; ".join(f"{p.usd:.2f} USD/h ({p.date}, {p.source})" for p in device.prices)

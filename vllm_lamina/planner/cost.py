@@ -1,4 +1,4 @@
-"""Times one operator of a decode step on one device: the roofline, and the fraction of it that is reached."""
+"""Times the operators of a decode step and what crosses the network between them: q, k, v and the output."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vllm_lamina.config import SEQUENCE
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.devices import Collective, Device
-from vllm_lamina.planner.efficiency import Array
+from vllm_lamina.planner.devices import Array, Collective, Device, Transport
 from vllm_lamina.planner.models import Model
 
 MEMORY_UTILISATION = 0.9
@@ -142,3 +142,77 @@ def attention_time_per_token(model: Model, device: Device, workers: int, sequenc
         workers * device.flops * efficiency.attention_mfu.at(batch)
     )
     return np.maximum(memory, compute)
+
+
+@dataclass(frozen=True)
+class Wire:
+    """The network between one group of model workers and the attention workers.
+
+    Attributes
+    ----------
+    transport
+        Latency and utilisation.
+    model_bandwidth, attention_bandwidth
+        Bytes/s, one way, of all NICs of one model replica and of all attention workers.
+    attention_workers, partition
+        A sequence partition sends q to, and gets a partial output from, every worker.
+    replicas
+        Model replicas that share the attention workers. With several, the hidden state moves to the next replica
+        after each layer.
+    """
+
+    model: Model
+    transport: Transport
+    model_bandwidth: float
+    attention_bandwidth: float
+    attention_workers: int
+    partition: str
+    replicas: int = 1
+
+    @property
+    def rate(self) -> float:
+        """Bytes/s, one way, of one batch's large messages."""
+        return min(self.model_bandwidth, self.attention_bandwidth) * self.transport.utilisation
+
+    @property
+    def _copies(self) -> int:
+        return self.attention_workers if self.partition == SEQUENCE else 1
+
+    @property
+    def query_bytes(self) -> float:
+        """Bytes of q of one token, all layers; the output is as large."""
+        return float(self.model.layers * self.model.query_bytes * self._copies)
+
+    @property
+    def residual_bytes(self) -> float:
+        """Bytes of hidden state of one token that move between model replicas, all layers."""
+        model = self.model
+        moved = model.layers * model.hidden * model.bytes_per_element
+        return float(moved) if self.replicas > 1 else 0.0
+
+    def query_time(self, tokens: ArrayLike) -> Array:
+        """Seconds that q, or the output, of so many tokens takes, all layers."""
+        return np.asarray(tokens, dtype=np.float64) * self.query_bytes / self.rate
+
+    def key_value_time(self, tokens: ArrayLike) -> Array:
+        """Seconds that k and v take, all layers."""
+        return np.asarray(tokens, dtype=np.float64) * self.model.kv_bytes_per_token / self.rate
+
+    def busy_time(self, tokens: ArrayLike) -> Array:
+        """Seconds that one batch occupies the busier side's NICs, in the busier direction.
+
+        q, k and v leave the replicas, beside the hidden state, and enter the attention workers.
+        """
+        sent = self.query_bytes + self.model.kv_bytes_per_token
+        replicas = (sent + self.residual_bytes) / (self.replicas * self.model_bandwidth)
+        workers = sent / self.attention_bandwidth
+        return np.asarray(tokens, dtype=np.float64) * (max(replicas, workers) / self.transport.utilisation)
+
+    def exposed_time(self, tokens: ArrayLike) -> Array:
+        """Seconds that one batch waits for the wire if nothing overlaps.
+
+        That is q, k and v, then the output, and a round trip's latency per layer; a hidden state that changes
+        replicas travels while attention runs.
+        """
+        latency = self.model.layers * self.transport.round_trip
+        return 2.0 * self.query_time(tokens) + self.key_value_time(tokens) + latency

@@ -8,12 +8,11 @@ from functools import cached_property
 
 import numpy as np
 
+from vllm_lamina.config import HEAD, REQUEST, SEQUENCE
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.cost import MEMORY_UTILISATION, ComputeGroup, attention_time_per_token
-from vllm_lamina.planner.devices import Catalogue, Device, Transport
-from vllm_lamina.planner.efficiency import Array
+from vllm_lamina.planner.cost import MEMORY_UTILISATION, ComputeGroup, Wire, attention_time_per_token
+from vllm_lamina.planner.devices import Array, Catalogue, Device, Transport
 from vllm_lamina.planner.models import Model
-from vllm_lamina.planner.network import PARTITIONS, Wire
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,8 @@ class Lamina(Deployment):
         n batches in flight: 1; 2, which take turns on one replica; or n on n - 1 replicas (rotational staggered
         pipelining, arXiv 2405.01814 v2, section 4).
     partition
-        How attention workers share the attention: see `network.PARTITIONS`.
+        How attention workers share attention: KV heads of every request (``head``), whole requests (``request``), or
+        stretches of every context (``sequence``).
     overlap
         Whether attention starts when q has arrived, before k and v.
     """
@@ -163,7 +163,7 @@ class Lamina(Deployment):
     attention_workers: int
     transport: Transport
     lanes: int = 2
-    partition: str = "head"
+    partition: str = HEAD
     overlap: bool = True
 
     attention_on_model_worker = False
@@ -171,11 +171,11 @@ class Lamina(Deployment):
     def __post_init__(self) -> None:
         model, workers = self.compute.model, self.attention_workers
         self.compute.check_tensor_parallel()
-        if self.partition not in PARTITIONS:
-            raise ConfigError(f"partition must be one of {', '.join(PARTITIONS)}, not {self.partition!r}")
+        if self.partition not in (HEAD, REQUEST, SEQUENCE):
+            raise ConfigError(f"partition must be {HEAD}, {REQUEST} or {SEQUENCE}, not {self.partition!r}")
         if workers < 1 or self.lanes < 1:
             raise ConfigError(f"attention workers and batches must be at least 1: {workers}, {self.lanes}")
-        if self.partition == "head" and model.kv_heads % workers:
+        if self.partition == HEAD and model.kv_heads % workers:
             raise ConfigError(
                 f"{model.name} has {model.kv_heads} KV heads, which {workers} attention workers cannot share evenly; "
                 "choose a divisor, or another partition"
@@ -198,7 +198,7 @@ class Lamina(Deployment):
 
     @property
     def shards(self) -> int:  # type: ignore[override]
-        return self.attention_workers if self.partition == "request" else 1
+        return self.attention_workers if self.partition == REQUEST else 1
 
     @property
     def model_workers(self) -> int:
@@ -266,7 +266,7 @@ def lamina(
     *,
     transport: str = "fhbn",
     lanes: int = 2,
-    partition: str = "head",
+    partition: str = HEAD,
     overlap: bool = True,
 ) -> Lamina:
     """Lamina with DOP (a, b); with n > 2 lanes a counts the devices of all n - 1 replicas.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lamina.errors import LaminaError
+from vllm_lamina.units import parse_cpus
 
 WARM_UP_STEPS = 3
 
@@ -34,7 +35,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Measurement:
-    """Seconds of the steps of one case: lower quartile, median, and how many there were.
+    """Seconds of the steps of one case: lower quartile and median.
 
     The lower quartile is what a machine that other work shares does when it is left alone; on a quiet one it
     equals the median.
@@ -44,7 +45,6 @@ class Measurement:
     context: int
     quartile: float
     median: float
-    steps: int
 
 
 def measure_steps(
@@ -84,14 +84,13 @@ def measure_steps(
         "random_weights": random_weights,
         "max_context": max_context,
     }
-    threads = sum(int(b or a) - int(a) + 1 for a, _, b in (p.partition("-") for p in model_cpus.split(",")))
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": model_cpus,
-        "OMP_NUM_THREADS": str(threads),
+        "OMP_NUM_THREADS": str(len(parse_cpus(model_cpus))),
         "TORCHDYNAMO_DISABLE": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
@@ -172,16 +171,17 @@ def _time_case(engine: Any, case: Case, steps: int, name: str) -> Measurement:
         engine.step()
     times = times[WARM_UP_STEPS:][:steps]
     quartile, median = np.quantile(times, [0.25, 0.5])
-    return Measurement(case.batch, case.context, float(quartile), float(median), len(times))
+    return Measurement(case.batch, case.context, float(quartile), float(median))
 
 
 def main() -> None:
     """Measure what the request file asks for."""
     request = json.loads(Path(sys.argv[1]).read_text())
     engine = _engine(request)
-    results = []
-    for index, row in enumerate(request["cases"]):
-        results.append(asdict(_time_case(engine, Case(**row), request["steps"], f"case{index}")))
+    results = [
+        asdict(_time_case(engine, Case(**row), request["steps"], f"case{index}"))
+        for index, row in enumerate(request["cases"])
+    ]
     Path(sys.argv[2]).write_text(json.dumps(results))
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from vllm_lamina.errors import ConfigError, UnsupportedError
-from vllm_lamina.planner.catalogue import look_up, package_data
-from vllm_lamina.planner.efficiency import Array
+from vllm_lamina.planner.devices import Array, look_up, package_data
 
 
 @dataclass(frozen=True)
@@ -150,35 +151,34 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
     UnsupportedError
         The attention is not of that kind (multi-head latent attention).
     ConfigError
-        The configuration lacks a size.
+        The configuration lacks a size, or has one that cannot be.
     """
-    config = {**config, **config.get("text_config", {})}
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
     if config.get("kv_lora_rank") is not None or config.get("q_lora_rank") is not None:
         raise UnsupportedError(
             f"{name} uses multi-head latent attention (MLA, kv_lora_rank), which Lamina does not move and the "
             "planner does not describe; serve it without Lamina"
         )
-    try:
-        hidden, layers = config["hidden_size"], config["num_hidden_layers"]
-        heads, vocabulary = config["num_attention_heads"], config["vocab_size"]
-        intermediate = config["intermediate_size"]
-    except KeyError as error:
+    size = partial(_size, config, name)
+    hidden, layers, heads = size("hidden_size"), size("num_hidden_layers"), size("num_attention_heads")
+    vocabulary, intermediate = size("vocab_size"), size("intermediate_size")
+    kv_heads = 1 if config.get("multi_query") else size("num_key_value_heads", heads)
+    if heads % kv_heads or heads > hidden:
         raise ConfigError(
-            f"the configuration of {name} has no {error}; is it a decoder-only model?"
-        ) from error
-    kv_heads = 1 if config.get("multi_query") else (config.get("num_key_value_heads") or heads)
-    head_size = config.get("head_dim") or hidden // heads
+            f"{name} cannot have {heads} attention heads with {kv_heads} KV heads and a hidden size of {hidden}"
+        )
+    head_size = size("head_dim", hidden // heads)
     attention = 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size
     # Gated feed-forward networks have three matrices; the older GELU ones (GPT-2, OPT, Falcon's line) two.
     gated = config.get("hidden_act", "silu") in ("silu", "swiglu", "gelu_pytorch_tanh", "geglu")
     matrices = 3 if gated else 2
-    experts = _experts(config, hidden, layers, matrices, intermediate)
-    dense_layers = layers - (experts.layers if experts else 0)
-    shared = config.get("shared_expert_intermediate_size") or (
-        (config.get("n_shared_experts") or 0) * (config.get("moe_intermediate_size") or 0)
-    )
-    routers = experts.layers * (hidden * experts.count + matrices * hidden * shared) if experts else 0
-    dense = layers * attention + dense_layers * matrices * hidden * intermediate + routers
+    expert_size = size("moe_intermediate_size", 0)
+    experts = _experts(config, name, layers, matrices * hidden * (expert_size or intermediate))
+    moe_layers = experts.layers if experts else 0
+    shared = size("shared_expert_intermediate_size", size("n_shared_experts", 0) * expert_size)
+    routers = moe_layers * (hidden * experts.count + matrices * hidden * shared) if experts else 0
+    dense = layers * attention + (layers - moe_layers) * matrices * hidden * intermediate + routers
     dtype = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
     return Model(
         name=name,
@@ -195,18 +195,32 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
     )
 
 
-def _experts(
-    config: Mapping[str, Any], hidden: int, layers: int, matrices: int, intermediate: int
-) -> Experts | None:
-    count = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts")
+def _size(config: Mapping[str, Any], name: str, key: str, default: int | None = None) -> int:
+    """A whole number above 0; the default where there is none, null or 0."""
+    value = config.get(key) if default is None else config.get(key) or default
+    if value is None:
+        raise ConfigError(f"the configuration of {name} has no {key!r}; is it a decoder-only model?")
+    if type(value) is not int or not (0 < value < 2**31 or value == default):
+        raise ConfigError(f"{key} of {name} must be a whole number above 0, not {value!r}")
+    return value
+
+
+def _experts(config: Mapping[str, Any], name: str, layers: int, params: int) -> Experts | None:
+    size = partial(_size, config, name)
+    count = size("num_local_experts", size("num_experts", size("n_routed_experts", 0)))
     if not count:
         return None
-    per_token = config.get("num_experts_per_tok") or config.get("moe_topk")
-    if not per_token:
-        raise ConfigError("the configuration has experts but no num_experts_per_tok")
-    expert_size = config.get("moe_intermediate_size") or intermediate
-    dense_layers = config.get("first_k_dense_replace") or len(config.get("mlp_only_layers") or ())
-    return Experts(count, per_token, matrices * hidden * expert_size, layers - dense_layers)
+    per_token = size("num_experts_per_tok", size("moe_topk", 0))
+    dense = config.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise ConfigError(f"mlp_only_layers of {name} must be a list, not {dense!r}")
+    dense_layers = size("first_k_dense_replace", len(dense))
+    if not 0 < per_token <= count or dense_layers > layers:
+        raise ConfigError(
+            f"the configuration of {name} has {count} experts in {layers} layers, but num_experts_per_tok is "
+            f"{per_token} and {dense_layers} layers are without"
+        )
+    return Experts(count, per_token, params, layers - dense_layers)
 
 
 def builtin_models() -> dict[str, Model]:
@@ -223,18 +237,20 @@ def load_model(name: str) -> Model:
     Raises
     ------
     ConfigError
-        It is none of these; the nearest names are given.
+        It is none of these, and the nearest names are given; or the file cannot be read.
     """
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # False, not an error, for a name that no file can have
         path = path / "config.json"
-    if path.suffix == ".json":
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"cannot read the model's configuration {path}: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
-        label = path.parent.name if path.name == "config.json" else path.stem.removesuffix("-config")
-        return model_from_config(config, label or path.stem, str(path))
-    return look_up("model", name, builtin_models())
+    if path.suffix != ".json":
+        return look_up("model", name, builtin_models())
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the model's configuration {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{path} holds no JSON object with the model's sizes")
+    label = path.parent.name if path.name == "config.json" else path.stem.removesuffix("-config")
+    return model_from_config(config, label or path.stem, str(path))

@@ -1,16 +1,24 @@
-"""Writes an answer for people and for programs: verdict with its reasons, ranked table, commands, JSON."""
+"""Writes an answer for people and for programs: verdict with its reasons, ranked table, commands, JSON, plot."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from vllm_lamina.planner.deployment import Baseline, Lamina
-from vllm_lamina.planner.launch import commands, limits
-from vllm_lamina.planner.pipeline import SteadyState
-from vllm_lamina.planner.question import Answer, Candidate
+from vllm_lamina.errors import ConfigError
+from vllm_lamina.planner.cost import MEMORY_UTILISATION
+from vllm_lamina.planner.deployment import Baseline, Deployment, Lamina
+from vllm_lamina.planner.models import Model
+from vllm_lamina.planner.results import SteadyState
+from vllm_lamina.planner.search import Answer, Candidate
 
 WORTH_IT = 1.05
 """Gain over the best baseline from which disaggregation is recommended; less drowns in the model's errors."""
+
+PORT = 7100
+_MODEL_WORKER_KINDS = ("cpu",)
+_ATTENTION_WORKER_KINDS = ("cpu",)
+_MAX_BATCHES = 2
 
 
 def bottleneck(candidate: Candidate) -> str:
@@ -210,3 +218,98 @@ def _as_json(answer: Answer, candidate: Candidate, model_argument: str) -> dict[
         "commands": commands(candidate.deployment, model_argument, candidate.max_sequences),
         "not_in_this_release": limits(candidate.deployment),
     }
+
+
+def model_to_serve(argument: str, model: Model) -> str:
+    """What to give `vllm serve`: the directory of a config.json, or the model's name on the hub."""
+    if argument.endswith("config.json"):
+        return str(Path(argument).parent)
+    return model.name if "/" in model.name else argument
+
+
+def commands(deployment: Deployment, model_argument: str, max_sequences: int) -> list[str]:
+    """Return the shell commands, attention workers first, each headed by where to run it."""
+    compute = deployment.compute
+    serve = f"vllm serve {model_to_serve(model_argument, deployment.model)} --max-num-seqs {max_sequences}"
+    if compute.tensor_parallel > 1:
+        serve += f" --tensor-parallel-size {compute.tensor_parallel}"
+    if not isinstance(deployment, Lamina):
+        return [f"# on {compute.tensor_parallel} x {compute.device.name}", serve]
+    memory = int(MEMORY_UTILISATION * deployment.attention_device.memory_bytes / 1e9)
+    hosts = [f"attention-{index}" for index in range(deployment.attention_workers)]
+    lamina = f"--executor lamina --lamina-batches {deployment.lanes}"
+    where = hosts[0] if len(hosts) == 1 else f"each of {hosts[0]} to {hosts[-1]}"
+    return [
+        f"# on {where}, with one {deployment.attention_device.name}",
+        f"vllm-lamina worker --listen 0.0.0.0:{PORT} --memory {memory}GB --secret-file lamina.secret",
+        f"# on {deployment.model_workers} x {compute.device.name}",
+        f"{serve} {lamina} --lamina-workers {','.join(f'{host}:{PORT}' for host in hosts)} "
+        "--lamina-secret-file lamina.secret",
+    ]
+
+
+def limits(deployment: Deployment) -> list[str]:
+    """Return what the deployment needs that this release does not do; empty if it can run."""
+    if not isinstance(deployment, Lamina):
+        return []
+    missing = []
+    if deployment.compute.device.kind not in _MODEL_WORKER_KINDS:
+        missing.append(
+            f"model workers on {deployment.compute.device.key} (CUDA is written and has not been run)"
+        )
+    if deployment.attention_device.kind not in _ATTENTION_WORKER_KINDS:
+        missing.append(f"attention workers on {deployment.attention_device.key} (they run on CPUs)")
+    if deployment.lanes > _MAX_BATCHES:
+        missing.append(f"{deployment.lanes} staggered batches ({_MAX_BATCHES} at most)")
+    return missing
+
+
+def plot_answer(answer: Answer, path: Path) -> None:
+    """Draw throughput against cost of the simulated deployments, with lines of equal tokens per dollar.
+
+    Raises
+    ------
+    ConfigError
+        Matplotlib is not installed, or the file's format is not one it writes.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ConfigError("--plot needs matplotlib: pip install 'vllm-lamina[plan]'") from error
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for candidates, colour, marker, label in (
+        (answer.baselines, "tab:blue", "s", "vLLM"),
+        (answer.laminas, "tab:orange", "o", "Lamina"),
+    ):
+        costs = [c.total_cost for c in candidates]
+        axes.scatter(
+            costs, [c.throughput for c in candidates], c=colour, marker=marker, label=label, zorder=3
+        )
+    named = [candidates[0] for candidates in (answer.baselines, answer.laminas) if candidates]
+    right = 1.15 * max(c.total_cost for c in answer.ranked)
+    for candidate, style in zip(named, ("--", "-"), strict=False):
+        cost = candidate.total_cost
+        axes.annotate(
+            candidate.deployment.name,
+            (cost, candidate.throughput),
+            xytext=(0, 8),
+            textcoords="offset points",
+            ha="center",
+            fontsize=8,
+        )
+        slope = candidate.throughput / cost
+        axes.plot([0, right], [0, slope * right], style, color="grey", linewidth=0.8, zorder=1)
+    axes.set(
+        xlabel="USD per hour",
+        ylabel="tokens per second",
+        xlim=(0, right),
+        ylim=(0, 1.15 * max(c.throughput for c in answer.ranked)),
+        title=f"{answer.question.model.name}, {answer.question.trace.name} (lines: equal tokens per dollar)",
+    )
+    axes.legend(loc="upper left")
+    axes.grid(alpha=0.3)
+    try:
+        figure.savefig(path, dpi=110)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"cannot write the plot {path}: {error}") from error

@@ -4,14 +4,62 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
+from itertools import count
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment
-from vllm_lamina.planner.engine_options import WATERMARK, EngineOptions, Failure
-from vllm_lamina.planner.lane import BlockPool, Lane, Request
 from vllm_lamina.planner.results import Recorder, SimulationResult
 from vllm_lamina.planner.traces import Trace
+
+WATERMARK = 0.01
+"""Fraction of the KV blocks that admission leaves free, so that running requests can grow."""
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How the engine schedules.
+
+    Attributes
+    ----------
+    prefill
+        Whether prompts are computed here (chunked, together with decoding), or, as in the paper's evaluation,
+        elsewhere: a request then arrives with the KV of its prompt, and recomputing after preemption is free too.
+    max_sequences
+        Requests in flight at most; None leaves it to memory.
+    token_budget
+        Prompt and output tokens of one step at most, when prefill is computed here.
+    block_size
+        Tokens of a KV block.
+    recompute
+        Whether requests that lost their KV recompute it here even if prompts are computed elsewhere.
+    """
+
+    prefill: bool = False
+    max_sequences: int | None = None
+    token_budget: int = 8192
+    block_size: int = 16
+    recompute: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A worker that fails and is replaced.
+
+    Attributes
+    ----------
+    time
+        When, in seconds.
+    downtime
+        Seconds until its replacement runs.
+    shards
+        Shards of the KV cache that are lost, whose requests are admitted again; none if a model worker failed.
+    """
+
+    time: float
+    downtime: float
+    shards: tuple[int, ...] = ()
 
 
 def simulate(
@@ -34,17 +82,142 @@ def simulate(
     return _Engine(deployment, trace, options or EngineOptions(), failures).run()
 
 
+@dataclass(slots=True)
+class BlockPool:
+    """Free KV blocks of one shard of the cache."""
+
+    total: int
+    block_size: int
+    free: int
+
+    def blocks(self, tokens: int) -> int:
+        """Blocks that so many tokens occupy."""
+        return -(-tokens // self.block_size)
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """One request on its way.
+
+    `cached` counts its tokens in the KV cache when it joined the lane; each step of the lane since then added one.
+    `ticket` is unique to each joining and 0 while it waits; `preempted` is when it lost its blocks, or negative.
+    """
+
+    arrival: float
+    prompt: int
+    output: int
+    generated: int = 0
+    cached: int = 0
+    joined: int = 0
+    shard: int = 0
+    ticket: int = 0
+    preempted: float = -1.0
+
+
+_TICKETS = count(1)
+
+
+class Lane:
+    """The decoding requests of one batch.
+
+    A request that joins at lane step s with c cached tokens needs a new block at every step t with
+    ``(c + t - s) % block_size == 0``: `_growth` counts the requests by that phase, so a step's demand is one look-up.
+    """
+
+    def __init__(self, pools: list[BlockPool]) -> None:
+        self._pools = pools
+        self._block_size = pools[0].block_size
+        self.step = 0
+        self.sequences = [0] * len(pools)
+        self.cached_tokens = [0] * len(pools)
+        self._growth = [[0] * self._block_size for _ in pools]
+        self._finishing: list[tuple[int, int, Request]] = []
+        self._order: list[tuple[int, Request]] = []
+
+    def __len__(self) -> int:
+        return sum(self.sequences)
+
+    def join(self, request: Request) -> None:
+        """Add a request whose `cached` tokens already have their blocks; its next token comes from this step."""
+        shard = request.shard
+        request.joined = self.step
+        request.ticket = next(_TICKETS)
+        self.sequences[shard] += 1
+        self.cached_tokens[shard] += request.cached
+        self._growth[shard][(self.step - request.cached) % self._block_size] += 1
+        last_step = self.step + request.output - request.generated - 1
+        heappush(self._finishing, (last_step, request.ticket, request))
+        self._order.append((request.ticket, request))
+
+    def grow(self) -> list[Request]:
+        """Take the blocks that this step's new tokens need; return the requests preempted to make room.
+
+        As in vLLM, the request that joined last gives way first, and loses all its blocks.
+        """
+        preempted: list[Request] = []
+        for shard, pool in enumerate(self._pools):
+            while (need := self._growth[shard][self.step % self._block_size]) > pool.free:
+                preempted.append(self._preempt_last(shard))
+            pool.free -= need
+            self.cached_tokens[shard] += self.sequences[shard]
+        return preempted
+
+    def finish_step(self) -> list[Request]:
+        """End the step: every request has one token more; return those that are complete."""
+        finished: list[Request] = []
+        while self._finishing and self._finishing[0][0] <= self.step:
+            _, ticket, request = heappop(self._finishing)
+            if request.ticket == ticket:
+                request.generated = request.output
+                self._leave(request, self.step + 1)
+                finished.append(request)
+        self.step += 1
+        if len(self._order) > 2 * len(self) + 64:
+            self._order = [entry for entry in self._order if entry[1].ticket == entry[0]]
+        return finished
+
+    def preempt_shard(self, shard: int) -> list[Request]:
+        """Take all requests of a shard out, whose KV is lost."""
+        lost = []
+        while self.sequences[shard]:
+            lost.append(self._preempt_last(shard))
+        return lost
+
+    def _preempt_last(self, shard: int) -> Request:
+        for index in range(len(self._order) - 1, -1, -1):
+            ticket, request = self._order[index]
+            if request.ticket == ticket and request.shard == shard:
+                del self._order[index]
+                request.generated += self.step - request.joined
+                self._leave(request, self.step)
+                return request
+        raise AssertionError("blocks are missing in a lane without requests")
+
+    def _leave(self, request: Request, step: int) -> None:
+        shard, held = request.shard, request.cached + step - request.joined
+        request.ticket = 0
+        self._pools[shard].free += self._pools[shard].blocks(held)
+        self.sequences[shard] -= 1
+        self.cached_tokens[shard] -= held
+        self._growth[shard][(request.joined - request.cached) % self._block_size] -= 1
+
+
+@dataclass(slots=True)
 class _Step:
     """What a lane is doing until `end`."""
 
-    __slots__ = ("attention", "batch", "end", "fresh", "model", "prefilled", "start", "wire")
+    start: float
+    batch: int
+    fresh: list[Request]
+    prefilled: list[Request] = field(default_factory=list)
+    end: float = 0.0
+    model: float = 0.0
+    attention: float = 0.0
+    wire: float = 0.0
 
-    def __init__(self, start: float, batch: int, fresh: list[Request], prefilled: list[Request]) -> None:
-        self.start = start
-        self.batch = batch
-        self.fresh = fresh
-        self.prefilled = prefilled
-        self.end = self.model = self.attention = self.wire = 0.0
+
+# Events that belong to no lane; failure i is _FAILURE - i.
+_ARRIVAL, _WAKE, _FAILURE = -1, -2, -3
 
 
 class _Engine:
@@ -53,10 +226,13 @@ class _Engine:
     ) -> None:
         self.deployment, self.options = deployment, options
         self.failures = list(failures)
-        self.pools = [
-            BlockPool(deployment.shard_tokens, options.block_size) for _ in range(deployment.shards)
-        ]
-        self.reserve = int(WATERMARK * self.pools[0].total)
+        total, size = deployment.shard_tokens // options.block_size, options.block_size
+        if total < 1:
+            raise ConfigError(
+                f"the KV cache holds {deployment.shard_tokens} tokens, less than one block of {size}"
+            )
+        self.pools = [BlockPool(total, size, free=total) for _ in range(deployment.shards)]
+        self.reserve = int(WATERMARK * total)
         self.requests = self._accepted(trace)
         self.next_arrival = 0
         self.waiting: deque[Request] = deque()
@@ -182,7 +358,7 @@ class _Engine:
         self.lost_shards[index] = []
         for request in lane.grow():
             self._wait_again(request, now)
-        step = _Step(now, len(lane), [request for request in fresh if request.ticket], [])
+        step = _Step(now, len(lane), [request for request in fresh if request.ticket])
         chunk, prefill_time = self._take_prefill(index, step)
         if step.batch + chunk == 0:
             return
@@ -268,7 +444,3 @@ class _Engine:
             request.preempted = -1.0
             return True
         return False
-
-
-# Events that belong to no lane; failure i is _FAILURE - i.
-_ARRIVAL, _WAKE, _FAILURE = -1, -2, -3

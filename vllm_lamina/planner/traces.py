@@ -8,14 +8,12 @@ import math
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.planner.catalogue import look_up
-from vllm_lamina.planner.efficiency import Array
+from vllm_lamina.planner.devices import Array, look_up
 
 Counts = NDArray[np.int64]
 
@@ -66,11 +64,6 @@ class Trace:
     def head(self, count: int) -> Trace:
         """The first `count` requests."""
         return Trace(self.name, self.arrivals[:count], self.prompts[:count], self.outputs[:count])
-
-    def fitting(self, tokens: int) -> Trace:
-        """Only requests whose prompt and output together are at most `tokens`."""
-        keep = self.prompts + self.outputs <= tokens
-        return Trace(self.name, self.arrivals[keep], self.prompts[keep], self.outputs[keep])
 
 
 @dataclass(frozen=True)
@@ -154,64 +147,62 @@ def load_trace(name: str, seed: int = 0) -> Trace:
         There is no such trace, or the file is not in its format.
     """
     path = Path(name)
-    if path.suffix in (".csv", ".jsonl"):
-        try:
-            with path.open(encoding="utf-8", newline="") as file:
-                rows = (
-                    list(csv.DictReader(file))
-                    if path.suffix == ".csv"
-                    else [json.loads(line) for line in file]
-                )
-        except OSError as error:
-            raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from error
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{path} is not JSON on every line: {error}") from error
-        return _azure(path, rows) if path.suffix == ".csv" else _mooncake(path, rows)
-    return look_up("trace", name, WORKLOADS).trace(name, seed)
+    return _read(path) if path.suffix in _COLUMNS else look_up("trace", name, WORKLOADS).trace(name, seed)
 
 
-def _azure(path: Path, rows: list[dict[str, Any]]) -> Trace:
-    """Azure's LLM inference traces: TIMESTAMP (100 ns digits), ContextTokens, GeneratedTokens."""
+_COLUMNS = {
+    ".csv": ("an Azure", "TIMESTAMP", "ContextTokens", "GeneratedTokens"),
+    ".jsonl": ("a Mooncake", "timestamp", "input_length", "output_length"),
+}
+"""Public formats by suffix: the kind, and the names of arrival, prompt and output."""
+
+
+def _read(path: Path) -> Trace:
+    """Read Azure's CSV (date and time with 100 ns digits) or Mooncake's JSONL (ms; hash_ids are not used)."""
+    kind, *columns = _COLUMNS[path.suffix]
+    requests: list[tuple[float, int, int]] = []
     try:
-        times = [datetime.fromisoformat(_microseconds(row["TIMESTAMP"])).timestamp() for row in rows]
-        return _trace(path, times, *_lengths(rows, "ContextTokens", "GeneratedTokens"))
-    except (KeyError, ValueError, TypeError) as error:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = (
+                csv.DictReader(file, restval="")
+                if path.suffix == ".csv"
+                else map(json.loads, filter(str.strip, file))
+            )
+            for row in rows:
+                arrival, prompt, output = (row[column] for column in columns)
+                seconds = _seconds(arrival) if path.suffix == ".csv" else float(arrival) / 1e3
+                if not math.isfinite(seconds):
+                    raise ValueError(f"arrival at {arrival!r}")
+                requests.append((seconds, _tokens(prompt), _tokens(output)))
+    except OSError as error:
+        raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from error
+    except (KeyError, TypeError, ValueError, OverflowError, csv.Error) as error:
+        reasons: dict[type, str] = {
+            json.JSONDecodeError: "not JSON",
+            KeyError: f"no {error}",
+            TypeError: "not an object of numbers",
+        }
+        reason = reasons.get(type(error), str(error))
         raise ConfigError(
-            f"{path} is not an Azure trace (TIMESTAMP,ContextTokens,GeneratedTokens): {error}"
+            f"{path} is not {kind} trace ({', '.join(columns)}): request {len(requests) + 1}: {reason}"
         ) from error
+    requests.sort(key=lambda request: request[0])
+    arrivals = np.array([request[0] for request in requests])
+    lengths = np.array([request[1:] for request in requests], dtype=np.int64).reshape(-1, 2)
+    return Trace(path.stem, arrivals - arrivals[:1], lengths[:, 0], lengths[:, 1])
 
 
-def _mooncake(path: Path, rows: list[dict[str, Any]]) -> Trace:
-    """Mooncake's traces: timestamp (ms), input_length, output_length; hash_ids are not used."""
-    try:
-        times = [float(row["timestamp"]) / 1e3 for row in rows]
-        return _trace(path, times, *_lengths(rows, "input_length", "output_length"))
-    except (KeyError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{path} is not a Mooncake trace (timestamp, input_length, output_length): {error}"
-        ) from error
-
-
-def _microseconds(timestamp: str) -> str:
-    """Cut Azure's seventh digit of the fraction, which `datetime` does not take."""
+def _seconds(timestamp: str) -> float:
+    """Read Azure's date and time; `datetime` does not take the seventh digit of their fraction."""
     head, dot, tail = timestamp.partition(".")
     digits = len(tail) - len(tail.lstrip("0123456789"))
-    return f"{head}{dot}{tail[:digits][:6]:0<6}{tail[digits:]}" if dot else timestamp
+    text = f"{head}{dot}{tail[:digits][:6]:0<6}{tail[digits:]}" if dot else timestamp
+    return datetime.fromisoformat(text).timestamp()
 
 
-def _lengths(rows: list[dict[str, Any]], prompt: str, output: str) -> tuple[Counts, Counts]:
-    pairs = np.array([(int(row[prompt]), int(row[output])) for row in rows], dtype=np.int64).reshape(-1, 2)
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _trace(path: Path, times: list[float], prompts: Counts, outputs: Counts) -> Trace:
-    # A request of zero tokens still passes through the engine once.
-    order = np.argsort(np.array(times), kind="stable")
-    arrivals = np.array(times)[order]
-    first = arrivals[0] if len(arrivals) else 0.0
-    return Trace(
-        path.stem,
-        arrivals - first,
-        np.maximum(1, prompts[order]),
-        np.maximum(1, outputs[order]),
-    )
+def _tokens(count: str | int) -> int:
+    """A request of 0 tokens still passes through the engine once."""
+    tokens = int(count)
+    if not 0 <= tokens == float(count) < 2**31:
+        raise ValueError(f"{count!r} tokens")
+    return max(1, tokens)

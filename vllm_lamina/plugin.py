@@ -1,5 +1,8 @@
 """Entry points through which vLLM finds Lamina; nothing changes for an engine that does not select it."""
 
+from collections.abc import Sequence
+from typing import Any
+
 
 def platform_plugin() -> None:
     """Offer ``--executor lamina``: vLLM asks platform plugins before it imports its engine arguments.
@@ -8,9 +11,24 @@ def platform_plugin() -> None:
     """
     from vllm_lamina.compat import arguments
 
-    arguments.install()
+    arguments.install(_prepare)
 
 
 def general_plugin() -> None:
     """Offer ``--executor lamina`` where vLLM was told its platform and asked no platform plugin."""
     platform_plugin()
+
+
+def _prepare(config: Any) -> None:
+    """Check a ``VllmConfig`` that selects Lamina, and let its front ends show Lamina's statistics."""
+    from vllm_lamina.compat.stat_loggers import log_lamina_stats
+    from vllm_lamina.executor.preflight import check_before_start
+
+    check_before_start(config)
+    log_lamina_stats(config, _stat_logger)
+
+
+def _stat_logger(config: Any, engine_indexes: Sequence[int]) -> Any:
+    from vllm_lamina.metrics.logger import LaminaStatLogger
+
+    return LaminaStatLogger(config, engine_indexes)

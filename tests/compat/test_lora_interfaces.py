@@ -101,12 +101,3 @@ def test_an_adapter_may_be_loaded_in_place() -> None:
     request = LoRARequest("name", 1, "path", load_inplace=True)
     assert not msgspec.structs.replace(request, load_inplace=False).load_inplace
     assert "lora_request" in {field.name for field in dataclasses.fields(NewRequestData)}
-
-
-def test_a_grammar_bitmask_may_be_replaced() -> None:
-    """Relies on ``GrammarOutput`` being a dataclass whose bitmask is an array."""
-    import dataclasses
-
-    from vllm.v1.core.sched.output import GrammarOutput
-
-    assert "grammar_bitmask" in {field.name for field in dataclasses.fields(GrammarOutput)}

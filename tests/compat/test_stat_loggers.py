@@ -22,6 +22,7 @@ from vllm_lamina.compat.stat_loggers import (
     log_lamina_stats,
 )
 from vllm_lamina.metrics.engine import EngineMetrics
+from vllm_lamina.metrics.logger import LaminaStatLogger
 
 
 def test_statistics_cross_processes_in_the_field_for_a_kv_connectors() -> None:
@@ -80,7 +81,7 @@ def test_what_the_configuration_is_told_reaches_the_engines_process() -> None:
     """Relies on ``VllmConfig`` keeping attributes that are not its fields, also when it is pickled."""
     config = VllmConfig()
     assert not front_end_logs(config)
-    log_lamina_stats(config)
+    log_lamina_stats(config, LaminaStatLogger)
     assert front_end_logs(pickle.loads(pickle.dumps(config)))
     assert not front_end_logs(VllmConfig())
 

@@ -14,7 +14,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -29,8 +29,21 @@ _MODULE = "vllm.engine.arg_utils"
 _PREFIX = "lamina_"
 
 
-def install() -> None:
-    """Wrap vLLM's engine arguments now, or as soon as they are imported. Calling it again does nothing."""
+_prepare: Callable[[Any], None]
+"""What `install` was given."""
+
+
+def install(prepare: Callable[[Any], None]) -> None:
+    """Wrap vLLM's engine arguments now, or as soon as they are imported. Calling it again does nothing.
+
+    Parameters
+    ----------
+    prepare
+        Called with the ``VllmConfig`` of each engine that selects Lamina, once vLLM has made it; here, in the first
+        process, an error reaches the user before any other process has started.
+    """
+    global _prepare
+    _prepare = prepare
     module = sys.modules.get(_MODULE)
     if module is not None:
         if hasattr(module, "AsyncEngineArgs"):
@@ -167,16 +180,11 @@ def _wrap_create(engine_args: Any) -> None:
                 f"{EXECUTOR}); remove it to run without Lamina"
             )
         if selected:
-            # Here, in the first process, an error reaches the user before any other process has started.
             check_vllm_version()
             LaminaConfig.from_additional_config(self.additional_config)
         config = create_engine_config(self, *args, **kwargs)
         if selected:
-            from vllm_lamina.compat.stat_loggers import log_lamina_stats
-            from vllm_lamina.executor.preflight import check_before_start
-
-            check_before_start(config)
-            log_lamina_stats(config)
+            _prepare(config)
         return config
 
     engine_args.create_engine_config = create_and_check

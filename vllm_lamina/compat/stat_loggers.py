@@ -8,7 +8,7 @@ off; and ``LLM`` does not load it. So the manager of vLLM's own loggers gets one
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -16,10 +16,11 @@ from vllm.config import VllmConfig
 _KEY = "lamina"
 
 
-def log_lamina_stats(config: VllmConfig) -> None:
+def log_lamina_stats(config: VllmConfig, make_logger: Callable[[VllmConfig, Sequence[int]], Any]) -> None:
     """Let the front ends that are built from ``config`` record their statistics with Lamina's logger too.
 
-    It is made after vLLM's, which take all ``vllm:`` metrics off the registry, and comes before them.
+    It is made, of the configuration and the engines' indexes, after vLLM's, which take all ``vllm:`` metrics off the
+    registry, and comes before them.
     """
     from vllm.v1.metrics.loggers import StatLoggerManager
 
@@ -33,9 +34,7 @@ def log_lamina_stats(config: VllmConfig) -> None:
     def init_with_lamina(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
         if front_end_logs(vllm_config):
-            from vllm_lamina.metrics.logger import LaminaStatLogger
-
-            self.stat_loggers.insert(0, LaminaStatLogger(vllm_config, self.engine_indexes))
+            self.stat_loggers.insert(0, make_logger(vllm_config, self.engine_indexes))
 
     StatLoggerManager.__init__ = init_with_lamina
 

@@ -6,7 +6,7 @@ import re
 
 from vllm_lamina.errors import LaminaError
 
-TESTED = "0.32"
+SERIES = ("0.32",)
 """Release series of vLLM (major.minor) whose internals tests/compat checks."""
 
 
@@ -28,13 +28,9 @@ def check_vllm_version(version: str | None = None) -> None:
 
         version = vllm.__version__
     series = re.match(r"\d+\.\d+", version)
-    if series is None or series.group() != TESTED:
+    if series is None or series.group() not in SERIES:
+        tested = " and ".join(f"{one}.x" for one in SERIES)
         raise LaminaError(
-            f"Lamina is tested with vLLM {TESTED}.x; this is vLLM {version}. Install vllm>={TESTED},<"
-            f"{_next_series()} or start without --executor lamina."
+            f"Lamina is tested with vLLM {tested}; this is vLLM {version}. Install vllm=={SERIES[-1]}.* or start "
+            "without --executor lamina."
         )
-
-
-def _next_series() -> str:
-    major, minor = TESTED.split(".")
-    return f"{major}.{int(minor) + 1}"

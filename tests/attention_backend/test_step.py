@@ -1,0 +1,146 @@
+"""A step as the attention workers are told of it, from what the scheduler says, against a reference of plain loops."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_lamina.attention_backend.backend import LaminaAttentionBackend
+from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
+from vllm_lamina.attention_backend.metadata import LaminaMetadata, LaminaMetadataBuilder
+from vllm_lamina.attention_backend.step import PlannedRequest, PrefillChunk, Step, StepPlan
+from vllm_lamina.compat.scheduled import ScheduledRequest, ScheduledStep
+from vllm_lamina.device import device_for
+from vllm_lamina.worker.model_worker.step_planner import StepPlanner
+
+BLOCK_SIZE = 32
+
+
+class Client:
+    """Takes down what a step sends."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[Any, ...]] = []
+
+    def begin_step(self, *step: Any) -> None:
+        self.steps.append(step)
+
+
+def sent(step: Step) -> tuple[Any, ...]:
+    client = Client()
+    step.send_once(client, 3, 60.0)  # type: ignore[arg-type]
+    step.send_once(client, 3, 60.0)  # type: ignore[arg-type]
+    [once] = client.steps
+    return once
+
+
+def request(context_len: int, query_len: int, block_ids: list[int]) -> PlannedRequest:
+    return PlannedRequest(context_len, query_len, np.array(block_ids, np.int32))
+
+
+def plan(*requests: PlannedRequest, order: list[int] | None = None) -> StepPlan:
+    by_name = {f"r{i}": r for i, r in enumerate(requests)}
+    return StepPlan(by_name, lambda: [f"r{i}" for i in order or range(len(requests))])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_is_what_the_scheduler_says(seed: int) -> None:
+    chance = random.Random(seed)
+    requests = []
+    for _ in range(chance.randrange(1, 9)):
+        context, query = chance.choice([0, 1, 31, 32, 100]), chance.choice([1, 1, 1, 2, 33, 64])
+        needed = -(-(context + query) // BLOCK_SIZE)
+        requests.append(request(context, query, chance.sample(range(500), needed + chance.randrange(3))))
+    order = sorted(range(len(requests)), key=lambda i: requests[i].query_len)
+    step = Step(plan(*requests, order=order), BLOCK_SIZE)
+    lane, num_decodes, query_lens, context_lens, table, slots, timeout = sent(step)
+    assert (lane, timeout) == (3, 60.0)
+    in_order = [requests[i] for i in order]
+    assert query_lens.tolist() == [r.query_len for r in in_order]
+    assert context_lens.tolist() == [r.context_len for r in in_order]
+    expected = []
+    for row, r in zip(table, in_order, strict=True):
+        end = r.context_len + r.query_len
+        used = -(-end // BLOCK_SIZE)
+        assert row[:used].tolist() == r.block_ids[:used].tolist()
+        expected += [
+            r.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            for position in range(r.context_len, end)
+        ]
+    assert slots.tolist() == expected
+    assert (query_lens.dtype, context_lens.dtype, table.dtype, slots.dtype) == (*[np.int32] * 3, np.int64)
+    assert step.num_tokens == len(expected)
+    leading = 0
+    while leading < len(in_order) and in_order[leading].query_len == 1 and in_order[leading].context_len:
+        leading += 1
+    assert num_decodes == step.num_decodes == leading
+
+
+def test_chunks_of_prompts_follow_the_decodes() -> None:
+    step = Step(
+        plan(request(5, 1, [1]), request(0, 3, [2]), request(40, 2, [3, 4]), request(0, 1, [5])), BLOCK_SIZE
+    )
+    assert step.num_decodes == 1
+    assert step.prefill_chunks == (PrefillChunk(1, 4, None), PrefillChunk(4, 6, 0), PrefillChunk(6, 7, None))
+    assert step.num_context_rows == 2
+
+
+def test_blocks_are_kept_from_step_to_step() -> None:
+    planner = StepPlanner()
+
+    def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> dict[str, list[int]]:
+        scheduled = ScheduledStep(0, 1, requests, set(finished), (), (), (), None)
+        return {name: part.block_ids.tolist() for name, part in planner.plan(scheduled).items()}
+
+    first = planner.plan(
+        ScheduledStep(0, 40, [ScheduledRequest("a", 0, 40, [3, 4], True, True)], set(), (), (), (), None)
+    )
+    assert step(ScheduledRequest("a", 40, 1, [], False, False)) == {"a": [3, 4]}
+    assert step(ScheduledRequest("a", 64, 1, [9], False, False)) == {"a": [3, 4, 9]}
+    assert first["a"].block_ids.tolist() == [3, 4], "a step in flight changed"
+    # Preempted, and resumed with other blocks.
+    assert step(ScheduledRequest("a", 0, 65, [7, 8, 1], True, False)) == {"a": [7, 8, 1]}
+    # Another request of the same name.
+    assert step(ScheduledRequest("a", 0, 1, [2], True, True), finished=("a",)) == {"a": [2]}
+    assert step(finished=("a",)) == {}
+    with pytest.raises(KeyError):
+        step(ScheduledRequest("a", 1, 1, [], False, False))
+
+
+@pytest.fixture
+def exchange() -> Any:
+    exchange = Exchange(device_for("cpu"), timeout=60.0).activate()
+    yield exchange
+    exchange.deactivate()
+
+
+def builder() -> LaminaMetadataBuilder:
+    made = object.__new__(LaminaAttentionBackend.get_builder_cls())
+    made.exchange, made.lane = Exchange.current(), 1
+    return made
+
+
+def test_building_sends_nothing_and_may_be_repeated(exchange: Exchange) -> None:
+    client = Client()
+    exchange.open(client, ["layer"], BLOCK_SIZE)  # type: ignore[arg-type]
+    with exchange.running(1, plan(request(5, 1, [1]))):
+        one, other = (builder().build(0, None) for _ in range(2))  # type: ignore[arg-type]
+        assert one.step is other.step is not None
+    assert client.steps == []
+    assert builder().build(0, None).step is None, "the step is over"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("has_metadata", [False, True])
+def test_without_a_step_nothing_is_attended(exchange: Exchange, has_metadata: bool) -> None:
+    """As when vLLM profiles, warms up or captures; memory may hold anything then."""
+    impl = LaminaAttentionImpl(2, 32, 0.1, 1)
+    q, kv = torch.ones(4, 2, 32), torch.ones(4, 1, 32)
+    output = torch.full((4, 2, 32), torch.nan)
+    metadata = LaminaMetadata(exchange, 0, None) if has_metadata else None
+    impl.forward(None, q, kv, kv, torch.empty(0), metadata, output)  # type: ignore[arg-type]
+    assert not output.any()

@@ -1,0 +1,99 @@
+"""What the runner port, and the reader of a scheduled step, rely on in vLLM."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+
+from vllm.v1.attention.backend import AttentionMetadataBuilder
+from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
+from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.worker.gpu_input_batch import InputBatch
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from vllm_lamina.compat.scheduled import mark_lane, read_step
+
+
+def names(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
+
+
+def output(**fields: object) -> SchedulerOutput:
+    made = SchedulerOutput.make_empty()
+    for name, value in fields.items():
+        setattr(made, name, value)
+    mark_lane(made, 1)
+    return made
+
+
+def test_a_scheduled_step_says_it_all() -> None:
+    """Relies on these fields, by which blocks follow those that a request has unless it is resumed."""
+    assert {"scheduled_new_reqs", "scheduled_cached_reqs", "num_scheduled_tokens"} <= names(SchedulerOutput)
+    assert {"total_num_scheduled_tokens", "finished_req_ids"} <= names(SchedulerOutput)
+    assert {"new_block_ids_to_zero", "kv_cache_block_copies"} <= names(SchedulerOutput)
+    assert KVCacheBlockCopy._fields == ("src_block_id", "dst_block_id")
+    assert {"req_id", "block_ids", "num_computed_tokens", "lora_request"} <= names(NewRequestData)
+    cached = CachedRequestData(
+        req_ids=["a", "b", "c"],
+        resumed_req_ids={"c"},
+        new_token_ids=[],
+        all_token_ids={},
+        new_block_ids=[None, ([7],), ([8, 9],)],
+        num_computed_tokens=[5, 32, 0],
+        num_output_tokens=[1, 1, 1],
+    )
+    step = read_step(
+        output(
+            scheduled_cached_reqs=cached,
+            num_scheduled_tokens={"a": 1, "b": 1, "c": 40},
+            total_num_scheduled_tokens=42,
+            finished_req_ids={"d"},
+            new_block_ids_to_zero=[7],
+        )
+    )
+    assert (step.lane, step.num_tokens, step.finished) == (1, 42, {"d"})
+    assert step.blocks_to_zero == [7]
+    a, b, c = step.requests
+    assert (a.context_len, a.query_len, list(a.block_ids), a.has_new_blocks, a.is_new) == (
+        5,
+        1,
+        [],
+        False,
+        False,
+    )
+    assert (b.context_len, b.query_len, list(b.block_ids), b.has_new_blocks) == (32, 1, [7], False)
+    assert (c.context_len, c.query_len, list(c.block_ids), c.has_new_blocks) == (0, 40, [8, 9], True)
+    runners = step.for_runner({"e"})
+    assert runners.finished_req_ids == {"e"}
+    assert runners.new_block_ids_to_zero is None, "the attention workers zero their blocks"
+    assert runners.scheduled_cached_reqs is cached
+
+
+def test_a_grammar_bitmask_may_be_replaced() -> None:
+    assert "grammar_bitmask" in names(GrammarOutput)
+
+
+def test_the_batch_is_ordered_before_metadata_is_built() -> None:
+    """Relies on ``input_batch.req_ids`` being in the step's order when the builder is asked, decodes first."""
+    assert AttentionMetadataBuilder.reorder_batch_threshold is None
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    assert source.index("self._update_states(") < source.index("self._build_attention_metadata(")
+    assert "self._may_reorder_batch(" in inspect.getsource(GPUModelRunner._update_states)
+    assert isinstance(InputBatch.req_ids, property)
+
+
+def test_a_request_can_be_handed_over() -> None:
+    """Relies on the state of a request being one object of ``requests``, and on ``num_prompt_logprobs`` beside it."""
+    made = inspect.getsource(GPUModelRunner.__init__)
+    assert "self.requests" in made
+    assert "self.num_prompt_logprobs" in made
+    assert [*inspect.signature(InputBatch.remove_request).parameters] == ["self", "req_id"]
+    assert "self.input_batch.add_request(" in inspect.getsource(GPUModelRunner._update_states)
+
+
+def test_a_second_runner_can_be_made() -> None:
+    """Relies on these, and on ``attn_groups`` holding the builders of a runner."""
+    parameters = [*inspect.signature(GPUModelRunner.__init__).parameters]
+    assert parameters[:3] == ["self", "vllm_config", "device"]
+    assert [*inspect.signature(GPUModelRunner.initialize_kv_cache).parameters][1] == "kv_cache_config"
+    assert "self.attn_groups" in inspect.getsource(GPUModelRunner.__init__)

@@ -9,6 +9,7 @@ chat template. Prints the directory; does nothing if it is there already.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import shutil
 import subprocess
 import sys
@@ -29,18 +30,25 @@ def get_model(output: Path = DEFAULT_OUTPUT) -> Path:
 
     The GGUF file is kept beside it, as `gguf_path(output)`.
     """
-    if not output.exists():
-        output.parent.mkdir(parents=True, exist_ok=True)
-        gguf = gguf_path(output)
-        if not gguf.exists():
-            download(gguf)
-        # The name of a complete directory only ever stands for a complete directory.
-        with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
-            unfinished = Path(temporary) / output.name
-            convert_weights(gguf, unfinished)
-            convert_tokenizer(gguf, unfinished)
-            unfinished.rename(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with (output.parent / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making it
+        if not output.exists():
+            make_model(output)
     return output
+
+
+def make_model(output: Path) -> None:
+    """Makes what `get_model` returns."""
+    gguf = gguf_path(output)
+    if not gguf.exists():
+        download(gguf)
+    # The name of a complete directory only ever stands for a complete directory.
+    with tempfile.TemporaryDirectory(dir=output.parent) as temporary:
+        unfinished = Path(temporary) / output.name
+        convert_weights(gguf, unfinished)
+        convert_tokenizer(gguf, unfinished)
+        unfinished.rename(output)
 
 
 def gguf_path(output: Path) -> Path:

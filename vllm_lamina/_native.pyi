@@ -117,6 +117,17 @@ class DelayedChannel(Channel):
 
     def __init__(self, channel: Channel, latency_us: int) -> None: ...
 
+def refuse_connections(listener: int) -> None:
+    """Let the kernel drop what asks this socket for a connection; peers ask again after a second, then after two, and
+    so on.
+
+    Connections stay, those too that wait to be accepted. Raises ChannelError where the system has no such filter, or no
+    memory for it.
+    """
+
+def admit_connections(listener: int) -> None:
+    """Take new connections again, after `refuse_connections`. Raises ChannelError."""
+
 class UcxInfo:
     """The UCX that this process uses."""
 

@@ -10,6 +10,7 @@
 #include "transport/delayed_channel.h"
 #include "transport/ping_pong.h"
 #include "transport/shm_channel.h"
+#include "transport/tcp_listeners.h"
 #include "transport/ucx_channel.h"
 #include "transport/ucx_library.h"
 #include "transport/ucx_ping_pong.h"
@@ -92,6 +93,9 @@ void bind_transport(nb::module_& m) {
             new (self) DelayedChannel(std::move(channel), std::chrono::microseconds(latency_us));
           },
           "channel"_a, "latency_us"_a);
+
+  m.def("refuse_connections", &refuse_connections, "listener"_a);
+  m.def("admit_connections", &admit_connections, "listener"_a);
 
   nb::class_<UcxInfo>(m, "UcxInfo")
       .def_ro("path", &UcxInfo::path)

@@ -61,9 +61,6 @@ class AttentionKernel:
     def copy_block(self, layer: Any, source: int, destination: int) -> None: ...
     def zero_block(self, layer: Any, block: int) -> None: ...
 
-def linear_read(memory: Any, threads: ThreadPool) -> int:
-    """Read the memory, uint8, front to back and return a checksum."""
-
 def available_isas() -> list[str]:
     """Return the names of the kernel variants this CPU can run, best last."""
 
@@ -102,20 +99,11 @@ class Channel:
     def max_frame_bytes(self) -> int: ...
     @property
     def num_bad_descriptors(self) -> int: ...
-    def echo_until_closed(self) -> None:
-        """Answer every frame with one of the same size, until the peer leaves."""
-    def ping_pong(self, bytes: int, count: int, timeout: float) -> list[int]:
-        """Send `count` frames to an echo, one after the other; return the round trips in nanoseconds."""
 
 class ShmChannel(Channel):
     """A channel over shared memory; both descriptors stay the caller's."""
 
     def __init__(self, memory_fd: int, liveness_fd: int, end: ShmEnd, spin_us: int = 100) -> None: ...
-
-class DelayedChannel(Channel):
-    """Delivers each layer's frame `latency_us` after it was posted: what a slower network would cost."""
-
-    def __init__(self, channel: Channel, latency_us: int) -> None: ...
 
 def refuse_connections(listener: int) -> None:
     """Let the kernel drop what asks this socket for a connection; peers ask again after a second, then after two, and
@@ -192,21 +180,6 @@ class UcxChannel(Channel):
         """Transports over devices that the channel uses; empty before `connect`."""
     @property
     def has_rdma(self) -> bool: ...
-
-class UcxPingPong:
-    """Round trips over bare libucp, to measure `UcxChannel` against and to test it; after `load_ucx`."""
-
-    def __init__(self, max_bytes: int, network_devices: str = "") -> None: ...
-    @property
-    def address(self) -> bytes: ...
-    def admit(self, hosts: list[str]) -> None: ...
-    def connect(self, peer_address: bytes) -> None: ...
-    def echo(self, bytes: int, count: int, timeout: float) -> None:
-        """Answer `count` messages with ones of `bytes`."""
-    def ping_pong(self, bytes: int, count: int, timeout: float) -> list[int]:
-        """Send `count` messages to an echo, one after the other; return the round trips in nanoseconds."""
-    def send(self, header: bytes, payload: bytes, timeout: float) -> None:
-        """Send one active message."""
 
 # csrc/worker
 

@@ -17,7 +17,7 @@ from vllm_lamina import _native
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas", "linear_read"]
+__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas"]
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
 ISA = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
@@ -36,22 +36,6 @@ def available_isas(dtype: KVDtype = "float32") -> list[str]:
         KV dtype; `BFLOAT16_ISAS` are listed for bfloat16 only.
     """
     return [isa for isa in _native.available_isas() if isa not in BFLOAT16_ISAS or dtype == "bfloat16"]
-
-
-def linear_read(memory: npt.NDArray[np.uint8], threads: ThreadPool) -> int:
-    """Read memory front to back, as fast as the threads can: the yardstick for the kernel's bandwidth.
-
-    Parameters
-    ----------
-    memory
-        ``[size]``, uint8. Every thread reads one contiguous share.
-
-    Returns
-    -------
-    int
-        Checksum of what was read.
-    """
-    return int(_native.linear_read(memory, threads._native))
 
 
 class Arena:

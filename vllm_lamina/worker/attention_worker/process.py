@@ -273,7 +273,6 @@ class AttentionWorkerProcess:
                 self._options.num_threads,
                 self._options.cpus,
                 lease_seconds=self._options.lease_seconds,
-                inject_latency_us=self._options.inject_latency_us,
             )
         except (ValueError, MemoryError) as error:
             return Refused(str(error) or "the system refuses the pool's memory")

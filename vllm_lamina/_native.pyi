@@ -15,8 +15,6 @@ class Arena:
     @property
     def size(self) -> int:
         """Bytes, a multiple of 2 MiB."""
-    def clear(self) -> None:
-        """Give all pages back; the arena reads as zeros again."""
     def array(self) -> Any:
         """Return the memory as a uint8 array that keeps the arena alive."""
 
@@ -197,6 +195,12 @@ class ModelGeometry:
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
+    @property
+    def q_row_bytes(self) -> int:
+        """Bytes of one token's query, and of its output, in one layer."""
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of one token's key, and of its value, in one layer."""
 
 def kv_block_bytes(geometry: ModelGeometry) -> int:
     """Return the bytes of the pool that one KV block takes over all layers.
@@ -415,8 +419,6 @@ class AttentionClient:
         """Give a worker's part to whoever serves ``channel``. No lane may be in a step."""
     def zero_blocks(self, block_ids: Any, timeout: float = 60.0) -> None:
         """Zero blocks in all layers. block_ids: [n], int32."""
-    def close(self) -> None:
-        """Leave the workers; every wait ends with ChannelClosed."""
     def copy_blocks(self, pairs: Any, timeout: float = 60.0) -> None:
         """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination).
 

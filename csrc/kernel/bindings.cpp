@@ -148,7 +148,6 @@ void bind_kernel(nb::module_& m) {
   nb::class_<Arena>(m, "Arena", "Zeroed memory on huge pages.")
       .def(nb::init<size_t>(), "size"_a)
       .def_prop_ro("size", &Arena::size, "Bytes, a multiple of 2 MiB.")
-      .def("clear", &Arena::clear, "Gives all pages back; the arena reads as zeros again.")
       .def(
           "array",
           [](Arena& arena) {

@@ -97,7 +97,7 @@ def channel_to_process(ring_bytes: int, spin_us: int) -> Iterator[tuple[UcxChann
 def test_two_processes(spin_us: int) -> None:
     with channel_to_process(64 << 20, spin_us) as (channel, process):
         for size in (64, 4096, 61440, 61441, 1 << 20, 64 << 20):
-            ping_pong(channel, size, 10)
+            ping_pong(channel, size, 3)
         assert channel.transports == ["tcp/lo"]
         assert not channel.has_rdma
         channel.close()

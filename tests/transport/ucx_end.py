@@ -26,7 +26,7 @@ def main() -> None:
     print(" ".join(channel.transports), flush=True)
     if sys.argv[3:] == ["ping-pong"]:
         for size in SIZES:
-            ping_pong(channel, size, 10)
+            ping_pong(channel, size, 3)
         channel.close()
     else:
         echo_until_closed(channel)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from lamina_benchmarks import linear_read
 
-from vllm_lamina.kernels import BFLOAT16_ISAS, Arena, AttentionKernel, ThreadPool, linear_read
+from vllm_lamina.kernels import BFLOAT16_ISAS, Arena, AttentionKernel, ThreadPool
 
 POOL_BYTES = 1 << 30
 BLOCK_SIZE = 128
@@ -162,7 +163,7 @@ def time_call(call: Callable[[int], object], first: int, calls: int) -> float:
 def measure(case: Case, pool: Pool, threads: ThreadPool, repetitions: int, isa: str | None) -> dict[str, Any]:
     """Time all contenders of one case in turn; medians of the paired ratios."""
     contenders: dict[str, Callable[[int], object]] = {
-        "linear": lambda n: linear_read(pool.layer(case, n), threads),
+        "linear": lambda n: linear_read(pool.layer(case, n), threads._native),
         "lamina": lamina_call(case, pool, threads, isa),
     }
     if HAS_VLLM:

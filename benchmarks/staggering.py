@@ -128,8 +128,8 @@ def pair(args: argparse.Namespace, path: Path, pool_bytes: int, latency_us: int)
     model = Model(path, args.dtype)
     options = model.engine(max_num_seqs=2 * args.batch, enforce_eager=args.enforce_eager)
     systems = [
-        lamina("one lane", inject_latency_us=latency_us, lamina_batches=1),
-        lamina("two lanes", inject_latency_us=latency_us, lamina_stagger="always"),
+        lamina("one lane", latency_us=latency_us, lamina_batches=1),
+        lamina("two lanes", latency_us=latency_us, lamina_stagger="always"),
     ]
     with contextlib.ExitStack() as stack:
 

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-DEFAULT_MODEL = Path(__file__).resolve().parent.parent / ".models" / "SmolLM2-135M-Instruct"
-RANDOM_1B = Path(__file__).resolve().parent / "models" / "llama-1b"
+HERE = Path(__file__).resolve().parent
+DEFAULT_MODEL = HERE.parent / ".models" / "SmolLM2-135M-Instruct"
+RANDOM_1B = HERE / "models" / "llama-1b"
 """Shape of a Llama of about 1B parameters with grouped-query attention; the weights are random."""
 
 
@@ -23,13 +24,14 @@ class System:
     """vLLM with these options: environment variables, and keyword arguments of LLM besides the KV pool's size.
 
     ``worker`` are options of a `vllm-lamina worker` that the engine is given; None for stock vLLM, and where
-    ``lamina_workers`` names some that run.
+    ``lamina_workers`` names some that run. ``latency_us`` is how much later each layer's frame reaches that worker.
     """
 
     name: str
     environment: dict[str, str]
     engine: dict[str, Any] = field(default_factory=dict)
     worker: tuple[str, ...] | None = None
+    latency_us: int = 0
 
 
 def threads(cpus: str, count: int) -> dict[str, str]:
@@ -37,10 +39,9 @@ def threads(cpus: str, count: int) -> dict[str, str]:
     return {"VLLM_CPU_OMP_THREADS_BIND": cpus, "OMP_NUM_THREADS": str(count)}
 
 
-def lamina(name: str, *, inject_latency_us: int = 0, **engine: Any) -> System:
+def lamina(name: str, *, latency_us: int = 0, **engine: Any) -> System:
     """Lamina with one core for the model and one for attention."""
-    worker = ("--cpus", "1", "--inject-latency-us", str(inject_latency_us))
-    return System(name, threads("0", 1), {"executor": "lamina", **engine}, worker)
+    return System(name, threads("0", 1), {"executor": "lamina", **engine}, ("--cpus", "1"), latency_us)
 
 
 STOCK_2 = System("stock, 2 cores", threads("0-1", 2))
@@ -138,15 +139,16 @@ class Engine:
         with self._log_file.open("w") as log:
             if self.system.worker is not None:
                 memory = f"{-(-self.pool_bytes >> 20)}MiB"
-                command = ["worker", "--listen", self.worker_address, "--memory", memory, *self.system.worker]
+                start = ["-m", "vllm_lamina.worker.attention_worker"]
+                if self.system.latency_us:
+                    start = [str(HERE / "delayed_worker.py"), str(self.system.latency_us)]
+                options = ["--listen", self.worker_address, "--memory", memory, *self.system.worker]
                 self._processes.append(
-                    subprocess.Popen(
-                        [sys.executable, "-m", "vllm_lamina.cli", *command], stderr=log, text=True
-                    )
+                    subprocess.Popen([sys.executable, *start, *options], stderr=log, text=True)
                 )
                 _wait_for(self.worker_address)
             self._engine = subprocess.Popen(
-                [sys.executable, str(Path(__file__).with_name("engine_process.py"))],
+                [sys.executable, str(HERE / "engine_process.py")],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -23,6 +23,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
+from lamina_benchmarks import UcxPingPong, echo_until_closed, ping_pong
 
 from vllm_lamina._native import (
     AttentionClient,
@@ -31,7 +32,6 @@ from vllm_lamina._native import (
     ShmChannel,
     ShmEnd,
     UcxChannel,
-    UcxPingPong,
     create_shm_memory,
 )
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
@@ -86,18 +86,18 @@ def repetitions(size: int, count: int) -> tuple[int, int]:
     return measured // 10 + 5, measured
 
 
-def ping_pong(channel: Channel, count: int) -> list[RoundTrip]:
+def round_trips(channel: Channel, count: int) -> list[RoundTrip]:
     results = []
     for size in SIZES:
         warm_up, measured = repetitions(size, count)
-        channel.ping_pong(size, warm_up, 30.0)
-        results.append(RoundTrip.of(size, channel.ping_pong(size, measured, 60.0)))
+        ping_pong(channel, size, warm_up, 30.0)
+        results.append(RoundTrip.of(size, ping_pong(channel, size, measured, 60.0)))
     return results
 
 
 def echo(cpu: int, memory_fd: int, data_socket: socket.socket) -> None:
     os.sched_setaffinity(0, [cpu])
-    ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.WORKER, SPIN_US).echo_until_closed()
+    echo_until_closed(ShmChannel(memory_fd, data_socket.fileno(), ShmEnd.WORKER, SPIN_US))
 
 
 def measure_channel(cpus: list[int], count: int) -> list[RoundTrip]:
@@ -108,7 +108,7 @@ def measure_channel(cpus: list[int], count: int) -> list[RoundTrip]:
     there.close()
     os.sched_setaffinity(0, [cpus[0]])
     channel = ShmChannel(memory_fd, here.fileno(), ShmEnd.CLIENT, SPIN_US)
-    results = ping_pong(channel, count)
+    results = round_trips(channel, count)
     channel.close()
     process.join(10.0)
     os.close(memory_fd)
@@ -118,10 +118,10 @@ def measure_channel(cpus: list[int], count: int) -> list[RoundTrip]:
 def ucx_echo(cpu: int, pipe: Connection, token: bytes, count: int) -> None:
     os.sched_setaffinity(0, [cpu])
     try:
-        load_ucx()
+        library = load_ucx()
     except UcxUnavailable:
         return  # The other end says so.
-    bare = UcxPingPong(max(SIZES), UCX_DEVICES)
+    bare = UcxPingPong(library.path, max(SIZES), UCX_DEVICES)
     bare.admit(UCX_HOSTS)
     pipe.send(bare.address)
     bare.connect(pipe.recv())
@@ -131,7 +131,7 @@ def ucx_echo(cpu: int, pipe: Connection, token: bytes, count: int) -> None:
     channel.admit(UCX_HOSTS)
     pipe.send(channel.address)
     channel.connect(pipe.recv())
-    channel.echo_until_closed()
+    echo_until_closed(channel)
 
 
 def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
@@ -145,7 +145,7 @@ def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
     child_pipe.close()
     os.sched_setaffinity(0, [cpus[0]])
     library = load_ucx()
-    bare = UcxPingPong(max(SIZES), UCX_DEVICES)
+    bare = UcxPingPong(library.path, max(SIZES), UCX_DEVICES)
     bare.admit(UCX_HOSTS)
     bare.connect(pipe.recv())
     pipe.send(bare.address)
@@ -159,7 +159,7 @@ def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
     channel.connect(pipe.recv())
     pipe.send(channel.address)
     channel.wait_connected(10.0)
-    results = ping_pong(channel, count)
+    results = round_trips(channel, count)
     description = describe_ucx(library, channel)
     channel.close()
     process.join(10.0)

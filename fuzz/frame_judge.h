@@ -1,5 +1,5 @@
-// Says what an attention worker must do with a frame, from wire.h's text and not from the worker's code: the two are
-// compared for every frame that is fuzzed.
+// Says what an attention worker must do with a frame, from the text of wire/frames.h and not from the worker's code: the
+// two are compared for every frame that is fuzzed.
 #pragma once
 
 #include <array>

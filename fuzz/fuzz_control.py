@@ -38,7 +38,6 @@ from vllm_lamina.wire.messages import (
     Leave,
     OpenUcx,
     Refused,
-    Shutdown,
     StatsRequest,
     TraceRequest,
     decode_reply,
@@ -98,7 +97,6 @@ def valid_requests(token: bytes) -> list[Any]:
         StatsRequest(),
         TraceRequest("start"),
         TraceRequest("take"),
-        Shutdown(),
     ]
 
 

@@ -209,7 +209,7 @@ uint64_t stress_lanes(Clock::time_point end) {
   watcher.join();
   // As a control thread does when an engine is lost: stopped from elsewhere, with a frame in hand perhaps.
   for (auto& worker : workers) worker->stop();
-  client.close();
+  for (auto& pair : pairs) pair.client->close();
   return steps.load();
 }
 

@@ -38,7 +38,7 @@ once dev requirements/dev.txt -- install -r requirements/dev.txt
 once alias scripts/vllm-alias/pyproject.toml -- install --no-build-isolation scripts/vllm-alias
 
 # Python files are used from the checkout; only a change to the native code or the metadata needs a new build.
-mapfile -t sources < <(find csrc -type f | sort)
+mapfile -t sources < <(find csrc benchmarks/native -type f | sort)
 once package pyproject.toml CMakeLists.txt "${sources[@]}" -- install --no-build-isolation --editable .
 
 echo "setup: done; activate with: . $LAMINA_VENV/bin/activate"

@@ -15,8 +15,6 @@ class Arena:
     @property
     def size(self) -> int:
         """Bytes, a multiple of 2 MiB."""
-    def clear(self) -> None:
-        """Give all pages back; the arena reads as zeros again."""
     def array(self) -> Any:
         """Return the memory as a uint8 array that keeps the arena alive."""
 
@@ -61,9 +59,6 @@ class AttentionKernel:
     def copy_block(self, layer: Any, source: int, destination: int) -> None: ...
     def zero_block(self, layer: Any, block: int) -> None: ...
 
-def linear_read(memory: Any, threads: ThreadPool) -> int:
-    """Read the memory, uint8, front to back and return a checksum."""
-
 def available_isas() -> list[str]:
     """Return the names of the kernel variants this CPU can run, best last."""
 
@@ -102,20 +97,22 @@ class Channel:
     def max_frame_bytes(self) -> int: ...
     @property
     def num_bad_descriptors(self) -> int: ...
-    def echo_until_closed(self) -> None:
-        """Answer every frame with one of the same size, until the peer leaves."""
-    def ping_pong(self, bytes: int, count: int, timeout: float) -> list[int]:
-        """Send `count` frames to an echo, one after the other; return the round trips in nanoseconds."""
 
 class ShmChannel(Channel):
     """A channel over shared memory; both descriptors stay the caller's."""
 
     def __init__(self, memory_fd: int, liveness_fd: int, end: ShmEnd, spin_us: int = 100) -> None: ...
 
-class DelayedChannel(Channel):
-    """Delivers each layer's frame `latency_us` after it was posted: what a slower network would cost."""
+def refuse_connections(listener: int) -> None:
+    """Let the kernel drop what asks this socket for a connection; peers ask again after a second, then after two, and
+    so on.
 
-    def __init__(self, channel: Channel, latency_us: int) -> None: ...
+    Connections stay, those too that wait to be accepted. Raises ChannelError where the system has no such filter, or no
+    memory for it.
+    """
+
+def admit_connections(listener: int) -> None:
+    """Take new connections again, after `refuse_connections`. Raises ChannelError."""
 
 class UcxInfo:
     """The UCX that this process uses."""
@@ -182,21 +179,6 @@ class UcxChannel(Channel):
     @property
     def has_rdma(self) -> bool: ...
 
-class UcxPingPong:
-    """Round trips over bare libucp, to measure `UcxChannel` against and to test it; after `load_ucx`."""
-
-    def __init__(self, max_bytes: int, network_devices: str = "") -> None: ...
-    @property
-    def address(self) -> bytes: ...
-    def admit(self, hosts: list[str]) -> None: ...
-    def connect(self, peer_address: bytes) -> None: ...
-    def echo(self, bytes: int, count: int, timeout: float) -> None:
-        """Answer `count` messages with ones of `bytes`."""
-    def ping_pong(self, bytes: int, count: int, timeout: float) -> list[int]:
-        """Send `count` messages to an echo, one after the other; return the round trips in nanoseconds."""
-    def send(self, header: bytes, payload: bytes, timeout: float) -> None:
-        """Send one active message."""
-
 # csrc/worker
 
 class ModelGeometry:
@@ -213,6 +195,12 @@ class ModelGeometry:
     ) -> None: ...
     @property
     def num_layers(self) -> int: ...
+    @property
+    def q_row_bytes(self) -> int:
+        """Bytes of one token's query, and of its output, in one layer."""
+    @property
+    def kv_row_bytes(self) -> int:
+        """Bytes of one token's key, and of its value, in one layer."""
 
 def kv_block_bytes(geometry: ModelGeometry) -> int:
     """Return the bytes of the pool that one KV block takes over all layers.
@@ -431,8 +419,6 @@ class AttentionClient:
         """Give a worker's part to whoever serves ``channel``. No lane may be in a step."""
     def zero_blocks(self, block_ids: Any, timeout: float = 60.0) -> None:
         """Zero blocks in all layers. block_ids: [n], int32."""
-    def close(self) -> None:
-        """Leave the workers; every wait ends with ChannelClosed."""
     def copy_blocks(self, pairs: Any, timeout: float = 60.0) -> None:
         """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination).
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_lamina.errors import UnsupportedError
+from vllm_lamina.kv_cache.geometry import DTYPES
 
 WITHOUT_LAMINA = "run it without --executor lamina"
 
-DTYPES = ("float32", "bfloat16", "float16")
 HEAD_SIZES = range(32, 257, 16)
 BLOCK_SIZE_MULTIPLE = 32
 

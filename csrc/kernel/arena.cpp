@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <new>
 
+#include "base/round_up.h"
+
 #if defined(__SANITIZE_ADDRESS__)
 #define LAMINA_ADDRESS_SANITIZER
 #elif defined(__has_feature)
@@ -23,11 +25,9 @@ namespace {
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kGuard = 4096;  // at least, before and behind the memory: nobody may touch it
 
-size_t round_up(size_t bytes) { return (bytes + kHugePage - 1) / kHugePage * kHugePage; }
-
 }  // namespace
 
-Arena::Arena(size_t bytes) : data_(nullptr), size_(round_up(bytes)) {
+Arena::Arena(size_t bytes) : data_(nullptr), size_(round_up(bytes, kHugePage)) {
   if (size_ < bytes) throw std::bad_alloc();  // rounding up wrapped around
   if (size_ == 0) return;
   // mmap aligns to 4 KiB only: take more, and leave the ends without access.
@@ -36,7 +36,7 @@ Arena::Arena(size_t bytes) : data_(nullptr), size_(round_up(bytes)) {
   base_ = mmap(nullptr, mapped_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (base_ == MAP_FAILED) throw std::bad_alloc();
   const auto start = reinterpret_cast<uintptr_t>(base_);
-  data_ = reinterpret_cast<std::byte*>((start + kGuard + kHugePage - 1) / kHugePage * kHugePage);
+  data_ = reinterpret_cast<std::byte*>(round_up(start + kGuard, kHugePage));
   if (mprotect(data_, size_, PROT_READ | PROT_WRITE) != 0) {
     munmap(base_, mapped_);
     throw std::bad_alloc();
@@ -54,10 +54,6 @@ Arena::~Arena() {
   __asan_unpoison_memory_region(data_, size_);
 #endif
   munmap(base_, mapped_);
-}
-
-void Arena::clear() {
-  if (data_ != nullptr) madvise(data_, size_, MADV_DONTNEED);
 }
 
 }  // namespace lamina

@@ -17,8 +17,6 @@ class Arena {
 
   std::byte* data() const { return data_; }
   size_t size() const { return size_; }
-  // Gives all pages back to the system; the arena reads as zeros again.
-  void clear();
 
  private:
   std::byte* data_;

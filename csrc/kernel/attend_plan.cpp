@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "base/round_up.h"
+
 namespace lamina {
 namespace {
 
@@ -14,8 +16,6 @@ constexpr int64_t kBlocksPerThread = 8;
 // partial item has to be kept until the merge, so wide items are cut into fewer pieces.
 constexpr int kRounds = 5, kRoundsWide = 2;
 constexpr int32_t kWideRows = 128;
-
-int32_t round_up(int32_t value, int32_t granule) { return (value + granule - 1) / granule * granule; }
 
 }  // namespace
 

@@ -11,7 +11,6 @@
 
 #include "kernel/arena.h"
 #include "kernel/attention.h"
-#include "kernel/linear_read.h"
 #include "kernel/thread_pool.h"
 
 namespace nb = nanobind;
@@ -149,7 +148,6 @@ void bind_kernel(nb::module_& m) {
   nb::class_<Arena>(m, "Arena", "Zeroed memory on huge pages.")
       .def(nb::init<size_t>(), "size"_a)
       .def_prop_ro("size", &Arena::size, "Bytes, a multiple of 2 MiB.")
-      .def("clear", &Arena::clear, "Gives all pages back; the arena reads as zeros again.")
       .def(
           "array",
           [](Arena& arena) {
@@ -177,14 +175,6 @@ void bind_kernel(nb::module_& m) {
            "block_tables"_a, "scale"_a, "out"_a.noconvert(), "lse"_a.none().noconvert(), "threads"_a)
       .def("copy_block", &CheckedKernel::copy_block, "layer"_a.noconvert(), "source"_a, "destination"_a)
       .def("zero_block", &CheckedKernel::zero_block, "layer"_a.noconvert(), "block"_a);
-
-  m.def(
-      "linear_read",
-      [](const ConstBytes& memory, ThreadPool& threads) {
-        nb::gil_scoped_release release;
-        return linear_read(reinterpret_cast<const std::byte*>(memory.data()), memory.size(), threads);
-      },
-      "memory"_a, "threads"_a, "Reads the memory front to back and returns a checksum.");
 
   m.def(
       "available_isas",

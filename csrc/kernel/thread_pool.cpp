@@ -10,6 +10,8 @@
 #include <string>
 #include <thread>
 
+#include "base/cpu_pause.h"
+
 namespace lamina {
 namespace {
 
@@ -22,14 +24,6 @@ void pin(pthread_t thread, int cpu) {
                                 ": it does not exist or this process may not use it");
 }
 
-void relax() {
-#if defined(__x86_64__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // Waits until `word` differs from `seen`: spins, then sleeps on the futex behind std::atomic::wait.
 void wait_for_change(const std::atomic<uint32_t>& word, uint32_t seen, std::chrono::microseconds spin) {
   const auto deadline = std::chrono::steady_clock::now() + spin;
@@ -38,7 +32,7 @@ void wait_for_change(const std::atomic<uint32_t>& word, uint32_t seen, std::chro
       word.wait(seen, std::memory_order_acquire);
       continue;
     }
-    for (int i = 0; i < 16 && word.load(std::memory_order_acquire) == seen; ++i) relax();
+    for (int i = 0; i < 16 && word.load(std::memory_order_acquire) == seen; ++i) cpu_pause();
   }
 }
 

@@ -7,12 +7,10 @@
 
 #include <cstring>
 
-#include "transport/delayed_channel.h"
-#include "transport/ping_pong.h"
 #include "transport/shm_channel.h"
+#include "transport/tcp_listeners.h"
 #include "transport/ucx_channel.h"
 #include "transport/ucx_library.h"
-#include "transport/ucx_ping_pong.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -73,25 +71,12 @@ void bind_transport(nb::module_& m) {
       .def("close", &Channel::close, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("peer_closed", &Channel::peer_closed)
       .def_prop_ro("max_frame_bytes", &Channel::max_frame_bytes)
-      .def_prop_ro("num_bad_descriptors", &Channel::num_bad_descriptors)
-      .def(
-          "echo_until_closed", [](Channel& channel) { echo_until_closed(channel); },
-          nb::call_guard<nb::gil_scoped_release>())
-      .def(
-          "ping_pong",
-          [](Channel& channel, size_t bytes, int count, double timeout) {
-            return ping_pong(channel, bytes, count, deadline_after(timeout));
-          },
-          "bytes"_a, "count"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>());
+      .def_prop_ro("num_bad_descriptors", &Channel::num_bad_descriptors);
   nb::class_<ShmChannel, Channel>(m, "ShmChannel")
       .def(nb::init<int, int, ShmEnd, int>(), "memory_fd"_a, "liveness_fd"_a, "end"_a, "spin_us"_a = 100);
-  nb::class_<DelayedChannel, Channel>(m, "DelayedChannel")
-      .def(
-          "__init__",
-          [](DelayedChannel* self, std::shared_ptr<Channel> channel, int64_t latency_us) {
-            new (self) DelayedChannel(std::move(channel), std::chrono::microseconds(latency_us));
-          },
-          "channel"_a, "latency_us"_a);
+
+  m.def("refuse_connections", &refuse_connections, "listener"_a);
+  m.def("admit_connections", &admit_connections, "listener"_a);
 
   nb::class_<UcxInfo>(m, "UcxInfo")
       .def_ro("path", &UcxInfo::path)
@@ -126,30 +111,6 @@ void bind_transport(nb::module_& m) {
           "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
       .def_prop_ro("transports", &UcxChannel::transports)
       .def_prop_ro("has_rdma", [](const UcxChannel& channel) { return has_rdma(channel.transports()); });
-  nb::class_<UcxPingPong>(m, "UcxPingPong")
-      .def(nb::init<size_t, const std::string&>(), "max_bytes"_a, "network_devices"_a = "")
-      .def_prop_ro("address", [](const UcxPingPong& end) { return bytes_of(end.address()); })
-      .def("admit", &UcxPingPong::admit, "hosts"_a)
-      .def("connect", [](UcxPingPong& end, nb::bytes address) { end.connect(span_of(address)); },
-           "peer_address"_a)
-      .def(
-          "echo",
-          [](UcxPingPong& end, size_t bytes, int count, double timeout) {
-            end.echo(bytes, count, deadline_after(timeout));
-          },
-          "bytes"_a, "count"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def(
-          "ping_pong",
-          [](UcxPingPong& end, size_t bytes, int count, double timeout) {
-            return end.ping_pong(bytes, count, deadline_after(timeout));
-          },
-          "bytes"_a, "count"_a, "timeout"_a, nb::call_guard<nb::gil_scoped_release>())
-      .def(
-          "send",
-          [](UcxPingPong& end, nb::bytes header, nb::bytes payload, double timeout) {
-            end.send(span_of(header), span_of(payload), deadline_after(timeout));
-          },
-          "header"_a, "payload"_a, "timeout"_a);
 }
 
 }  // namespace lamina

@@ -4,11 +4,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <deque>
+#include <string>
 #include <vector>
 
-namespace lamina {
+#include "base/round_up.h"
+#include "transport/channel.h"
 
-constexpr size_t round_up(size_t bytes, size_t to) { return (bytes + to - 1) / to * to; }
+namespace lamina {
 
 struct RingExtent {
   size_t offset;
@@ -18,6 +20,16 @@ struct RingExtent {
 class RingSpace {
  public:
   explicit RingSpace(size_t ring_bytes = 0) : ring_bytes_(ring_bytes) {}
+
+  // What a frame takes, with the rest of its last unit. Throws FrameTooLarge for one that never fits.
+  size_t padded(size_t bytes) const {
+    if (bytes == 0 || bytes > ring_bytes_) {
+      throw FrameTooLarge("a frame of " + std::to_string(bytes) + " bytes does not fit the channel's ring of " +
+                          std::to_string(ring_bytes_) +
+                          " bytes; raise ring_bytes or send fewer tokens per step");
+    }
+    return round_up(bytes, kFrameAlignment);
+  }
 
   size_t num_frames() const { return in_flight_.size(); }
 

@@ -19,7 +19,7 @@
 #include <system_error>
 #include <utility>
 
-#include "transport/cpu_pause.h"
+#include "base/cpu_pause.h"
 
 namespace lamina {
 namespace {
@@ -199,13 +199,8 @@ void ShmChannel::reclaim() {
 }
 
 std::span<std::byte> ShmChannel::reserve(size_t bytes, Deadline deadline) {
-  if (bytes == 0 || bytes > ring_bytes_) {
-    throw FrameTooLarge("a frame of " + std::to_string(bytes) + " bytes does not fit the channel's ring of " +
-                        std::to_string(ring_bytes_) +
-                        " bytes; raise ring_bytes or send fewer tokens per step");
-  }
+  const size_t padded = space_.padded(bytes);
   reserved_bytes_ = 0;
-  const size_t padded = round_up(bytes, kFrameAlignment);
   wait(send_ring_->sender_waiting, deadline, [&] {
     reclaim();
     if (space_.num_frames() == kSlots) return false;

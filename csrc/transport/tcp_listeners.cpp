@@ -111,4 +111,17 @@ void admit_only(const std::set<int>& listeners, const std::vector<std::string>& 
   }
 }
 
+void refuse_connections(int listener) {
+  PacketFilter filter;
+  filter.finish();
+  if (!filter.attach(listener)) throw ChannelError(strerror(errno));
+}
+
+void admit_connections(int listener) {
+  const int unused = 0;
+  if (setsockopt(listener, SOL_SOCKET, SO_DETACH_FILTER, &unused, sizeof unused) != 0) {
+    throw ChannelError(strerror(errno));
+  }
+}
+
 }  // namespace lamina

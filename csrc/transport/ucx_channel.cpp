@@ -368,13 +368,8 @@ void UcxChannel::reclaim() {
 }
 
 std::span<std::byte> UcxChannel::reserve(size_t bytes, Deadline deadline) {
-  if (bytes == 0 || bytes > ring_bytes_) {
-    throw FrameTooLarge("a frame of " + std::to_string(bytes) + " bytes does not fit the channel's ring of " +
-                        std::to_string(ring_bytes_) +
-                        " bytes; raise ring_bytes or send fewer tokens per step");
-  }
+  const size_t padded = space_.padded(bytes);
   reserved_bytes_ = 0;
-  const size_t padded = round_up(bytes, kFrameAlignment);
   wait(
       deadline,
       [&] {

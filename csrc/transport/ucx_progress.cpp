@@ -8,7 +8,7 @@
 #include <system_error>
 #include <utility>
 
-#include "transport/cpu_pause.h"
+#include "base/cpu_pause.h"
 
 namespace lamina {
 namespace {

@@ -22,7 +22,9 @@ void bind_wire(nb::module_& m) {
                                      std::move(scales)};
           },
           "block_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "dtype"_a, "scales"_a)
-      .def_prop_ro("num_layers", &ModelGeometry::num_layers);
+      .def_prop_ro("num_layers", &ModelGeometry::num_layers)
+      .def_prop_ro("q_row_bytes", &ModelGeometry::q_row_bytes)
+      .def_prop_ro("kv_row_bytes", &ModelGeometry::kv_row_bytes);
 }
 
 }  // namespace lamina

@@ -22,6 +22,8 @@
 #include <optional>
 #include <span>
 
+#include "base/round_up.h"
+
 namespace lamina {
 
 static_assert(std::endian::native == std::endian::little, "frames are little endian");
@@ -64,21 +66,17 @@ struct StepCounts {
 };
 static_assert(sizeof(StepCounts) == 16);
 
-constexpr size_t align_to(size_t bytes, size_t alignment) {
-  return (bytes + alignment - 1) / alignment * alignment;
-}
-
 // Byte offsets within an ATTEND payload.
 struct AttendLayout {
   size_t k, v, bytes;
   AttendLayout(size_t q_bytes, size_t kv_bytes)
-      : k(align_to(q_bytes, 64)), v(k + align_to(kv_bytes, 64)), bytes(v + kv_bytes) {}
+      : k(round_up(q_bytes, 64)), v(k + round_up(kv_bytes, 64)), bytes(v + kv_bytes) {}
 };
 
 // Byte offsets within an OUTPUT payload.
 struct OutputLayout {
   size_t lse, bytes;
-  OutputLayout(size_t out_bytes, size_t lse_bytes) : lse(align_to(out_bytes, 64)), bytes(lse + lse_bytes) {}
+  OutputLayout(size_t out_bytes, size_t lse_bytes) : lse(round_up(out_bytes, 64)), bytes(lse + lse_bytes) {}
 };
 
 // Header of a frame, or nothing if the frame is not one of this version or shorter than it says. The header

@@ -15,7 +15,7 @@ struct StepLayout {
   StepLayout(size_t num_requests, size_t num_block_ids, size_t num_tokens)
       : kv_lens(query_lens + 4 * num_requests),
         block_ids(kv_lens + 4 * num_requests),
-        slot_mapping(align_to(block_ids + 4 * num_block_ids, 8)),
+        slot_mapping(round_up(block_ids + 4 * num_block_ids, 8)),
         bytes(slot_mapping + 8 * num_tokens) {}
 };
 

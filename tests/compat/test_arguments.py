@@ -7,6 +7,9 @@ and ``vllm.utils.argparse_utils.FlexibleArgumentParser``.
 
 import dataclasses
 import json
+import os
+import sys
+from pathlib import Path
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
@@ -70,3 +73,15 @@ def test_options_without_the_executor_are_refused_when_the_engine_is_configured(
     args = EngineArgs(model=".", additional_config={"lamina": {"memory": "1GiB"}})
     with pytest.raises(ConfigError, match="needs --executor lamina"):
         args.create_engine_config()
+
+
+@pytest.mark.parametrize("directories", [[], [""]], ids=["elsewhere", "there"])
+def test_children_import_from_the_working_directory_only_if_this_process_does(
+    directories: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    monkeypatch.setattr(sys, "path", [*filter(None, sys.path), *directories])
+    with pytest.raises(ValueError, match="model"):
+        EngineArgs(model=str(tmp_path), executor="lamina").create_engine_config()
+    assert bool(os.environ["PYTHONSAFEPATH"]) != bool(directories)

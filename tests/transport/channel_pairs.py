@@ -1,6 +1,7 @@
 """Both ends of a channel in one process, of either kind."""
 
 import contextlib
+import math
 import mmap
 import os
 import secrets
@@ -8,7 +9,7 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from vllm_lamina._native import Channel, ShmChannel, ShmEnd, UcxChannel, create_shm_memory
+from vllm_lamina._native import Channel, ChannelClosed, ShmChannel, ShmEnd, UcxChannel, create_shm_memory
 from vllm_lamina.transport.ucx import TOKEN_BYTES, load_ucx
 
 RING_BYTES = 64 << 10
@@ -23,6 +24,21 @@ class Pair:
     client: Channel
     worker: Channel
     memory: mmap.mmap | None = None
+
+
+def echo_until_closed(channel: Channel) -> None:
+    """Send every frame back, until the peer leaves."""
+    with contextlib.suppress(ChannelClosed):
+        while True:
+            channel.send(channel.receive(math.inf), 60.0)
+
+
+def ping_pong(channel: Channel, size: int, count: int) -> None:
+    """Send frames of ``size`` to an echo, one after the other."""
+    for number in range(count):
+        payload = bytes([number]) * size
+        channel.send(payload, 60.0)
+        assert channel.receive(60.0) == payload
 
 
 @contextlib.contextmanager

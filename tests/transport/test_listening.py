@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from vllm_lamina.transport.listening import ListeningSocket
+from vllm_lamina._native import admit_connections, refuse_connections
 
 DEADLINE = 30.0
 
@@ -36,10 +36,9 @@ def is_connected(client: socket.socket, seconds: float) -> bool:
 
 def test_refuse_and_admit(server: socket.socket) -> None:
     """Who comes while it refuses is connected once it admits; earlier connections stay, accepted or waiting."""
-    listening = ListeningSocket(server.fileno())
     with new_client(server) as accepted, server.accept()[0] as connection, new_client(server) as waiting:
         assert is_connected(waiting, DEADLINE)
-        listening.refuse()
+        refuse_connections(server.fileno())
         with new_client(server) as late:
             assert not is_connected(late, 0.5)
             accepted.send(b"still here")
@@ -49,9 +48,8 @@ def test_refuse_and_admit(server: socket.socket) -> None:
                 waiting.send(b"this one too")
                 second.settimeout(DEADLINE)
                 assert second.recv(64) == b"this one too"
-            listening.admit()
+            admit_connections(server.fileno())
             assert is_connected(late, DEADLINE)  # it asks again by itself
             assert late.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0
-    listening.close()
     with new_client(server) as client:
         assert is_connected(client, DEADLINE)

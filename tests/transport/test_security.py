@@ -30,7 +30,7 @@ from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import SecretError, WorkerRefused, WorkerUnreachable
 from vllm_lamina.transport.secret import ControlKeys, write_secret
-from vllm_lamina.wire.messages import Shutdown, encode
+from vllm_lamina.wire.messages import StatsRequest, encode
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 LEASE = 5
@@ -343,7 +343,7 @@ def test_flood_of_strangers_does_not_hurt_the_engine(worker: Worker, secret: Pat
             stranger.connect(f"tcp://{worker.address}")
             while not stop.is_set():
                 with contextlib.suppress(zmq.Again):
-                    stranger.send_multipart([b"", encode(Shutdown())])
+                    stranger.send_multipart([b"", encode(StatsRequest())])
 
     threads = [
         threading.Thread(target=connect_and_send, args=(0, b"")),

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from channel_pairs import DEADLINE, RING_BYTES, Pair, shm_pair
+from channel_pairs import DEADLINE, RING_BYTES, Pair, echo_until_closed, ping_pong, shm_pair
 
 from vllm_lamina._native import (
     ChannelClosed,
@@ -51,7 +51,7 @@ def test_few_frames_use_little_memory(pair: Pair, in_flight: int) -> None:
 
 def _echo(memory_fd: int, there: socket.socket, here: socket.socket, spin_us: int) -> None:
     here.close()
-    ShmChannel(memory_fd, there.fileno(), ShmEnd.WORKER, spin_us).echo_until_closed()
+    echo_until_closed(ShmChannel(memory_fd, there.fileno(), ShmEnd.WORKER, spin_us))
 
 
 @pytest.mark.parametrize("spin_us", [0, 50])
@@ -62,7 +62,7 @@ def test_two_processes(spin_us: int) -> None:
     there.close()
     channel = ShmChannel(memory_fd, here.fileno(), ShmEnd.CLIENT, spin_us)
     for size in (64, 4096, 1 << 20, 32 << 20):
-        assert len(channel.ping_pong(size, 20, 60.0)) == 20
+        ping_pong(channel, size, 5)
     channel.close()
     process.join(DEADLINE)
     assert process.exitcode == 0
@@ -77,7 +77,7 @@ def test_killed_peer_ends_a_wait(spin_us: int) -> None:
     process = start_process(_echo, memory_fd, there, here, spin_us)
     there.close()
     channel = ShmChannel(memory_fd, here.fileno(), ShmEnd.CLIENT, spin_us)
-    channel.ping_pong(64, 10, DEADLINE)
+    ping_pong(channel, 64, 10)
     killer = threading.Timer(0.2, process.kill)
     killer.start()
     with pytest.raises(ChannelClosed):

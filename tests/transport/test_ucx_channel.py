@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from channel_pairs import DEADLINE, LOOPBACK, RING_BYTES, ucx_channel, ucx_pair
+from channel_pairs import DEADLINE, LOOPBACK, RING_BYTES, ping_pong, ucx_channel, ucx_pair
+from lamina_benchmarks import UcxPingPong
 from network import listening_ports
 from worker_processes import wait_until
 
@@ -25,7 +26,6 @@ from vllm_lamina._native import (
     ChannelError,
     ChannelTimeout,
     UcxChannel,
-    UcxPingPong,
     interface_addresses,
 )
 from vllm_lamina.transport.errors import UcxUnavailable
@@ -97,7 +97,7 @@ def channel_to_process(ring_bytes: int, spin_us: int) -> Iterator[tuple[UcxChann
 def test_two_processes(spin_us: int) -> None:
     with channel_to_process(64 << 20, spin_us) as (channel, process):
         for size in (64, 4096, 61440, 61441, 1 << 20, 64 << 20):
-            assert len(channel.ping_pong(size, 10, 60.0)) == 10
+            ping_pong(channel, size, 3)
         assert channel.transports == ["tcp/lo"]
         assert not channel.has_rdma
         channel.close()
@@ -109,7 +109,7 @@ def test_two_processes(spin_us: int) -> None:
 def test_killed_peer_ends_a_wait(spin_us: int, frame_bytes: int) -> None:
     """While nothing travels, and while the peer's ring fills."""
     with channel_to_process(64 << 20, spin_us) as (channel, process):
-        channel.ping_pong(64, 10, DEADLINE)
+        ping_pong(channel, 64, 10)
 
         def keep_busy() -> None:
             while frame_bytes:
@@ -210,9 +210,9 @@ def test_token_and_capacity_are_checked() -> None:
 @pytest.fixture
 def attacked() -> tuple[UcxChannel, Callable[[bytes, bytes], None]]:
     """A channel, and what sends any message to it."""
-    load_ucx()
+    library = load_ucx()
     channel = ucx_channel(TOKEN)
-    peer = UcxPingPong(1 << 20, "lo")
+    peer = UcxPingPong(library.path, 1 << 20, "lo")
     peer.admit([LOOPBACK])
     peer.connect(channel.address)
     channel.connect(peer.address)

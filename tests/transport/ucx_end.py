@@ -6,6 +6,8 @@ Echoes until the peer leaves, or with `ping-pong` as the third argument sends fr
 
 import sys
 
+from channel_pairs import echo_until_closed, ping_pong
+
 from vllm_lamina._native import UcxChannel
 from vllm_lamina.transport.ucx import load_ucx, network_devices
 
@@ -24,10 +26,10 @@ def main() -> None:
     print(" ".join(channel.transports), flush=True)
     if sys.argv[3:] == ["ping-pong"]:
         for size in SIZES:
-            channel.ping_pong(size, 10, 20.0)
+            ping_pong(channel, size, 3)
         channel.close()
     else:
-        channel.echo_until_closed()
+        echo_until_closed(channel)
 
 
 if __name__ == "__main__":

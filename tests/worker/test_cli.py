@@ -63,25 +63,6 @@ def test_worker_and_stats() -> None:
         assert "64 MiB for KV blocks, 1 threads (CPUs 0)" in log
 
 
-def test_injected_latency() -> None:
-    """Each layer's exchange takes longer by the latency; what the worker does with it does not."""
-    with (
-        serving("--cpus", "0", "--inject-latency-us", "30000") as (address, _),
-        AttentionWorkerConnection.connect(address) as connection,
-    ):
-        connection.configure(GEOMETRY, 8)
-        engine = Engine.on(connection, GEOMETRY, 8)
-        engine.step(0, [Request(0, 40, [1, 2])])
-        latency = GEOMETRY.num_layers * 0.03
-        attention = []
-        for context in range(40, 45):
-            begin = time.monotonic()
-            engine.step(1, [Request(context, 1, [1, 2])])
-            assert time.monotonic() - begin > latency
-            attention.append(engine.client.step_times(0)[1])
-        assert min(attention) < latency / 2
-
-
 def test_idle_worker_uses_no_cpu() -> None:
     with serving() as (_, process):
 

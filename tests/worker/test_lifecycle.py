@@ -224,11 +224,6 @@ def test_signals(worker: EmbeddedAttentionWorker) -> None:
     assert worker.poll() == 0
 
 
-def test_shutdown_message(connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker) -> None:
-    connection.shutdown()
-    wait_until(lambda: worker.poll() == 0)
-
-
 def test_stop_leaves_no_process(worker: EmbeddedAttentionWorker) -> None:
     pid = worker.pid
     worker.stop()

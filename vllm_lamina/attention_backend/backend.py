@@ -11,7 +11,8 @@ from vllm.v1.kv_cache_interface import KVCacheLayout
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadataBuilder
-from vllm_lamina.support import BLOCK_SIZE_MULTIPLE, DTYPES, HEAD_SIZES
+from vllm_lamina.kv_cache.geometry import DTYPES
+from vllm_lamina.support import BLOCK_SIZE_MULTIPLE, HEAD_SIZES
 
 
 class LaminaAttentionBackend(AttentionBackend):

@@ -13,6 +13,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -182,12 +183,22 @@ def _wrap_create(engine_args: Any) -> None:
         if selected:
             check_vllm_version()
             LaminaConfig.from_additional_config(self.additional_config)
+            _let_children_import_as_we_do()
         config = create_engine_config(self, *args, **kwargs)
         if selected:
             _prepare(config)
         return config
 
     engine_args.create_engine_config = create_and_check
+
+
+def _let_children_import_as_we_do() -> None:
+    """Keep the working directory from what other Python processes import, unless this one imports from it too.
+
+    vLLM asks a ``python -m`` of its own about the model's class, which would look there first: for our plugin, too.
+    """
+    if os.getcwd() not in map(os.path.realpath, sys.path):
+        os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _given_flags(args: Any) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from vllm_lamina import _native
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas", "linear_read"]
+    from vllm_lamina.kv_cache.geometry import DType
 
-KVDtype = Literal["float32", "bfloat16", "float16"]
+__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas"]
+
 ISA = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 BFLOAT16_ISAS = ("avx512_bf16", "amx")
 """Variants for bfloat16 only."""
@@ -27,7 +28,7 @@ TokenArray = npt.NDArray[Any]
 """Tokens in the KV dtype: float32, float16, or uint16 for bfloat16."""
 
 
-def available_isas(dtype: KVDtype = "float32") -> list[str]:
+def available_isas(dtype: DType = "float32") -> list[str]:
     """Name the kernel variants that this CPU and this build can run for a KV dtype, best last.
 
     Parameters
@@ -36,22 +37,6 @@ def available_isas(dtype: KVDtype = "float32") -> list[str]:
         KV dtype; `BFLOAT16_ISAS` are listed for bfloat16 only.
     """
     return [isa for isa in _native.available_isas() if isa not in BFLOAT16_ISAS or dtype == "bfloat16"]
-
-
-def linear_read(memory: npt.NDArray[np.uint8], threads: ThreadPool) -> int:
-    """Read memory front to back, as fast as the threads can: the yardstick for the kernel's bandwidth.
-
-    Parameters
-    ----------
-    memory
-        ``[size]``, uint8. Every thread reads one contiguous share.
-
-    Returns
-    -------
-    int
-        Checksum of what was read.
-    """
-    return int(_native.linear_read(memory, threads._native))
 
 
 class Arena:
@@ -80,10 +65,6 @@ class Arena:
         """Return the memory, ``[size]`` uint8. The array keeps the arena alive."""
         array: npt.NDArray[np.uint8] = self._native.array()
         return array
-
-    def clear(self) -> None:
-        """Give all pages back to the system; the arena reads as zeros again."""
-        self._native.clear()
 
 
 class ThreadPool:
@@ -157,7 +138,7 @@ class AttentionKernel:
 
     def __init__(
         self,
-        dtype: KVDtype,
+        dtype: DType,
         num_heads: int,
         num_kv_heads: int,
         head_size: int,

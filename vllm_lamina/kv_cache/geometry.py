@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import msgspec
 
 from vllm_lamina._native import ModelGeometry, kv_block_bytes
 
 DType = Literal["float32", "bfloat16", "float16"]
-ELEMENT_BYTES: dict[DType, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPES: tuple[DType, ...] = get_args(DType)
 Positive = Annotated[int, msgspec.Meta(gt=0, lt=2**31)]
 
 
@@ -84,7 +84,7 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         max_model_len
             Tokens of the longest request.
         """
-        heads = self.num_heads + 2 * self.num_kv_heads
-        layer = max_tokens * heads * self.head_size * ELEMENT_BYTES[self.dtype]
+        native = self.to_native()
+        layer = max_tokens * (native.q_row_bytes + 2 * native.kv_row_bytes)
         step = max_requests * (4 * self.num_blocks(max_model_len) + 64) + 8 * max_tokens
         return 2 * (layer + step) + (1 << 20)

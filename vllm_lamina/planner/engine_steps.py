@@ -97,7 +97,7 @@ def measure_steps(
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory, name) for name in ("request.json", "result.json", "log")]
         paths[0].write_text(json.dumps(request))
-        command = [sys.executable, "-m", "vllm_lamina.planner.engine_steps", *map(str, paths[:2])]
+        command = [sys.executable, "-P", "-m", "vllm_lamina.planner.engine_steps", *map(str, paths[:2])]
         with paths[2].open("w") as log:
             try:
                 status = subprocess.run(

@@ -31,7 +31,6 @@ from vllm_lamina.wire.messages import (
     Hello,
     Leave,
     OpenUcx,
-    Shutdown,
     StatsRequest,
     Trace,
     TraceRequest,
@@ -69,7 +68,8 @@ class AttentionWorkerConnection:
     >>> with AttentionWorkerConnection.connect("10.0.0.7:7100", secret_file="/etc/lamina/secret") as worker:
     ...     num_blocks = worker.pool_bytes // worker.block_bytes(geometry)
     ...     worker.configure(geometry, num_blocks)
-    ...     AttentionClient(worker.channel, geometry.to_native()).begin_step(...)
+    ...     partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+    ...     AttentionClient([worker.channel], partition).begin_step(...)
     """
 
     def __init__(
@@ -351,10 +351,6 @@ class AttentionWorkerConnection:
         self._control.request(TraceRequest("start"), Trace)
         time.sleep(seconds)
         return self._control.request(TraceRequest("take"), Trace).events
-
-    def shutdown(self) -> None:
-        """Ask an embedded worker to end. Raises WorkerRefused if it is not an embedded one."""
-        self._control.request(Shutdown(), Goodbye)
 
     def close(self) -> None:
         """Leave the worker, which drops its pool and waits for the next engine. May be called twice."""

@@ -8,9 +8,9 @@ import time
 import zmq
 from zmq.utils import z85
 
+from vllm_lamina._native import ChannelError, admit_connections, refuse_connections
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.errors import ConnectionFailed
-from vllm_lamina.transport.listening import ListeningSocket
 from vllm_lamina.transport.secret import ControlKeys
 from vllm_lamina.transport.sockets import HANDSHAKE_MS, Socket, SocketMonitor, set_limits
 
@@ -67,7 +67,7 @@ class ControlListener:
         self._last_log = -REFUSED_LOG_SECONDS
         self._peers: dict[int, str] = {}
         self._refusing = False
-        self._listening: ListeningSocket | None = None
+        self._listening: int | None = None  # ZeroMQ's descriptor, where connections can be refused
         self._is_full = False
         self._context: zmq.Context[Socket] = zmq.Context()
         # Bound before the control socket: without it every key would do.
@@ -101,7 +101,7 @@ class ControlListener:
             kind, value = event
             if kind == zmq.Event.LISTENING:
                 # No one but this user reaches a socket that is a file.
-                self._listening = None if self._is_ipc else ListeningSocket(value)
+                self._listening = None if self._is_ipc else value
             elif kind == zmq.Event.ACCEPTED:
                 self._peers[value] = _peer_address(value)
             elif kind == zmq.Event.DISCONNECTED:
@@ -119,10 +119,9 @@ class ControlListener:
             return
         if not self._is_full and len(self._peers) >= self._max_clients:
             try:
-                self._listening.refuse()
-            except OSError as error:
+                refuse_connections(self._listening)
+            except ChannelError as error:
                 logger.warning("this system cannot keep more clients out (%s): a firewall has to", error)
-                self._listening.close()
                 self._listening = None
                 return
             self._is_full = True
@@ -134,7 +133,7 @@ class ControlListener:
             )
         elif self._is_full and len(self._peers) <= self._max_clients // 2:
             self._is_full = False
-            self._listening.admit()
+            admit_connections(self._listening)
 
     def _zap_reply(self, request: list[bytes]) -> list[bytes]:
         """ZeroMQ's authentication protocol (RFC 27): the client's key must be the one derived from the secret."""
@@ -172,8 +171,6 @@ class ControlListener:
     def close(self) -> None:
         """Send what is still to be sent, for a second at most, and close the port."""
         self._monitor.close()
-        if self._listening is not None:
-            self._listening.close()
         self.control.close()
         self._zap.close()
         self._context.term()

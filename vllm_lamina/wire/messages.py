@@ -220,12 +220,8 @@ class Trace(msgspec.Struct, frozen=True, tag="trace_is", forbid_unknown_fields=T
     events: bytes
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown", forbid_unknown_fields=True):
-    """Asks an embedded worker to end."""
-
-
 class Goodbye(msgspec.Struct, frozen=True, tag="goodbye", forbid_unknown_fields=True):
-    """Answer to `Leave` and `Shutdown`."""
+    """Answer to `Leave`."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag="refused"):
@@ -234,17 +230,7 @@ class Refused(msgspec.Struct, frozen=True, tag="refused"):
     reason: str
 
 
-Request = (
-    Hello
-    | BlockBytesRequest
-    | Configure
-    | OpenUcx
-    | Heartbeat
-    | Leave
-    | StatsRequest
-    | TraceRequest
-    | Shutdown
-)
+Request = Hello | BlockBytesRequest | Configure | OpenUcx | Heartbeat | Leave | StatsRequest | TraceRequest
 Reply = (
     Welcome
     | BlockBytesReply

@@ -8,8 +8,6 @@
 namespace lamina {
 namespace {
 
-float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
-
 float widen(Float16 x) {
   const uint32_t sign = uint32_t{x.bits} >> 15 << 31, magnitude = x.bits & 0x7FFFu;
   if (magnitude >= 0x7C00u)  // infinity, NaN
@@ -17,12 +15,6 @@ float widen(Float16 x) {
   // The exponent bias differs by 112; the multiplication also normalises float16's denormals.
   const float scaled = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
   return std::bit_cast<float>(sign | std::bit_cast<uint32_t>(scaled));
-}
-
-BFloat16 narrow_bfloat16(float x) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  if (x != x) return {static_cast<uint16_t>(bits >> 16 | 0x40u)};  // rounding could turn a NaN into infinity
-  return {static_cast<uint16_t>((bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16)};
 }
 
 Float16 narrow_float16(float x) {

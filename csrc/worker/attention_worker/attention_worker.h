@@ -25,21 +25,19 @@ namespace lamina {
 // no kernel supports, naming the value and the limit.
 size_t kv_block_bytes(const ModelGeometry& geometry);
 
+// The counters; wire/messages.py says what each means, in a field of the same name of WorkerStats.
+#define LAMINA_WORKER_COUNTERS(COUNTER)                                                                           \
+  COUNTER(steps) COUNTER(messages) COUNTER(bytes_in) COUNTER(bytes_out) COUNTER(tokens_appended)                \
+  COUNTER(ns_attending) COUNTER(ns_appending) COUNTER(ns_waiting) COUNTER(ns_idle) COUNTER(rejected_frames)
+
 // Written by the serving thread only, read by any; times are nanoseconds.
 struct WorkerCounters {
-  std::atomic<uint64_t> steps{0};
-  std::atomic<uint64_t> messages{0};
-  std::atomic<uint64_t> bytes_in{0};
-  std::atomic<uint64_t> bytes_out{0};
-  std::atomic<uint64_t> tokens_appended{0};
-  std::atomic<uint64_t> ns_attending{0};
-  std::atomic<uint64_t> ns_appending{0};
-  std::atomic<uint64_t> ns_waiting{0};  // between the frames of a step in flight
-  std::atomic<uint64_t> ns_idle{0};     // with no step in flight
-  std::atomic<uint64_t> rejected_frames{0};
+#define LAMINA_DECLARE(name) std::atomic<uint64_t> name{0};
+  LAMINA_WORKER_COUNTERS(LAMINA_DECLARE)
+#undef LAMINA_DECLARE
 };
 
-// One frame in a trace; times are nanoseconds of the steady clock. See wire.h for `began` and `posted`.
+// One frame in a trace; times are nanoseconds of the steady clock. See wire/frames.h for `began` and `posted`.
 struct TraceEvent {
   uint64_t type, lane, layer, tokens;
   uint64_t began, posted, received, done;

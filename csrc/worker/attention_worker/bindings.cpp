@@ -15,19 +15,9 @@ namespace {
 nb::dict counters(const AttentionWorker& worker) {
   const WorkerCounters& source = worker.counters();
   nb::dict values;
-  const auto set = [&](const char* name, const std::atomic<uint64_t>& counter) {
-    values[name] = counter.load(std::memory_order_relaxed);
-  };
-  set("steps", source.steps);
-  set("messages", source.messages);
-  set("bytes_in", source.bytes_in);
-  set("bytes_out", source.bytes_out);
-  set("tokens_appended", source.tokens_appended);
-  set("ns_attending", source.ns_attending);
-  set("ns_appending", source.ns_appending);
-  set("ns_waiting", source.ns_waiting);
-  set("ns_idle", source.ns_idle);
-  set("rejected_frames", source.rejected_frames);
+#define LAMINA_READ(name) values[#name] = source.name.load(std::memory_order_relaxed);
+  LAMINA_WORKER_COUNTERS(LAMINA_READ)
+#undef LAMINA_READ
   return values;
 }
 

@@ -309,8 +309,4 @@ void AttentionClient::replace_channel(uint32_t worker, std::shared_ptr<Channel> 
   links_.at(worker) = std::make_unique<WorkerLink>(std::move(channel));
 }
 
-void AttentionClient::close() {
-  for (const auto& link : links_) link->close();
-}
-
 }  // namespace lamina

@@ -97,8 +97,6 @@ class AttentionClient {
   void set_generation(uint64_t generation) { generation_ = generation; }
   uint64_t generation() const { return generation_; }
 
-  void close();
-
  private:
   struct Lane {
     explicit Lane(const AttentionGeometry& geometry)

@@ -145,8 +145,7 @@ void bind_model_worker(nb::module_& m) {
           "pairs"_a, "timeout"_a = 60.0)
       .def("fail_step", &AttentionClient::fail_step, "lane"_a, "why"_a)
       .def_prop_ro("failed_workers", &AttentionClient::failed_workers)
-      .def("replace_channel", &AttentionClient::replace_channel, "worker"_a, "channel"_a)
-      .def("close", &AttentionClient::close);
+      .def("replace_channel", &AttentionClient::replace_channel, "worker"_a, "channel"_a);
 }
 
 }  // namespace lamina

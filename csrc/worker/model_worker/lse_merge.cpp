@@ -1,10 +1,10 @@
 #include "worker/model_worker/lse_merge.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <cstdint>
 #include <limits>
+
+#include "kernel/isa/elements.h"
 
 // One build serves every CPU; the loops below are compiled for each of these, and chosen when the library is loaded.
 // (ThreadSanitizer is not up yet then.)
@@ -19,22 +19,12 @@ namespace {
 
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 
-struct BFloat16 {
-  uint16_t bits;
-};
-
 [[gnu::always_inline]] inline float widen(float x) { return x; }
 [[gnu::always_inline]] inline float widen(_Float16 x) { return static_cast<float>(x); }
-[[gnu::always_inline]] inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
 [[gnu::always_inline]] inline void narrow(float x, float& to) { to = x; }
 [[gnu::always_inline]] inline void narrow(float x, _Float16& to) { to = static_cast<_Float16>(x); }
-[[gnu::always_inline]] inline void narrow(float x, BFloat16& to) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
-  // Rounding could turn a NaN into infinity.
-  to.bits = static_cast<uint16_t>(x != x ? (bits >> 16 | 0x40u) : rounded);
-}
+[[gnu::always_inline]] inline void narrow(float x, BFloat16& to) { to = narrow_bfloat16(x); }
 
 template <class T>
 [[gnu::always_inline]] inline void add_scaled(float* to, float keep, const void* from, float weight, size_t n) {

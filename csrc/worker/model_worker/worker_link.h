@@ -21,7 +21,6 @@ class WorkerLink {
   explicit WorkerLink(std::shared_ptr<Channel> channel) : channel_(std::move(channel)) {}
 
   const Channel& channel() const { return *channel_; }
-  void close() { channel_->close(); }
 
   // The worker did not take a frame or did not answer, or is gone.
   bool failed() const { return failed_ || channel_->peer_closed(); }

@@ -50,7 +50,8 @@ class EmbeddedAttentionWorker:
             The worker ended, or did not answer in time.
         """
         address = f"ipc://@vllm-lamina-control-{os.getpid()}-{secrets.token_hex(8)}"
-        command = [sys.executable, "-m", "vllm_lamina.worker.attention_worker", "--listen", address]
+        # -P: whatever is called like a package in the working directory is not ours.
+        command = [sys.executable, "-P", "-m", "vllm_lamina.worker.attention_worker", "--listen", address]
         command += [
             "--memory",
             str(memory_bytes),

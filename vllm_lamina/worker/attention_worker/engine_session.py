@@ -12,7 +12,6 @@ from vllm_lamina._native import (
     AttentionWorker,
     Channel,
     ChannelError,
-    DelayedChannel,
     ShmChannel,
     ShmEnd,
     UcxChannel,
@@ -54,13 +53,11 @@ class EngineSession:
         cpus: list[int],
         *,
         lease_seconds: float = 0.0,
-        inject_latency_us: int = 0,
     ) -> None:
         self.engine = request.engine
         self.token = secrets.token_bytes(32)
         self.num_blocks = request.num_blocks
         self._spin_us = request.spin_us
-        self._inject_latency_us = inject_latency_us
         self._worker = AttentionWorker(
             request.geometry.to_native(), request.num_blocks, num_threads, cpus, request.spin_us
         )
@@ -149,7 +146,7 @@ class EngineSession:
         )
         channel.admit(list(request.hosts))
         channel.connect(request.address)
-        self._serve(channel)
+        self._worker.serve(channel)
         self._channel = channel
         return UcxOpened(channel.address, source_hosts(request.host)), describe_ucx(info, channel)
 
@@ -170,7 +167,7 @@ class EngineSession:
             if self._channel is not None or len(fds) != 1 or not self.is_of(token):
                 return False
             channel = ShmChannel(fds[0], data_socket.fileno(), ShmEnd.WORKER, self._spin_us)
-            self._serve(channel)
+            self._worker.serve(channel)
             data_socket.send(DATA_CHANNEL_OPEN)
         except (ChannelError, OSError, RuntimeError):  # the last: memory, a descriptor or a thread is refused
             return False
@@ -187,10 +184,6 @@ class EngineSession:
             except OSError:
                 self.peer_pidfd = None
         return True
-
-    def _serve(self, channel: Channel) -> None:
-        delayed = self._inject_latency_us > 0
-        self._worker.serve(DelayedChannel(channel, self._inject_latency_us) if delayed else channel)
 
     def stats(self, pool_bytes: int, refused_clients: int) -> WorkerStats:
         """Return the counters."""

@@ -43,8 +43,6 @@ class WorkerOptions:
         The process without which a worker ends, embedded or started by Ray; None if it is on its own.
     log_prefix
         Put before each line of the log.
-    inject_latency_us
-        Added to each layer's exchange.
     """
 
     address: ControlAddress
@@ -55,7 +53,6 @@ class WorkerOptions:
     drain_seconds: float = 0.0
     parent_pid: int | None = None
     log_prefix: str = ""
-    inject_latency_us: int = 0
     threads: int = 0
 
     @property
@@ -106,7 +103,6 @@ class WorkerOptions:
             drain_seconds=0.0 if embedded else arguments.drain_seconds,
             parent_pid=arguments.parent_pid,
             log_prefix=arguments.log_prefix,
-            inject_latency_us=arguments.inject_latency_us,
             threads=arguments.threads,
         )
 
@@ -141,13 +137,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         metavar="N",
         help="threads that are not pinned, instead of --cpus (default: one per CPU)",
-    )
-    parser.add_argument(
-        "--inject-latency-us",
-        type=int,
-        default=0,
-        metavar="MICROSECONDS",
-        help="for experiments: add this to each layer's exchange, as a slower network would (same host only)",
     )
     parser.add_argument(
         "--lease-seconds",

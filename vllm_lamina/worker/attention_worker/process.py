@@ -36,7 +36,6 @@ from vllm_lamina.wire.messages import (
     Refused,
     Reply,
     Request,
-    Shutdown,
     StatsRequest,
     TraceRequest,
     UcxOpened,
@@ -103,7 +102,7 @@ class AttentionWorkerProcess:
         return pidfd
 
     def run(self) -> None:
-        """Serve until SIGTERM or SIGINT (SIGTERM alone if embedded), the parent's end or a Shutdown.
+        """Serve until SIGTERM or SIGINT (SIGTERM alone if embedded), or the parent's end.
 
         A first signal lets the engine that is connected finish, for the time of `WorkerOptions.drain_seconds`; a second
         one ends at once.
@@ -241,11 +240,6 @@ class AttentionWorkerProcess:
                     return self._configure(request)
             case OpenUcx():
                 return self._open_ucx(request)
-            case Shutdown():
-                if self._options.parent_pid is None:
-                    return Refused("only an embedded worker can be shut down by a message; send it SIGTERM")
-                self._running = False
-                return Goodbye()
 
     def _configure(self, request: Configure) -> Configured | Refused:
         self._end_session_if_over()
@@ -273,7 +267,6 @@ class AttentionWorkerProcess:
                 self._options.num_threads,
                 self._options.cpus,
                 lease_seconds=self._options.lease_seconds,
-                inject_latency_us=self._options.inject_latency_us,
             )
         except (ValueError, MemoryError) as error:
             return Refused(str(error) or "the system refuses the pool's memory")

@@ -25,7 +25,7 @@ from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import LaminaError, UnsupportedError
-from vllm_lamina.kv_cache.geometry import DType, Geometry
+from vllm_lamina.kv_cache.geometry import DTYPES, Geometry
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
 from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers, ChannelOptions
@@ -35,11 +35,7 @@ logger = init_logger("vllm.lamina")
 
 BACKEND = "vllm_lamina.attention_backend.LaminaAttentionBackend"
 
-DTYPE_NAMES: dict[torch.dtype, DType] = {
-    torch.float32: "float32",
-    torch.bfloat16: "bfloat16",
-    torch.float16: "float16",
-}
+DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 SPIN_US = 2000
 """How long a side polls before it sleeps, where its CPUs are its own: longer than the other side's part of a layer."""

@@ -1,4 +1,4 @@
-#include "transport/delayed_channel.h"
+#include "delayed_channel.h"
 
 #include <sys/prctl.h>
 

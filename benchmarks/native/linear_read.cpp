@@ -1,5 +1,5 @@
 // Reads memory front to back: the yardstick for everything that is bound by memory bandwidth.
-#include "kernel/linear_read.h"
+#include "linear_read.h"
 
 #include <atomic>
 

@@ -1,12 +1,12 @@
-#include "transport/ucx_ping_pong.h"
+#include "ucx_ping_pong.h"
 
 #include <cstring>
 #include <utility>
 
 namespace lamina {
 
-UcxPingPong::UcxPingPong(size_t max_bytes, const std::string& network_devices)
-    : ucx_(UcxLibrary::loaded()),
+UcxPingPong::UcxPingPong(const UcxLibrary& library, size_t max_bytes, const std::string& network_devices)
+    : ucx_(library),
       worker_(ucx_, network_devices.empty() ? UcxWorker::Settings{}
                                             : UcxWorker::Settings{{"NET_DEVICES", network_devices}}),
       outgoing_(max_bytes),

@@ -1,4 +1,4 @@
-#include "transport/ping_pong.h"
+#include "ping_pong.h"
 
 #include <cstring>
 

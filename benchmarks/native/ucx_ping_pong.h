@@ -17,7 +17,7 @@ namespace lamina {
 class UcxPingPong {
  public:
   // Messages have at most `max_bytes`. `network_devices` as for UcxChannel.
-  UcxPingPong(size_t max_bytes, const std::string& network_devices);
+  UcxPingPong(const UcxLibrary& library, size_t max_bytes, const std::string& network_devices);
   ~UcxPingPong();
   UcxPingPong(const UcxPingPong&) = delete;
   UcxPingPong& operator=(const UcxPingPong&) = delete;

@@ -102,6 +102,14 @@ class Deployed:
 
     process: subprocess.Popen[str]
 
+    def has_lost_the_second(self) -> str:
+        """Where it is to be tried again."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        [address] = self.answer()
+        return address
+
     def answer(self) -> list[str]:
         """The addresses of its attention workers, or its error."""
         assert self.process.stdout is not None

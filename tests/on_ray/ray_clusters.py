@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -121,6 +122,11 @@ class Deployed:
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(DEADLINE) == 0
+
+
+def kill_actor_of(worker: dict[str, Any]) -> None:
+    parent = Path(f"/proc/{worker['pid']}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(parent), signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], object], deadline: float = DEADLINE) -> None:

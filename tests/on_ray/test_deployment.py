@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ray_clusters import GIBIBYTES, NODES, RayCluster, wait_for
+from ray_clusters import GIBIBYTES, NODES, RayCluster, kill_actor_of, wait_for
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
@@ -58,11 +58,6 @@ def another_engine(cluster: RayCluster, address: str) -> Iterator[subprocess.Pop
             yield engine
         finally:
             engine.kill()
-
-
-def kill_actor_of(worker: dict[str, Any]) -> None:
-    parent = Path(f"/proc/{worker['pid']}/stat").read_text().rpartition(")")[2].split()[1]
-    os.kill(int(parent), signal.SIGKILL)
 
 
 def test_workers_are_on_different_nodes_and_end_with_the_engine(ray_cluster: RayCluster) -> None:
@@ -166,6 +161,15 @@ def test_errors(ray_cluster: RayCluster) -> None:
     assert "offer elsewhere: none" in problem(ray_resource="elsewhere", ray_wait_seconds=2.0)
     assert "no Ray cluster can be reached at 127.0.0.1:9 ([Errno 111]" in problem(ray="127.0.0.1:9")
     wait_for(lambda: is_clean(ray_cluster))
+
+
+def test_killed_while_it_waits_for_room(ray_cluster: RayCluster) -> None:
+    """Nothing of an engine that was killed goes on waiting."""
+    with ray_cluster.deployed(ray_workers=NODES + 1, ray_wait_seconds=3600.0) as engine:
+        assert engine.process.stderr is not None
+        assert any("waiting up to 3600 s" in line for line in engine.process.stderr)
+        engine.process.kill()
+        wait_for(lambda: not any("ray up" in command for command in ray_cluster.host.processes().values()))
 
 
 def test_up_by_hand(ray_cluster: RayCluster) -> None:

@@ -1,23 +1,29 @@
-"""Stands for an engine: brings a deployment up, prints its addresses or the error, leaves when standard input ends."""
+"""Stands for an engine: brings a deployment up, prints its addresses or the error, leaves when standard input ends.
 
-import contextlib
+After each line of standard input it asks for its second attention worker, as an engine does that has lost it.
+"""
+
 import json
 import sys
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import LaminaError
-from vllm_lamina.ray.driver import RayDeployment
+from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.sources.on_ray import RaySource
 
 
 def main(options: str) -> None:
-    with contextlib.closing(RayDeployment(LaminaConfig.from_mapping(json.loads(options)), 1)) as deployment:
-        try:
-            answer = list(deployment.addresses)
-        except LaminaError as error:
-            answer = [str(error)]
-        print(json.dumps(answer), flush=True)
-        sys.stdin.read()
-        deployment.leave()
+    source = RaySource(LaminaConfig.from_mapping(json.loads(options)), 1)
+    try:
+        [addresses] = source.start(Placement(None, (), shared=False))
+    except LaminaError as error:
+        print(json.dumps([str(error)]), flush=True)
+        return
+    print(json.dumps(addresses), flush=True)
+    for _ in sys.stdin:
+        print(json.dumps([source.restart(0, 1, addresses[1])]), flush=True)
+    source.leave()
+    source.close()
 
 
 if __name__ == "__main__":

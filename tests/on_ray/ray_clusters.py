@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -102,6 +103,14 @@ class Deployed:
 
     process: subprocess.Popen[str]
 
+    def has_lost_the_second(self) -> str:
+        """Where it is to be tried again."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        [address] = self.answer()
+        return address
+
     def answer(self) -> list[str]:
         """The addresses of its attention workers, or its error."""
         assert self.process.stdout is not None
@@ -113,6 +122,11 @@ class Deployed:
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(DEADLINE) == 0
+
+
+def kill_actor_of(worker: dict[str, Any]) -> None:
+    parent = Path(f"/proc/{worker['pid']}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(parent), signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], object], deadline: float = DEADLINE) -> None:

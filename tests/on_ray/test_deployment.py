@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
-from ray_clusters import GIBIBYTES, NODES, RayCluster, wait_for
+from ray_clusters import GIBIBYTES, NODES, RayCluster, kill_actor_of, wait_for
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.ray.driver import RayDeployment
+from vllm_lamina.executor.sources.on_ray import RaySource
 
 ANOTHER_ENGINE = """
 import sys
@@ -34,6 +39,25 @@ def secret_file(cluster: RayCluster) -> Path:
 def is_clean(cluster: RayCluster) -> bool:
     """All resources are back: the next deployment of all there is needs them."""
     return not cluster.deployments() and not cluster.attention_workers()
+
+
+@contextmanager
+def another_engine(cluster: RayCluster, address: str) -> Iterator[subprocess.Popen[str]]:
+    """An engine that uses the attention worker at the address; killed in the end."""
+    program = [*cluster.host.prefix, sys.executable, "-c", ANOTHER_ENGINE]
+    with subprocess.Popen(
+        [*program, address, str(secret_file(cluster))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as engine:
+        try:
+            assert engine.stdout is not None
+            assert engine.stdout.readline() == "ready\n"
+            wait_for(lambda: cluster.deployments()["lamina"][0]["engine"])
+            yield engine
+        finally:
+            engine.kill()
 
 
 def test_workers_are_on_different_nodes_and_end_with_the_engine(ray_cluster: RayCluster) -> None:
@@ -63,7 +87,7 @@ def test_workers_are_on_different_nodes_and_end_with_the_engine(ray_cluster: Ray
 def test_what_dies_comes_back_at_its_address(ray_cluster: RayCluster) -> None:
     """A killed attention worker, by its actor; a killed actor, by the engine; a killed engine finds all as it was."""
 
-    def workers() -> list[dict[str, object]]:
+    def workers() -> list[dict[str, Any]]:
         return ray_cluster.deployments().get("lamina", [])
 
     with ray_cluster.deployed(ray_idle_seconds=120.0) as engine:
@@ -74,10 +98,11 @@ def test_what_dies_comes_back_at_its_address(ray_cluster: RayCluster) -> None:
         assert workers()[0]["address"] == first["address"]
         assert workers()[0]["restarts"] == 1
 
-        parent = Path(f"/proc/{second['pid']}/stat").read_text().rpartition(")")[2].split()[1]
-        os.kill(int(parent), signal.SIGKILL)
+        kill_actor_of(second)
+        assert engine.has_lost_the_second() == second["address"]
         wait_for(lambda: len(found := workers()) == NODES and found[1]["pid"] != second["pid"])
         wait_for(lambda: workers()[1]["address"])
+        assert engine.has_lost_the_second() == second["address"]
         assert [worker["address"] for worker in workers()] == addresses
         assert workers()[2]["pid"] == third["pid"]
 
@@ -93,31 +118,21 @@ def test_what_dies_comes_back_at_its_address(ray_cluster: RayCluster) -> None:
 
 def test_one_engine_and_one_shape(ray_cluster: RayCluster) -> None:
     with ray_cluster.deployed() as engine:
-        address = engine.answer()[0]
-        program = [*ray_cluster.host.prefix, sys.executable, "-c", ANOTHER_ENGINE]
-        with subprocess.Popen(
-            [*program, address, str(secret_file(ray_cluster))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        ) as busy:
-            try:
-                assert busy.stdout is not None
-                assert busy.stdout.readline() == "ready\n"
-                wait_for(lambda: ray_cluster.deployments()["lamina"][0]["engine"])
-                with ray_cluster.deployed(memory="300MiB") as other, ray_cluster.deployed() as second:
-                    [problem] = other.answer()
-                    assert f"serves another engine (pid {busy.pid}" in problem
-                    assert "and has 3 attention workers of 256 MiB" in problem
-                    assert "not 3 attention workers of 300 MiB" in problem
-                    assert "choose another --lamina-ray-name" in problem
-                    refused = ray_cluster.cli("down", "lamina")
-                    assert refused.returncode == 1
-                    assert "serves an engine" in refused.stderr
-                    [problem] = second.answer()
-                    assert f"serves another engine (pid {busy.pid}" in problem
-            finally:
-                busy.kill()
+        with (
+            another_engine(ray_cluster, engine.answer()[0]) as busy,
+            ray_cluster.deployed(memory="300MiB") as other,
+            ray_cluster.deployed() as second,
+        ):
+            [problem] = other.answer()
+            assert f"serves another engine (pid {busy.pid}" in problem
+            assert "and has 3 attention workers of 256 MiB" in problem
+            assert "not 3 attention workers of 300 MiB" in problem
+            assert "choose another --lamina-ray-name" in problem
+            refused = ray_cluster.cli("down", "lamina")
+            assert refused.returncode == 1
+            assert "serves an engine" in refused.stderr
+            [problem] = second.answer()
+            assert f"serves another engine (pid {busy.pid}" in problem
         engine.process.kill()
     with ray_cluster.deployed(ray_workers=2, ray_idle_seconds=60.0) as engine:
         assert len(engine.answer()) == 2
@@ -148,6 +163,58 @@ def test_errors(ray_cluster: RayCluster) -> None:
     wait_for(lambda: is_clean(ray_cluster))
 
 
+def test_killed_while_it_waits_for_room(ray_cluster: RayCluster) -> None:
+    """Nothing of an engine that was killed goes on waiting."""
+    with ray_cluster.deployed(ray_workers=NODES + 1, ray_wait_seconds=3600.0) as engine:
+        assert engine.process.stderr is not None
+        assert any("waiting up to 3600 s" in line for line in engine.process.stderr)
+        engine.process.kill()
+        wait_for(lambda: not any("ray up" in command for command in ray_cluster.host.processes().values()))
+
+
+def test_up_by_hand(ray_cluster: RayCluster) -> None:
+    """`ray up` finds what is there, also while an engine uses it, and replaces what died; it stays until `down`."""
+
+    def up(*arguments: str) -> tuple[list[str], list[dict[str, Any]]]:
+        given = ("up", "lamina", "--workers", "2", "--memory", "256MiB", "--idle-seconds", "8", *arguments)
+        done = ray_cluster.cli(*given)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split(), ray_cluster.deployments()["lamina"]
+
+    flags, made = up()
+    addresses = ["127.0.0.1:7100", "127.0.0.1:7101"]
+    assert flags == [
+        "--lamina-workers",
+        ",".join(addresses),
+        "--lamina-secret-file",
+        str(secret_file(ray_cluster)),
+    ]
+    again, found = up("--unused")
+    assert again == flags
+    assert [worker["pid"] for worker in found] == [worker["pid"] for worker in made]
+
+    with another_engine(ray_cluster, addresses[0]) as engine:
+        kill_actor_of(made[1])
+        _, replaced = up()
+        assert [worker["address"] for worker in replaced] == addresses
+        assert replaced[0]["pid"] == made[0]["pid"]
+        assert replaced[1]["pid"] != made[1]["pid"]
+        # The second is used by nobody, and does not remove what the first needs.
+        wait_for(lambda: ray_cluster.deployments()["lamina"][1]["idle_for"] > 6)
+        time.sleep(6)
+        assert [worker["pid"] for worker in ray_cluster.deployments()["lamina"]] == [
+            w["pid"] for w in replaced
+        ]
+        refused = ray_cluster.cli(
+            "up", "lamina", "--workers", "2", "--memory", "256MiB", "--unused", "--json"
+        )
+        assert refused.returncode == 1
+        assert f"serves another engine (pid {engine.pid}" in json.loads(refused.stdout)["error"]
+    assert ray_cluster.cli("down", "lamina", "--force").stdout == "lamina: removed\n"
+    wait_for(lambda: is_clean(ray_cluster))
+    assert not secret_file(ray_cluster).exists()
+
+
 def test_versions_must_agree(ray_cluster: RayCluster) -> None:
     other_ray = (
         "import ray, sys; ray.__version__ = '2.1.0'; from vllm_lamina.cli import main; sys.exit(main())"
@@ -163,4 +230,4 @@ def test_versions_must_agree(ray_cluster: RayCluster) -> None:
 def test_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install 'vllm-lamina\\[ray\\]'"):
-        RayDeployment(LaminaConfig(ray="auto", memory="1GiB"), 1)
+        RaySource(LaminaConfig(ray="auto", memory="1GiB"), 1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +14,7 @@ from engines import Engines
 from jobs import Job, Phase, Request
 from models import ModelZoo
 from openai import OpenAI
-from ray_clusters import NODES, RayCluster, cluster_across_hosts, wait_for
+from ray_clusters import NODES, RayCluster, cluster_across_hosts, kill_actor_of, wait_for
 from server import VllmServer
 from workloads import greedy, prompt, requests
 
@@ -39,7 +42,7 @@ def test_same_tokens(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three workers, divided by sequence; both lanes."""
+    """Three workers, both lanes: divided by sequence by an engine that deploys them, by request where they were."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(ray_cluster.home))
     job = Job(model_zoo("four_kv_heads"), PHASES, {"block_size": 32})
     stock = engines.run(job)
@@ -51,7 +54,54 @@ def test_same_tokens(
     }
     with Engines(tmp_path, prefix=ray_cluster.host.prefix) as far_engines:
         lamina = far_engines.run(replace(job, executor="lamina", engine=job.engine | options))
-    assert_same(stock, lamina)
+        assert_same(stock, lamina)
+        wait_for(lambda: not ray_cluster.deployments() and not ray_cluster.attention_workers())
+
+        made = ray_cluster.cli("up", "mine", "--workers", str(NODES), "--memory", "128MiB", "--json")
+        by_hand = json.loads(made.stdout)
+        options = {
+            "lamina_workers": ",".join(by_hand["addresses"]),
+            "lamina_secret_file": by_hand["secret_file"],
+            "lamina_partition": "request",
+        }
+        lamina = far_engines.run(replace(job, executor="lamina", engine=job.engine | options))
+        assert_same(stock, lamina)
+    assert [worker["engine"] for worker in ray_cluster.deployments()["mine"]] == [""] * NODES
+    assert ray_cluster.cli("down", "mine").returncode == 0
+    wait_for(lambda: not ray_cluster.deployments() and not ray_cluster.attention_workers())
+
+
+def test_actor_that_dies(
+    engines: Engines,
+    model_zoo: ModelZoo,
+    ray_cluster: RayCluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the engine generates; it has the actor replaced, and goes on."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ray_cluster.home))
+    job = Job(model_zoo("four_kv_heads"), [Phase("long", requests((1, 33, 300), max_tokens=800))])
+    options = {"lamina_ray": ray_cluster.address, "lamina_ray_workers": 2, "lamina_memory": "128MiB"}
+    secret = ray_cluster.home / "vllm-lamina" / "ray-lamina.secret"
+
+    def steps(address: object) -> int:
+        command = [sys.executable, "-m", "vllm_lamina.cli", "worker", "stats", str(address), "--json"]
+        found = ray_cluster.run(*command, "--secret-file", str(secret))
+        return json.loads(found.stdout)["steps"] if found.returncode == 0 else 0
+
+    def lose() -> None:
+        wait_for(lambda: any(worker["engine"] for worker in ray_cluster.deployments().get("lamina", [])))
+        second = ray_cluster.deployments()["lamina"][1]
+        wait_for(lambda: steps(second["address"]) > 10)
+        kill_actor_of(second)
+
+    with Engines(tmp_path, prefix=ray_cluster.host.prefix) as far_engines, ThreadPoolExecutor(1) as pool:
+        losing = pool.submit(lose)
+        lamina = far_engines.run(replace(job, executor="lamina", engine=options))
+        losing.result()
+    assert_same(engines.run(job), lamina)
+    log = "".join(path.read_text() for path in tmp_path.glob("job-*.log"))
+    assert "attention workers complete again" in log
     wait_for(lambda: not ray_cluster.deployments() and not ray_cluster.attention_workers())
 
 

@@ -25,43 +25,36 @@ from vllm_lamina.compat.config import (
 )
 from vllm_lamina.compat.threads import ThisProcessOn, model_workers_bound_to
 from vllm_lamina.compat.versions import check_vllm_version
-from vllm_lamina.config import AUTO, LaminaConfig
+from vllm_lamina.config import LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.parent import end_with_parent
 from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.executor.recovery import Recovery
-from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
-from vllm_lamina.host import available_memory
-from vllm_lamina.ray.driver import RayDeployment
+from vllm_lamina.executor.sources import source_for
+from vllm_lamina.executor.sources.base import AttentionWorkerSource
 from vllm_lamina.support import check_engine_config
-from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
-from vllm_lamina.worker.model_worker.attention_workers import workers_by_rank
 
 logger = init_logger("vllm.lamina")
 
 STAGGERED_SCHEDULER = "vllm_lamina.scheduler.staggered.StaggeredScheduler"
 PLACING_SCHEDULER = "vllm_lamina.scheduler.placement.PlacingScheduler"
 
-SHARE_OF_FREE_MEMORY = 0.7
-"""Of the memory free once the model is loaded, what ``--lamina-memory auto`` gives to the KV pool."""
-
 
 class _LaminaExecutor(Executor):
     """Starts the attention workers with the model workers, and ends them with the engine."""
 
     _recovery: Recovery | None = None
-    _on_ray: RayDeployment | None = None
+    _source: AttentionWorkerSource | None = None
 
     def _init_executor(self) -> None:
-        self._attention_workers: list[EmbeddedAttentionWorker] = []
         check_vllm_version()
         check_engine_config(self.vllm_config)
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
         device_type = self.vllm_config.device_config.device_type
         self.parallel_config.worker_cls = device_for(device_type).worker_cls
+        self._source = source = source_for(self.vllm_config, self.lamina_config)
         # What the user gave vLLM for the KV cache is the attention worker's; the model worker reserves nothing.
-        self.kv_cache_memory_bytes = self.cache_config.kv_cache_memory_bytes
         self.cache_config.kv_cache_memory_bytes = 0
         self.placement = place(
             allowed=os.sched_getaffinity(0),
@@ -72,10 +65,8 @@ class _LaminaExecutor(Executor):
         )
         self._select_scheduler(self.lamina_config.batches)
         with self._ending_on_failure():
-            if self.lamina_config.ray:  # first: the deployment is kept while the model loads
-                self._on_ray = RayDeployment(self.lamina_config, self.parallel_config.tensor_parallel_size)
             self._init_model_workers(self.placement)
-            addresses = self._attention_worker_addresses()
+            addresses = source.start(self.placement)
             tell_attention_workers(self.vllm_config, addresses)
             self.collective_rpc("attach_attention_workers", args=(addresses, self.placement.shared))
             self._recovery = Recovery(
@@ -83,7 +74,7 @@ class _LaminaExecutor(Executor):
                 addresses,
                 spares=self.lamina_config.spare_addresses,
                 timeout=self.lamina_config.recovery_timeout,
-                restart=self._restart_embedded if self._attention_workers else None,
+                restart=source.restart,
                 secret_file=self.lamina_config.secret_file,
                 on_change=lambda now: tell_attention_workers(self.vllm_config, now),
             )
@@ -152,59 +143,16 @@ class _LaminaExecutor(Executor):
         finally:
             os.close(turn_log)
 
-    def _attention_worker_addresses(self) -> list[tuple[str, ...]]:
-        """Of each rank's attention workers."""
-        num_ranks = self.parallel_config.tensor_parallel_size
-        if self._on_ray is not None:
-            return workers_by_rank(self._on_ray.addresses, num_ranks)
-        if self.lamina_config.workers:
-            return workers_by_rank(self.lamina_config.worker_addresses, num_ranks)
-        cpus_by_rank = self.placement.worker_cpus
-        if self.placement.shared:
-            logger.warning(
-                "Lamina: attention workers (CPUs %s) and model workers share CPUs; both will be slower. Choose "
-                "disjoint ones with --lamina-worker-cpus and VLLM_CPU_OMP_THREADS_BIND.",
-                format_cpus({cpu for cpus in cpus_by_rank for cpu in cpus}),
-            )
-        self._embedded_bytes = self._embedded_memory() // num_ranks
-        for rank in range(num_ranks):
-            self._attention_workers.append(self._start_embedded(rank))
-        return [(worker.address,) for worker in self._attention_workers]
-
-    def _start_embedded(self, rank: int) -> EmbeddedAttentionWorker:
-        cpus = self.placement.worker_cpus[rank]
-        worker = EmbeddedAttentionWorker.start(self._embedded_bytes, list(cpus))
-        logger.info(
-            "Lamina: attention worker started, pid %d, CPUs %s, KV pool %s.",
-            worker.pid,
-            format_cpus(cpus),
-            format_bytes(self._embedded_bytes),
-        )
-        return worker
-
-    def _restart_embedded(self, rank: int, place: int) -> str:
-        self._attention_workers[rank].kill()  # it may be stopped, or hang
-        self._attention_workers[rank] = self._start_embedded(rank)
-        return self._attention_workers[rank].address
-
-    def _embedded_memory(self) -> int:
-        if self.lamina_config.memory != AUTO:
-            return parse_bytes(self.lamina_config.memory)
-        return self.kv_cache_memory_bytes or int(SHARE_OF_FREE_MEMORY * available_memory())
-
     def shutdown(self) -> None:
         """End the model workers, then the attention workers."""
         if self._recovery is not None:
             self._recovery.stop()
-        on_ray, self._on_ray = self._on_ray, None
-        if on_ray is not None:
-            on_ray.leave()  # first: vLLM kills an engine that takes long to end
+        source, self._source = self._source, None
+        if source is not None:
+            source.leave()
         super().shutdown()
-        for worker in self._attention_workers:
-            worker.stop()
-        self._attention_workers = []
-        if on_ray is not None:
-            on_ray.close()
+        if source is not None:
+            source.close()
 
     @classmethod
     def supports_async_scheduling(cls) -> bool:

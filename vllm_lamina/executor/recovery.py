@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -58,8 +59,7 @@ class Recovery:
     timeout
         Seconds after which a recovery that everything waits for is given up.
     restart
-        Starts an embedded worker again, given its rank and place, and returns its new address; None for workers that
-        run on their own.
+        Sees that a lost worker comes back: `AttentionWorkerSource.restart`.
     secret_file
         Of workers that run on their own.
     on_change
@@ -71,9 +71,9 @@ class Recovery:
         rpc: Callable[..., list],  # type: ignore[type-arg]
         addresses: Sequence[Sequence[str]],
         *,
+        restart: Callable[[int, int, str], str],
         spares: Sequence[str] = (),
         timeout: float,
-        restart: Callable[[int, int], str] | None = None,
         secret_file: str = "",
         on_change: Callable[[Sequence[Sequence[str]]], None] = lambda addresses: None,
     ) -> None:
@@ -126,7 +126,7 @@ class Recovery:
                     "Lamina: going on without %s, with less KV cache; it joins again when it, or a spare, answers.",
                     ", ".join(self._names(missing)),
                 )
-                self._probing = _Probe(self._candidates(missing), self._secret_file)
+                self._probing = _Probe(functools.partial(self._candidates, missing), self._secret_file)
                 break
             if seconds >= self._timeout:
                 raise LaminaError(
@@ -146,17 +146,10 @@ class Recovery:
 
     def _fill(self, missing: list[list[int]]) -> list[list[int]]:
         """One attempt to fill the places; returns those that are still empty, by rank."""
-        candidates: list[dict[int, list[str]]] = []
-        for rank, places in enumerate(missing):
-            candidates.append({})
-            for place in places:
-                if self._restart is None:
-                    candidates[rank][place] = [*self._spares, self._addresses[rank][place]]
-                    continue
-                try:
-                    candidates[rank][place] = [self._restart(rank, place)]
-                except ConnectionFailed as error:
-                    logger.error("Lamina: %s.", error)
+        candidates = [
+            {place: [*self._spares, *self._restarted(rank, place)] for place in places}
+            for rank, places in enumerate(missing)
+        ]
         taken_by_rank: list[dict[int, str]] = self._rpc("replace_attention_workers", args=(candidates,))
         for rank, taken in enumerate(taken_by_rank):
             for place, address in taken.items():
@@ -165,6 +158,14 @@ class Recovery:
             [place for place in places if place not in taken]
             for places, taken in zip(missing, taken_by_rank, strict=True)
         ]
+
+    def _restarted(self, rank: int, place: int) -> list[str]:
+        """Where the worker itself answers again, or may; nowhere if that failed."""
+        try:
+            return [self._restart(rank, place, self._addresses[rank][place])]
+        except LaminaError as error:
+            logger.error("Lamina: %s.", error)
+            return []
 
     def _give_place(self, rank: int, place: int, address: str) -> None:
         before = self._addresses[rank][place]
@@ -178,7 +179,8 @@ class Recovery:
         return self.goes_on_without_some and len(down) < len(self._addresses[0])
 
     def _candidates(self, missing: list[list[int]]) -> list[str]:
-        return [*self._names(missing), *self._spares]
+        places = [(rank, place) for rank, places in enumerate(missing) for place in places]
+        return [address for where in places for address in self._restarted(*where)] + self._spares
 
     def _names(self, missing: list[list[int]]) -> list[str]:
         return [self._addresses[rank][place] for rank, places in enumerate(missing) for place in places]
@@ -192,7 +194,7 @@ class Recovery:
 class _Probe:
     """Greets workers from a thread of its own until one of them answers that serves nobody."""
 
-    def __init__(self, addresses: Sequence[str], secret_file: str) -> None:
+    def __init__(self, addresses: Callable[[], Sequence[str]], secret_file: str) -> None:
         self._addresses, self._secret_file = addresses, secret_file
         self.answered = False
         self._stopping = threading.Event()
@@ -207,7 +209,7 @@ class _Probe:
         delay = FIRST_PROBE_DELAY
         while not self._stopping.wait(delay):
             delay = min(2 * delay, LONGEST_PROBE_DELAY)
-            for address in self._addresses:
+            for address in self._addresses():
                 try:
                     with AttentionWorkerConnection.connect(
                         address, PROBE_SECONDS, secret_file=self._secret_file

@@ -1,22 +1,24 @@
-"""The actor that runs an attention worker on its node, and removes the deployment when no engine uses it."""
+"""The actor that runs an attention worker on its node, and removes the deployment when no engine uses it.
+
+Imports Ray: for `cluster` and for Ray's own processes.
+"""
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import os
 import socket
-import subprocess
-import sys
 import threading
 import time
-from typing import IO
+
+import ray
 
 import vllm_lamina
-from vllm_lamina.ray.deployment import Shape, WorkerInfo
+from vllm_lamina.ray.deployment import NAMESPACE, Shape, WorkerInfo, actor_name
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed
+from vllm_lamina.worker.attention_worker.child import ChildAttentionWorker
 
 logger = logging.getLogger("vllm_lamina.ray")
 
@@ -51,8 +53,6 @@ class AttentionWorkerActor:
     """
 
     def __init__(self, name: str, index: int, shape: Shape, secret: str, idle_seconds: float) -> None:
-        import ray
-
         self._name, self._index, self._shape, self._secret = name, index, shape, secret
         self._idle_seconds = idle_seconds
         self._node = ray.get_runtime_context().get_node_id()
@@ -63,8 +63,7 @@ class AttentionWorkerActor:
         os.write(self._secret_fd, secret.encode())
         self._port = 0
         self._address = self._engine = self._error = ""
-        self._worker: subprocess.Popen[str] | None = None
-        self._last_lines: collections.deque[str] = collections.deque(maxlen=5)
+        self._worker: ChildAttentionWorker | None = None
         self._starts = self._failures = 0
         self._used_at = time.monotonic()
         self._stopping = threading.Event()
@@ -91,10 +90,11 @@ class AttentionWorkerActor:
             error=self._error,
         )
 
-    def touch(self, idle_seconds: float) -> None:
-        """Say that an engine lives, though it may not be connected yet."""
+    def touch(self, idle_seconds: float) -> bool:
+        """Say that an engine is about to connect; False if the deployment is being removed already."""
         self._idle_seconds = idle_seconds
         self._used_at = time.monotonic()
+        return not self._stopping.is_set()
 
     def secret(self) -> str:
         """The deployment's secret."""
@@ -115,6 +115,8 @@ class AttentionWorkerActor:
                 asked_at = time.monotonic()
                 self._ask()
             if time.monotonic() - self._used_at > self._idle_seconds:
+                self._used_at = max(self._used_at, self._others_used_at())
+            if time.monotonic() - self._used_at > self._idle_seconds:
                 self._remove_deployment()
 
     def _is_running(self) -> bool:
@@ -122,9 +124,7 @@ class AttentionWorkerActor:
 
     def _start_again(self) -> None:
         if self._worker is not None:
-            logger.error(
-                "the attention worker ended with status %s; starting it again", self._worker.returncode
-            )
+            logger.error("the attention worker ended with status %s; starting it again", self._worker.poll())
             self._worker = None
         self._engine = ""
         try:
@@ -141,40 +141,21 @@ class AttentionWorkerActor:
         """Start the worker, and wait until it answers. Raises OSError or ConnectionFailed, with its last words."""
         port = self._port or self._free_port()
         host = f"[{self._host}]" if ":" in self._host else self._host
-        address = f"{host}:{port}"
-        command = [sys.executable, "-m", "vllm_lamina.worker.attention_worker", "--listen", address]
-        command += ["--memory", str(self._shape.memory_bytes), "--threads", str(self._shape.cpus)]
-        command += ["--secret-file", self._secret_file, "--parent-pid", str(os.getpid())]
         # Who asks it to end has seen to its engine.
-        command += ["--drain-seconds", "0", f"--log-prefix={self._name}-{self._index}: "]
-        self._last_lines.clear()
-        self._worker = subprocess.Popen(
-            command,
-            env={name: value for name, value in os.environ.items() if name != "LD_PRELOAD"},
-            stdin=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            pass_fds=(self._secret_fd,),
-            text=True,
+        options = ["--memory", str(self._shape.memory_bytes), "--threads", str(self._shape.cpus)]
+        options += ["--drain-seconds", "0", f"--log-prefix={self._name}-{self._index}: "]
+        self._worker = ChildAttentionWorker(
+            f"{host}:{port}",
+            options,
+            secret_file=self._secret_file,
+            secret_fd=self._secret_fd,
+            keeps_last_words=True,  # its log becomes the actor's, which is where Ray shows it
         )
         self._starts += 1
-        assert self._worker.stderr is not None
-        reader = threading.Thread(target=self._pass_on, args=(self._worker.stderr,), daemon=True)
-        reader.start()
-        deadline = time.monotonic() + START_SECONDS
-        while not self._stopping.is_set():
-            try:
-                AttentionWorkerConnection.connect(address, timeout=0.2, secret_file=self._secret_file).close()
-                break
-            except ConnectionFailed:
-                if not self._is_running():
-                    reader.join(1.0)
-                    words = self._last_lines[-1] if self._last_lines else "no word"
-                    raise OSError(f"the attention worker ended at its start: {words}") from None
-                if time.monotonic() > deadline:
-                    raise
+        self._worker.wait_until_it_answers(START_SECONDS, lambda: not self._stopping.is_set())
         # From here on engines know the address: it stays, whatever becomes of this process of the worker.
-        self._port, self._address, self._error, self._failures = port, address, "", 0
-        logger.info("attention worker at %s, pid %d", address, self._worker.pid)
+        self._port, self._address, self._error, self._failures = port, self._worker.address, "", 0
+        logger.info("attention worker at %s, pid %d", self._address, self._worker.pid)
 
     @property
     def _secret_file(self) -> str:
@@ -194,12 +175,6 @@ class AttentionWorkerActor:
             "--lamina-ray-port"
         )
 
-    def _pass_on(self, lines: IO[str]) -> None:
-        """Let the worker's log become the actor's, which is where Ray shows it."""
-        for line in lines:
-            self._last_lines.append(line.rstrip())
-            sys.stderr.write(line)
-
     def _ask(self) -> None:
         try:
             with AttentionWorkerConnection.connect(
@@ -212,10 +187,19 @@ class AttentionWorkerActor:
         if self._engine:
             self._used_at = time.monotonic()
 
+    def _others_used_at(self) -> float:
+        """When an engine last used another worker of the deployment: it may do without this one, or wait for it."""
+        used_at = 0.0
+        for index in range(self._shape.workers):
+            with contextlib.suppress(ValueError, ray.exceptions.RayError):  # it died
+                if index != self._index:
+                    other = ray.get_actor(actor_name(self._name, index), NAMESPACE)
+                    info: WorkerInfo = ray.get(other.info.remote(), timeout=ASK_SECONDS)
+                    used_at = max(used_at, time.monotonic() - info.idle_for)
+        return used_at
+
     def _remove_deployment(self) -> None:
         """Give everything back: Ray ends all actors of the placement group, this one too."""
-        import ray
-
         logger.info("no engine for %g s: the deployment %s is removed", self._idle_seconds, self._name)
         self._stopping.set()
         self._end_worker()
@@ -227,11 +211,5 @@ class AttentionWorkerActor:
             time.sleep(ASK_SECONDS)
 
     def _end_worker(self) -> None:
-        if self._worker is None or self._worker.poll() is not None:
-            return
-        self._worker.terminate()
-        try:
-            self._worker.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._worker.kill()
-            self._worker.wait()
+        if self._worker is not None:
+            self._worker.stop(STOP_SECONDS)

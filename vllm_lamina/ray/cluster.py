@@ -1,4 +1,4 @@
-"""Makes, finds and removes deployments on a Ray cluster. Needs Ray; everything here is for a process of its own."""
+"""Makes, finds and removes deployments on a Ray cluster. Imports Ray, so it is for a process of its own: the CLI's."""
 
 from __future__ import annotations
 
@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import ray
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
 import vllm_lamina
 from vllm_lamina.ray.actor import AttentionWorkerActor
-from vllm_lamina.ray.deployment import NAMESPACE, Deployment, DeploymentError, WorkerInfo
+from vllm_lamina.ray.deployment import NAMESPACE, Deployment, DeploymentError, WorkerInfo, actor_name
 from vllm_lamina.transport.secret import MIN_SECRET_BYTES
 from vllm_lamina.worker.attention_worker.options import DEFAULT_LEASE_SECONDS
 
@@ -27,8 +30,8 @@ LISTEN_SECONDS = 5.0
 ANSWER_SECONDS = 10.0
 """For an actor that runs."""
 
-KEEP_SECONDS = 2.0
-"""For all actors to hear that the engine lives."""
+TOUCH_SECONDS = 2.0
+"""For all actors to hear that an engine is about to come."""
 
 START_SECONDS = 120.0
 """For actors and their attention workers to be up, once Ray has the resources."""
@@ -41,8 +44,6 @@ LEASE_SECONDS = 1.5 * DEFAULT_LEASE_SECONDS
 
 POLL_SECONDS = 0.2
 
-INSTALL = "pip install 'vllm-lamina[ray]'"
-
 
 @contextlib.contextmanager
 def connected(address: str, give_up: Callable[[str], NoReturn]) -> Iterator[None]:
@@ -53,13 +54,9 @@ def connected(address: str, give_up: Callable[[str], NoReturn]) -> Iterator[None
     Raises
     ------
     DeploymentError
-        Ray is not installed, the cluster cannot be reached or is of another version; also whatever Ray raises within.
+        The cluster cannot be reached or is of another version; also whatever Ray raises within.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ModuleNotFoundError as error:
-        raise DeploymentError(f"attention workers on Ray need Ray: {INSTALL}") from error
     problem = _connection_problem(address, TimeoutError(f"no answer within {CONNECT_SECONDS:g} s"))
     timer = threading.Timer(CONNECT_SECONDS, give_up, (problem,))
     timer.daemon = True
@@ -106,11 +103,16 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if not lines[0].endswith(":") else f"{lines[0]} {lines[-1].strip()}").rstrip(".")
 
 
-def bring_up(deployment: Deployment, is_wanted: Callable[[], bool]) -> list[str]:
-    """Find the deployment, or make it; write its secret to the file that it names.
+def bring_up(deployment: Deployment, is_wanted: Callable[[], bool], *, unused: bool) -> list[str]:
+    """Find the deployment, or make it; replace actors that died; write its secret to the file that it names.
 
     One that exists with another shape is replaced, unless an engine uses it. An engine that died has the time of its
     lease to be forgotten. What was begun is undone once it is not wanted any more.
+
+    Parameters
+    ----------
+    unused
+        Whether it has to be free for an engine that starts.
 
     Returns
     -------
@@ -130,59 +132,53 @@ def bring_up(deployment: Deployment, is_wanted: Callable[[], bool]) -> list[str]
                 f"{shape}: stop that engine, or choose another --lamina-ray-name"
             )
         logger.warning("the deployment %r had %s; it is replaced by %s", name, infos[0].shape, shape)
-        take_down(name)
         infos = []
-    if infos:
+    group = _find_group(name)
+    found = bool(infos) and group is not None and _touch(deployment)
+    if found:
         logger.info("the deployment %r exists: its attention workers are used again", name)
-        _touch(deployment)  # before it removes itself
-        secret = _secret_of(name, infos)
-        group = _find_group(name)
-        if group is None:
-            raise DeploymentError(f"the deployment {name!r} on Ray is being removed; try again")
     else:
-        secret = secrets.token_hex(MIN_SECRET_BYTES)
+        take_down(name)  # of another shape, about to remove itself, or without a living actor
         group = _make_group(deployment, is_wanted)
     try:
-        _make_actors(deployment, group, secret)
+        _make_actors(deployment, group, _secret_of(name) if found else secrets.token_hex(MIN_SECRET_BYTES))
         ready = _wait_until_ready(deployment, is_wanted)
     except BaseException:
-        if not infos:
+        if not found:
             take_down(name)
         raise
     # That of the actors: another engine may have been faster to make them.
-    _write(Path(deployment.secret_file), _secret_of(name, ready))
-    _wait_until_free(deployment)
+    _write(Path(deployment.secret_file), _secret_of(name))
+    if unused and (engine := _engine_that_stays(name)):
+        raise DeploymentError(
+            f"the deployment {name!r} on Ray serves another engine ({engine}): stop that one, or choose another "
+            "--lamina-ray-name"
+        )
     return [info.address for info in ready]
 
 
-def keep(deployment: Deployment) -> None:
-    """Tell the actors that the engine lives, and replace those that died. Raises DeploymentError."""
-    dead = _touch(deployment)
-    if not dead:
-        return
-    group = _find_group(deployment.name)
-    if group is None:
-        raise DeploymentError("it was removed")
-    logger.warning("actors of the deployment %r died: %s; they are replaced", deployment.name, dead)
-    _make_actors(deployment, group, Path(deployment.secret_file).read_text().strip())
-
-
-def _touch(deployment: Deployment) -> list[int]:
-    """Which actors are dead."""
-    import ray
-
-    found = {index: _find_actor(deployment.name, index) for index in range(deployment.shape.workers)}
-    dead = [index for index, actor in found.items() if actor is None]
-    touched = {a.touch.remote(deployment.idle_seconds): index for index, a in found.items() if a is not None}
+def _touch(deployment: Deployment) -> bool:
+    """Begin the idle time again; False if the deployment is about to remove itself. Actors that died are gone then."""
+    actors = {index: _find_actor(deployment.name, index) for index in range(deployment.shape.workers)}
+    touched = {
+        actor.touch.remote(deployment.idle_seconds): index
+        for index, actor in actors.items()
+        if actor is not None
+    }
+    stays = bool(touched)
     ready, _ = (
-        ray.wait(list(touched), num_returns=len(touched), timeout=KEEP_SECONDS) if touched else ([], [])
+        ray.wait(list(touched), num_returns=len(touched), timeout=TOUCH_SECONDS) if touched else ([], [])
     )
     for answer in ready:
         try:
-            ray.get(answer)
+            stays &= ray.get(answer)
         except ray.exceptions.RayActorError:
-            dead.append(touched[answer])
-    return dead
+            _wait_until_gone(deployment.name, touched[answer])
+    return stays
+
+
+def _wait_until_gone(name: str, index: int) -> None:
+    _wait_until(lambda: _find_actor(name, index) is None, ANSWER_SECONDS)
 
 
 def wait_until_left(name: str) -> None:
@@ -197,8 +193,6 @@ def engine_of(infos: Sequence[WorkerInfo]) -> str:
 
 def take_down(name: str) -> bool:
     """End the deployment's attention workers and actors and remove its placement group; False if there is none."""
-    import ray
-
     group, actors = _find_group(name), _find_actors(name)
     stops = [actor.stop.remote() for actor in actors]
     if stops:
@@ -213,8 +207,6 @@ def take_down(name: str) -> bool:
 
 def deployments() -> dict[str, list[WorkerInfo]]:
     """What is on the cluster, by name."""
-    import ray
-
     actors = ray.util.list_named_actors(all_namespaces=True)
     names = sorted({a["name"].rpartition("/")[0] for a in actors if a["namespace"] == NAMESPACE})
     return {name: workers_of(name) for name in names}
@@ -222,8 +214,6 @@ def deployments() -> dict[str, list[WorkerInfo]]:
 
 def workers_of(name: str) -> list[WorkerInfo]:
     """What the actors of a deployment say, in their order; those that died are left out."""
-    import ray
-
     infos = []
     for actor in _find_actors(name):
         with contextlib.suppress(ray.exceptions.RayActorError):
@@ -232,12 +222,7 @@ def workers_of(name: str) -> list[WorkerInfo]:
 
 
 def _make_group(deployment: Deployment, is_wanted: Callable[[], bool]) -> Any:
-    import ray
-
     name, shape = deployment.name, deployment.shape
-    old = _find_group(name)
-    if old is not None:  # its actors all died
-        take_down(name)
     group = ray.util.placement_group(
         [shape.bundle] * shape.workers, strategy="SPREAD", name=name, lifetime="detached"
     )
@@ -261,8 +246,6 @@ def _make_group(deployment: Deployment, is_wanted: Callable[[], bool]) -> Any:
 
 
 def _offers(resource: str) -> str:
-    import ray
-
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     free = ray.available_resources()
     offers = [
@@ -276,13 +259,10 @@ def _offers(resource: str) -> str:
 
 def _make_actors(deployment: Deployment, group: Any, secret: str) -> None:
     """Make those that are missing."""
-    import ray
-    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
     name, shape = deployment.name, deployment.shape
     for index in range(shape.workers):
         ray.remote(AttentionWorkerActor).options(
-            name=_actor_name(name, index),
+            name=actor_name(name, index),
             namespace=NAMESPACE,
             lifetime="detached",
             get_if_exists=True,
@@ -296,8 +276,6 @@ def _make_actors(deployment: Deployment, group: Any, secret: str) -> None:
 
 
 def _wait_until_ready(deployment: Deployment, is_wanted: Callable[[], bool]) -> list[WorkerInfo]:
-    import ray
-
     deadline = time.monotonic() + START_SECONDS
     name, count = deployment.name, deployment.shape.workers
     while True:
@@ -340,14 +318,6 @@ def _cause(error: Exception) -> str:
     return text
 
 
-def _wait_until_free(deployment: Deployment) -> None:
-    if engine := _engine_that_stays(deployment.name):
-        raise DeploymentError(
-            f"the deployment {deployment.name!r} on Ray serves another engine ({engine}): stop that one, or choose "
-            "another --lamina-ray-name"
-        )
-
-
 def _engine_that_stays(name: str) -> str:
     """The engine that uses the deployment, also after the time of a lease; empty if there is none."""
     _wait_until(lambda: not engine_of(workers_of(name)), LEASE_SECONDS)
@@ -360,22 +330,14 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _actor_name(name: str, index: int) -> str:
-    return f"{name}/{index}"
-
-
 def _find_actor(name: str, index: int) -> Any:
-    import ray
-
     try:
-        return ray.get_actor(_actor_name(name, index), NAMESPACE)
+        return ray.get_actor(actor_name(name, index), NAMESPACE)
     except ValueError:
         return None
 
 
 def _find_actors(name: str) -> list[Any]:
-    import ray
-
     named = [
         a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE
     ]
@@ -384,22 +346,19 @@ def _find_actors(name: str) -> list[Any]:
 
 
 def _find_group(name: str) -> Any:
-    import ray
-
     try:
         return ray.util.get_placement_group(name)
     except ValueError:
         return None
 
 
-def _secret_of(name: str, infos: Sequence[WorkerInfo]) -> str:
-    import ray
-
-    actor = _find_actor(name, infos[0].index)
-    if actor is None:
-        raise DeploymentError(f"the deployment {name!r} on Ray is being removed; try again")
-    secret: str = ray.get(actor.secret.remote(), timeout=ANSWER_SECONDS)
-    return secret
+def _secret_of(name: str) -> str:
+    """The deployment's secret; any of its actors has it."""
+    for actor in _find_actors(name):
+        with contextlib.suppress(ray.exceptions.RayActorError):
+            secret: str = ray.get(actor.secret.remote(), timeout=ANSWER_SECONDS)
+            return secret
+    raise DeploymentError(f"the deployment {name!r} on Ray is being removed; try again")
 
 
 def _write(file: Path, secret: str) -> None:

@@ -1,10 +1,10 @@
-"""What an engine asks of Ray, and what it gets: plain data that crosses processes as JSON."""
+"""What an engine asks of Ray, and what it gets."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import vllm_lamina
 from vllm_lamina.config import LaminaConfig
@@ -16,6 +16,11 @@ NAMESPACE = "vllm-lamina"
 
 RESOURCE_STEP = 10_000
 """Ray counts resources in ten-thousandths."""
+
+
+def actor_name(name: str, index: int) -> str:
+    """Ray's name of the actor of a deployment's attention worker."""
+    return f"{name}/{index}"
 
 
 class DeploymentError(LaminaError):
@@ -79,14 +84,14 @@ class Deployment:
             options.secret_file,
         )
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return dataclasses.asdict(self)
 
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Self:
-        """The inverse of `to_plain`."""
-        return cls(**(plain | {"shape": Shape(**plain["shape"])}))
+def up_flags() -> dict[str, dataclasses.Field[object]]:
+    """Flags of ``vllm-lamina ray up`` and the engine's options that they are: ``--lamina-ray-*`` without the prefix."""
+    return {
+        "--" + field.name.removeprefix("ray_").replace("_", "-"): field
+        for field in dataclasses.fields(LaminaConfig)
+        if field.name == "memory" or (field.name.startswith("ray_") and field.name != "ray_name")
+    }
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,30 @@
-"""Starts and stops an attention worker as a child of this process."""
+"""Attention workers that the engine starts itself, one for each rank, on its host, and ends with itself."""
 
+from __future__ import annotations
+
+import logging
 import os
 import secrets
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 
-from vllm_lamina.transport.connection import AttentionWorkerConnection
-from vllm_lamina.transport.errors import WorkerUnreachable
-from vllm_lamina.units import format_cpus
+from vllm_lamina.config import AUTO, LaminaConfig
+from vllm_lamina.errors import ConfigError
+from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.sources.base import Addresses, AttentionWorkerSource
+from vllm_lamina.host import available_memory, cgroup_memory, memory_total
+from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.partition import Partition, Pool, divide
+from vllm_lamina.units import format_bytes, format_cpus, parse_bytes
+from vllm_lamina.worker.attention_worker.child import ChildAttentionWorker
+
+logger = logging.getLogger("vllm.lamina")
+
+SHARE_OF_FREE_MEMORY = 0.7
+"""Of the memory free once the model is loaded, what ``--lamina-memory auto`` gives to the KV pool."""
 
 
-class EmbeddedAttentionWorker:
-    """An attention worker that lives no longer than this process, however this process ends.
+class EmbeddedAttentionWorker(ChildAttentionWorker):
+    """An attention worker of this process alone.
 
     Examples
     --------
@@ -23,14 +33,10 @@ class EmbeddedAttentionWorker:
     >>> worker.stop()
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], address: str) -> None:
-        self._process = process
-        self.address = address
-
     @classmethod
     def start(
         cls, memory_bytes: int, cpus: Sequence[int] = (), log_prefix: str = "", timeout: float = 30.0
-    ) -> "EmbeddedAttentionWorker":
+    ) -> EmbeddedAttentionWorker:
         """Start a worker and wait until it answers.
 
         Parameters
@@ -50,69 +56,97 @@ class EmbeddedAttentionWorker:
             The worker ended, or did not answer in time.
         """
         address = f"ipc://@vllm-lamina-control-{os.getpid()}-{secrets.token_hex(8)}"
-        # -P: whatever is called like a package in the working directory is not ours.
-        command = [sys.executable, "-P", "-m", "vllm_lamina.worker.attention_worker", "--listen", address]
-        command += [
-            "--memory",
-            str(memory_bytes),
-            "--parent-pid",
-            str(os.getpid()),
-            f"--log-prefix={log_prefix}",
-        ]
-        if cpus:
-            command += ["--cpus", format_cpus(cpus)]
-        # What is preloaded for the model worker (allocators, OpenMP) is of no use here.
-        environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-        worker = cls(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL), address)
+        options = ["--memory", str(memory_bytes), f"--log-prefix={log_prefix}"]
+        worker = cls(address, [*options, "--cpus", format_cpus(cpus)] if cpus else options)
         try:
-            worker._wait_until_it_answers(timeout)
+            worker.wait_until_it_answers(timeout)
         except BaseException:
             worker.stop()
             raise
         return worker
 
-    def _wait_until_it_answers(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                AttentionWorkerConnection.connect(self.address, timeout=0.2).close()
-                return
-            except WorkerUnreachable:
-                status = self._process.poll()
-                if status is not None:
-                    raise WorkerUnreachable(
-                        f"the attention worker ended at its start with {_describe(status)}; see its output"
-                    ) from None
-                if time.monotonic() > deadline:
-                    raise WorkerUnreachable(
-                        f"the attention worker did not answer within {timeout:g} s"
-                    ) from None
 
-    @property
-    def pid(self) -> int:
-        """Process id of the worker."""
-        return self._process.pid
+class EmbeddedSource(AttentionWorkerSource):
+    """Starts an attention worker for each rank, which get what memory and CPUs the model leaves, or as asked.
 
-    def poll(self) -> int | None:
-        """Return the worker's exit status, negative for a signal; None while it runs."""
-        return self._process.poll()
+    Parameters
+    ----------
+    kv_cache_memory_bytes
+        What vLLM was given for the KV cache, for all ranks; 0 or None if nothing.
+    """
 
-    def kill(self) -> None:
-        """End the worker at once, whatever state it is in. No effect if it ended already."""
-        self._process.kill()
-        self._process.wait()
+    def __init__(
+        self, options: LaminaConfig, num_ranks: int, kv_cache_memory_bytes: int | None = None
+    ) -> None:
+        super().__init__(options, num_ranks)
+        self._kv_cache_memory_bytes = kv_cache_memory_bytes
+        self._cpus: tuple[tuple[int, ...], ...] = ()
+        self._pool_bytes = 0
+        self._workers: list[EmbeddedAttentionWorker] = []
 
-    def stop(self, timeout: float = 5.0) -> None:
-        """End the worker: ask it to, and after `timeout` seconds kill it. No effect if it ended already."""
-        if self._process.poll() is not None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+    def check(self, geometry: Geometry, max_model_len: int) -> list[Partition]:
+        """With a pool as large as asked; the memory that is free is known once the model is loaded."""
+        if self.options.memory == AUTO:
+            return []
+        memory = parse_bytes(self.options.memory)
+        _check_this_host_has(memory)
+        pool = Pool("", memory // self.num_ranks)
+        partition = divide(
+            self.options.partition, [pool], geometry, lambda _, part: part.block_bytes(), max_model_len
+        )
+        return [partition] * self.num_ranks
+
+    def start(self, placement: Placement) -> Addresses:
+        """Start an attention worker for each rank."""
+        if placement.shared:
+            logger.warning(
+                "Lamina: attention workers (CPUs %s) and model workers share CPUs; both will be slower. Choose "
+                "disjoint ones with --lamina-worker-cpus and VLLM_CPU_OMP_THREADS_BIND.",
+                format_cpus({cpu for cpus in placement.worker_cpus for cpu in cpus}),
+            )
+        self._cpus = placement.worker_cpus
+        self._pool_bytes = self._memory_bytes() // self.num_ranks
+        for rank in range(self.num_ranks):
+            self._workers.append(self._start_worker(rank))
+        return [(worker.address,) for worker in self._workers]
+
+    def restart(self, rank: int, place: int, address: str) -> str:
+        """Start another one in its place."""
+        self._workers[rank].kill()  # it may be stopped, or hang
+        self._workers[rank] = self._start_worker(rank)
+        return self._workers[rank].address
+
+    def leave(self) -> None:
+        """The model workers still need them."""
+
+    def close(self) -> None:
+        """End them."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers = []
+
+    def _start_worker(self, rank: int) -> EmbeddedAttentionWorker:
+        cpus = self._cpus[rank]
+        worker = EmbeddedAttentionWorker.start(self._pool_bytes, cpus)
+        logger.info(
+            "Lamina: attention worker started, pid %d, CPUs %s, KV pool %s.",
+            worker.pid,
+            format_cpus(cpus),
+            format_bytes(self._pool_bytes),
+        )
+        return worker
+
+    def _memory_bytes(self) -> int:
+        if self.options.memory != AUTO:
+            return parse_bytes(self.options.memory)
+        return self._kv_cache_memory_bytes or int(SHARE_OF_FREE_MEMORY * available_memory())
 
 
-def _describe(status: int) -> str:
-    return f"signal {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
+def _check_this_host_has(pool_bytes: int) -> None:
+    """The system hands memory out page by page, so a pool that cannot fit would end the worker much later."""
+    limit = min([memory_total(), *(limit for limit, _ in cgroup_memory())])
+    if pool_bytes > limit:
+        raise ConfigError(
+            f"lamina option 'memory': {format_bytes(pool_bytes)} is more than this host has, or allows this process: "
+            f"{format_bytes(limit)}"
+        )

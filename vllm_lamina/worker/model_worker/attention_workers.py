@@ -6,22 +6,18 @@ import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import msgspec
 
 from vllm_lamina._native import AttentionClient, ChannelError
 from vllm_lamina.config import TransportOption
-from vllm_lamina.errors import ConfigError
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.kv_cache.partition import Partition, Pool, divide
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed
 
 logger = logging.getLogger("vllm.lamina")
-
-WorkerT = TypeVar("WorkerT")
-
 
 RECONNECT_SECONDS = 2.0
 """How long a worker that is asked to take a lost one's place may take for each answer."""
@@ -72,6 +68,11 @@ class AttentionWorkers:
     def pools(self) -> list[Pool]:
         """What each worker offers."""
         return [Pool(connection.address, connection.pool_bytes) for connection in self._connections]
+
+    def check_available(self, transport: TransportOption) -> None:
+        """Raises as `AttentionWorkerConnection.check_available`, for the first that cannot be used."""
+        for connection in self._connections:
+            connection.check_available(transport)
 
     def divide(self, wanted: str, geometry: Geometry, max_model_len: int) -> Partition:
         """Divide the KV cache, by block sizes that the workers say themselves; see `partition.divide`."""
@@ -199,23 +200,6 @@ class AttentionWorkers:
                 connection.abandon()
             else:
                 connection.close()
-
-
-def workers_by_rank(workers: Sequence[WorkerT], num_ranks: int) -> list[tuple[WorkerT, ...]]:
-    """Each rank of a tensor-parallel model has attention workers of its own, for the heads that it has.
-
-    Raises
-    ------
-    ConfigError
-        The workers cannot be shared out evenly.
-    """
-    each, left = divmod(len(workers), num_ranks)
-    if left or not each:
-        raise ConfigError(
-            f"--tensor-parallel-size {num_ranks} needs the same number of attention workers for each rank, but "
-            f"--lamina-workers names {len(workers)}: name a multiple of {num_ranks}"
-        )
-    return [tuple(workers[rank * each : (rank + 1) * each]) for rank in range(num_ranks)]
 
 
 def _host(address: str) -> str:

@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina._native import ChannelClosed, ChannelTimeout
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.geometry import geometry_of_layers
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner_v1 import lane_runners
@@ -25,7 +25,6 @@ from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import LaminaError, UnsupportedError
-from vllm_lamina.kv_cache.geometry import DTYPES, Geometry
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
 from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers, ChannelOptions
@@ -34,8 +33,6 @@ from vllm_lamina.worker.model_worker.lanes import Lanes
 logger = init_logger("vllm.lamina")
 
 BACKEND = "vllm_lamina.attention_backend.LaminaAttentionBackend"
-
-DTYPE_NAMES = {getattr(torch, name): name for name in DTYPES}
 
 SPIN_US = 2000
 """How long a side polls before it sleeps, where its CPUs are its own: longer than the other side's part of a layer."""
@@ -231,38 +228,10 @@ class _LaminaWorker(Worker):
 
     def _divide(self, specs: dict[str, KVCacheSpec]) -> Partition:
         return self.attention_workers.divide(
-            self.lamina_config.partition, self._geometry(specs), self.model_config.max_model_len
+            self.lamina_config.partition,
+            geometry_of_layers(self.vllm_config, specs),
+            self.model_config.max_model_len,
         )
-
-    def _geometry(self, specs: dict[str, KVCacheSpec]) -> Geometry:
-        kinds = {
-            (type(spec), spec.block_size, spec.num_kv_heads, spec.head_size, spec.dtype)
-            for spec in specs.values()
-        }
-        layers = [self._layer(name) for name in specs]
-        heads = {layer.num_heads for layer in layers}
-        if len(kinds) != 1 or len(heads) != 1:
-            raise UnsupportedError(
-                f"Lamina does not support models whose attention layers differ in kind or shape: {kinds}."
-            )
-        spec = next(iter(specs.values()))
-        if (
-            type(spec) is not FullAttentionSpec
-            or getattr(spec, "head_size_v", spec.head_size) != spec.head_size
-        ):
-            raise UnsupportedError(f"Lamina supports full attention only; this model's KV cache is {spec}.")
-        return Geometry(
-            num_layers=len(specs),
-            block_size=spec.block_size,
-            num_heads=heads.pop(),
-            num_kv_heads=spec.num_kv_heads,
-            head_size=spec.head_size,
-            dtype=DTYPE_NAMES[spec.dtype],
-            scales=tuple(layer.impl.scale for layer in layers),
-        )
-
-    def _layer(self, name: str) -> Any:
-        return self.vllm_config.compilation_config.static_forward_context[name]
 
 
 class LaminaCPUWorker(_LaminaWorker, CPUWorker):

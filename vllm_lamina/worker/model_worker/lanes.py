@@ -20,6 +20,7 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, AsyncModelRunnerOutput, M
 from vllm_lamina.attention_backend.exchange import StepFailed
 from vllm_lamina.compat.failed_steps import forget_step, step_failed
 from vllm_lamina.compat.random_states import keep_random_states
+from vllm_lamina.compat.step_lane import lane_of
 from vllm_lamina.compat.step_times import report_times, times_of_step
 from vllm_lamina.compat.threads import set_num_threads
 
@@ -152,7 +153,7 @@ class Lanes:
             self._lane_of.pop(request_id, None)
         if scheduler_output.total_num_scheduled_tokens == 0:
             return EMPTY_MODEL_RUNNER_OUTPUT
-        lane = self._last = self._lanes[scheduler_output.lamina_lane]
+        lane = self._last = self._lanes[lane_of(scheduler_output)]
         for request in scheduler_output.scheduled_new_reqs:
             self._lane_of[request.req_id] = lane
             if request.lora_request is not None and request.lora_request.load_inplace:

@@ -11,7 +11,8 @@ from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewReque
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-from vllm_lamina.compat.scheduled import mark_lane, read_step
+from vllm_lamina.compat.scheduled import read_step
+from vllm_lamina.compat.step_lane import mark_lane
 
 
 def names(cls: type) -> set[str]:

@@ -14,11 +14,11 @@ from vllm.v1.metrics import loggers, prometheus
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
+from vllm_lamina.compat.config import facts_of
 from vllm_lamina.compat.stat_loggers import (
     add_to_histogram,
     attach_stats,
     detach_stats,
-    front_end_logs,
     log_lamina_stats,
 )
 from vllm_lamina.metrics.engine import EngineMetrics
@@ -80,10 +80,10 @@ def test_vllms_own_logger_clears_the_registry_when_it_is_made() -> None:
 def test_what_the_configuration_is_told_reaches_the_engines_process() -> None:
     """Relies on ``VllmConfig`` keeping attributes that are not its fields, also when it is pickled."""
     config = VllmConfig()
-    assert not front_end_logs(config)
+    assert not facts_of(config).logs_stats
     log_lamina_stats(config, LaminaStatLogger)
-    assert front_end_logs(pickle.loads(pickle.dumps(config)))
-    assert not front_end_logs(VllmConfig())
+    assert facts_of(pickle.loads(pickle.dumps(config))).logs_stats
+    assert not facts_of(VllmConfig()).logs_stats
 
 
 def test_api_servers_have_numbers() -> None:

@@ -19,21 +19,21 @@ import json, random, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
-from vllm_lamina.scheduler.staggered import StaggeredScheduler
+from vllm_lamina.scheduler.lanes import Lanes
 
 rng = random.Random(0)
 changes = 0
 
-def choose_at_random(self):
+def choose_at_random(self, expected):
     # An adversarial schedule: one lane or two, changing every few steps.
     global changes
-    if rng.random() < 0.2:
-        before, self._num_lanes = self._num_lanes, rng.choice([1, 2])
-        changes += self._num_lanes != before
-    if len(self.running) < 2:
-        self._num_lanes = 1
+    if len(expected) < 2:
+        return 1
+    chosen = rng.choice([1, 2]) if rng.random() < 0.2 else self._in_use
+    changes += chosen != self._in_use
+    return chosen
 
-StaggeredScheduler._choose_num_lanes = choose_at_random
+Lanes._choose_number = choose_at_random
 model, adapters, options, lamina = json.loads(sys.argv[1])
 prefix = [4 + 11 * i % 900 for i in range(150)]
 prompts = [[4 + (7 * i + n) % 900 for i in range(n)] for n in (3, 40, 130, 200)] + [prefix + [9], prefix + [5, 6]]

@@ -22,9 +22,9 @@ from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
-from vllm_lamina.compat.config import tell_block_placement, with_batches_in_flight
+from vllm_lamina.compat.config import facts_of, with_batches_in_flight
 from vllm_lamina.compat.outputs import StepTimes, report_times
-from vllm_lamina.scheduler.staggered import StaggeredScheduler
+from vllm_lamina.scheduler.scheduler import LaminaScheduler
 
 BLOCK_SIZE = 32
 VOCAB_SIZE = 1000
@@ -48,16 +48,16 @@ def make_config(model: str, **options: Any) -> VllmConfig:
 
 def make_scheduler(
     config: VllmConfig, num_blocks: int, placement: tuple[str, list[int]] | None = None
-) -> StaggeredScheduler:
+) -> LaminaScheduler:
     """A scheduler of so many blocks; ``placement`` is what a model worker says of several attention workers."""
-    tell_block_placement(config, placement)
+    facts_of(config).block_placement = placement
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
     kv_cache_config = KVCacheConfig(
         num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
     )
     config.cache_config.num_gpu_blocks = num_blocks
     config.cache_config.block_size = BLOCK_SIZE
-    return StaggeredScheduler(
+    return LaminaScheduler(
         vllm_config=config,
         kv_cache_config=kv_cache_config,
         structured_output_manager=StructuredOutputManager(config),
@@ -79,7 +79,7 @@ class InFlight:
 class Simulation:
     """Drives a scheduler as vLLM's ``EngineCore.step_with_batch_queue`` does."""
 
-    scheduler: StaggeredScheduler
+    scheduler: LaminaScheduler
     seed: int
     queue: deque[InFlight] = field(default_factory=deque)
     finished: dict[str, int] = field(default_factory=dict)

@@ -28,8 +28,8 @@ def simulate(model_zoo: ModelZoo) -> Simulate:
 def holdings(simulation: Simulation) -> dict[str, list[int]]:
     """Blocks on each worker of every running request."""
     scheduler = simulation.scheduler
-    placed = scheduler.placed_blocks
-    assert placed is not None
+    placed = scheduler.placement
+    assert isinstance(placed, PlacedBlocks)
     found = {}
     for request in scheduler.running:
         (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)

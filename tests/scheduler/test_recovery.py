@@ -16,7 +16,7 @@ from simulation import BLOCK_SIZE, VOCAB_SIZE, InFlight, Simulation, make_config
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
-from vllm_lamina.compat.config import tell_recovery
+from vllm_lamina.compat.config import facts_of
 from vllm_lamina.config import HEAD, REQUEST, SEQUENCE
 from vllm_lamina.executor.recovery import Recovered
 
@@ -160,7 +160,7 @@ def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
     def make(seed: int, kind: str, recovery_timeout: float = 60) -> LossySimulation:
         config = make_config(model_zoo("llama"), lamina_recovery_timeout=recovery_timeout)
         simulation = LossySimulation(None, seed, kind=kind)  # type: ignore[arg-type]
-        tell_recovery(config, simulation)
+        facts_of(config).recovery = simulation
         placement = None if kind == HEAD else (kind, [BLOCKS_PER_WORKER] * NUM_WORKERS)
         num_blocks = NUM_WORKERS * BLOCKS_PER_WORKER
         simulation.scheduler = make_scheduler(config, num_blocks, placement)

@@ -1,12 +1,13 @@
-"""What Lamina's executor tells vLLM's engine, and its own scheduler, by the configuration that they share.
+"""What Lamina's executor tells vLLM's engine, its own scheduler and the front ends, by the configuration they share.
 
-How many batches the engine keeps in flight: vLLM derives the number and offers no option for it. And how the scheduler
-has to place KV blocks, and on which attention workers, which only the executor knows, and vLLM builds both.
+How many batches the engine keeps in flight: vLLM derives the number and offers no option for it. And facts that only
+the executor knows, while it is vLLM that builds the scheduler.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -28,33 +29,31 @@ def with_batches_in_flight(config: VllmConfig, num_batches: int) -> VllmConfig:
     return config
 
 
-def tell_recovery(config: VllmConfig, recovery: object) -> None:
-    """Let the scheduler that is built from ``config`` know whom to ask when an attention worker is lost."""
-    config.lamina_recovery = recovery
+@dataclass
+class EngineFacts:
+    """What is known of one engine beside vLLM's configuration of it.
+
+    Attributes
+    ----------
+    logs_stats
+        The front ends take Lamina's statistics out of vLLM's: they must, for vLLM's loggers to take the rest.
+    recovery
+        Whom the scheduler asks when an attention worker is lost (`executor.recovery`); None without an executor.
+    block_placement
+        The partition and the number of KV blocks of each attention worker; None where all hold a part of every block.
+    attention_workers
+        Addresses of each rank's attention workers, now: they change.
+    """
+
+    logs_stats: bool = False
+    recovery: Any = None
+    block_placement: tuple[str, list[int]] | None = None
+    attention_workers: Sequence[Sequence[str]] = ()
 
 
-def recovery_of(config: VllmConfig) -> Any:
-    """What the executor told; None for a scheduler without one."""
-    return getattr(config, "lamina_recovery", None)
-
-
-def tell_block_placement(config: VllmConfig, placement: tuple[str, list[int]] | None) -> None:
-    """Let the scheduler that is built from ``config`` know the model worker's ``block_placement``."""
-    config.lamina_block_placement = placement
-
-
-def block_placement(config: VllmConfig) -> tuple[str, list[int]] | None:
-    """What the executor told; None where blocks need no placement."""
-    placement: tuple[str, list[int]] | None = getattr(config, "lamina_block_placement", None)
-    return placement
-
-
-def tell_attention_workers(config: VllmConfig, addresses_by_rank: Sequence[Sequence[str]]) -> None:
-    """Let the scheduler that is built from ``config`` know the attention workers, now and whenever they change."""
-    config.lamina_attention_workers = addresses_by_rank
-
-
-def attention_workers(config: VllmConfig) -> Sequence[Sequence[str]]:
-    """Addresses of the attention workers of each rank, as the executor told them last."""
-    workers: Sequence[Sequence[str]] = getattr(config, "lamina_attention_workers", ())
-    return workers
+def facts_of(config: VllmConfig) -> EngineFacts:
+    """The facts that travel with ``config``, to be read and set; it is pickled for other processes with them."""
+    if not hasattr(config, "lamina"):
+        config.lamina = EngineFacts()
+    facts: EngineFacts = config.lamina
+    return facts

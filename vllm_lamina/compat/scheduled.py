@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from vllm_lamina.compat.step_lane import lane_of
+
 
 class ScheduledRequest(NamedTuple):
     """One request of a step.
@@ -33,7 +35,7 @@ class ScheduledStep:
     Attributes
     ----------
     lane
-        Of the step.
+        Of the step, if there are tokens.
     num_tokens
         Of all requests; 0 for an output that only tells of requests that have finished.
     finished
@@ -61,17 +63,6 @@ class ScheduledStep:
             new_block_ids_to_zero=None,
             kv_cache_block_copies=None,
         )
-
-
-def mark_lane(output: Any, lane: int | None) -> None:
-    """Say which lane a ``SchedulerOutput`` is for; None for one without a step."""
-    output.lamina_lane = lane
-
-
-def lane_of(output: Any) -> int:
-    """The lane of a ``SchedulerOutput``."""
-    lane: int = getattr(output, "lamina_lane", None) or 0
-    return lane
 
 
 def read_step(output: Any) -> ScheduledStep:

@@ -13,6 +13,8 @@ from typing import Any
 
 from vllm.config import VllmConfig
 
+from vllm_lamina.compat.config import facts_of
+
 _KEY = "lamina"
 
 
@@ -24,7 +26,7 @@ def log_lamina_stats(config: VllmConfig, make_logger: Callable[[VllmConfig, Sequ
     """
     from vllm.v1.metrics.loggers import StatLoggerManager
 
-    config.lamina_logs_stats = True
+    facts_of(config).logs_stats = True
     if hasattr(StatLoggerManager, "lamina_wrapped"):
         return
     StatLoggerManager.lamina_wrapped = True
@@ -33,15 +35,10 @@ def log_lamina_stats(config: VllmConfig, make_logger: Callable[[VllmConfig, Sequ
     @functools.wraps(init)
     def init_with_lamina(self: Any, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         init(self, vllm_config, *args, **kwargs)
-        if front_end_logs(vllm_config):
+        if facts_of(vllm_config).logs_stats:
             self.stat_loggers.insert(0, make_logger(vllm_config, self.engine_indexes))
 
     StatLoggerManager.__init__ = init_with_lamina
-
-
-def front_end_logs(config: VllmConfig) -> bool:
-    """Whether the front end takes Lamina's statistics out of vLLM's: it must, for vLLM's loggers to take the rest."""
-    return bool(getattr(config, "lamina_logs_stats", False))
 
 
 def attach_stats(scheduler_stats: Any, stats: dict[str, Any]) -> None:

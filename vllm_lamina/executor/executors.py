@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -17,12 +17,7 @@ from vllm.v1.executor.uniproc_executor import UniProcExecutor
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
 from vllm_lamina._native import create_turn_log
-from vllm_lamina.compat.config import (
-    tell_attention_workers,
-    tell_block_placement,
-    tell_recovery,
-    with_batches_in_flight,
-)
+from vllm_lamina.compat.config import facts_of, with_batches_in_flight
 from vllm_lamina.compat.threads import ThisProcessOn, model_workers_bound_to
 from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import LaminaConfig
@@ -37,8 +32,7 @@ from vllm_lamina.support import check_engine_config
 
 logger = init_logger("vllm.lamina")
 
-STAGGERED_SCHEDULER = "vllm_lamina.scheduler.staggered.StaggeredScheduler"
-PLACING_SCHEDULER = "vllm_lamina.scheduler.placement.PlacingScheduler"
+SCHEDULER = "vllm_lamina.scheduler.scheduler.LaminaScheduler"
 
 
 class _LaminaExecutor(Executor):
@@ -67,7 +61,7 @@ class _LaminaExecutor(Executor):
         with self._ending_on_failure():
             self._init_model_workers(self.placement)
             addresses = source.start(self.placement)
-            tell_attention_workers(self.vllm_config, addresses)
+            self._tell_attention_workers(addresses)
             self.collective_rpc("attach_attention_workers", args=(addresses, self.placement.shared))
             self._recovery = Recovery(
                 self.collective_rpc,
@@ -76,7 +70,7 @@ class _LaminaExecutor(Executor):
                 timeout=self.lamina_config.recovery_timeout,
                 restart=source.restart,
                 secret_file=self.lamina_config.secret_file,
-                on_change=lambda now: tell_attention_workers(self.vllm_config, now),
+                on_change=self._tell_attention_workers,
             )
             if self.lamina_config.batches > 1 and self.parallel_config.tensor_parallel_size > 1:
                 self._share_turns()
@@ -109,16 +103,19 @@ class _LaminaExecutor(Executor):
                     f"place KV blocks alike; the ranks have {placement}, {', '.join(map(str, others))}: change "
                     "--memory, or choose --lamina-partition head"
                 )
-            tell_block_placement(self.vllm_config, placement)
+            facts_of(self.vllm_config).block_placement = placement
             assert self._recovery is not None
             self._recovery.goes_on_without_some = placement is not None
-            tell_recovery(self.vllm_config, self._recovery)
+            facts_of(self.vllm_config).recovery = self._recovery
 
     def _select_scheduler(self, num_batches: int) -> None:
         if self.scheduler_config.scheduler_cls is not None:
             raise ConfigError("--executor lamina needs Lamina's own scheduler; remove --scheduler-cls")
-        self.scheduler_config.scheduler_cls = STAGGERED_SCHEDULER if num_batches > 1 else PLACING_SCHEDULER
+        self.scheduler_config.scheduler_cls = SCHEDULER
         with_batches_in_flight(self.vllm_config, num_batches)
+
+    def _tell_attention_workers(self, addresses: Sequence[Sequence[str]]) -> None:
+        facts_of(self.vllm_config).attention_workers = addresses
 
     @abc.abstractmethod
     def _init_model_workers(self, placement: Placement) -> None:

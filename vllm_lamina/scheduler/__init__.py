@@ -1,1 +1,1 @@
-"""Scheduling of two staggered batches over one model worker."""
+"""Lamina's scheduler, of three parts: a ledger of the steps in flight, the placement of KV blocks, and lanes."""

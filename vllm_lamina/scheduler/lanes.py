@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+
+from vllm_lamina.scheduler.costs import MARGIN, StepCosts
 
 TOKENS_PER_REQUEST = 128
 """What a request costs beside its context, in tokens of context: its share of a step outside of attention."""
@@ -14,58 +16,142 @@ ALLOWED_IMBALANCE = 1 / 16
 
 @dataclass
 class Lane:
-    """One of the staggered batches."""
+    """One of the batches in flight."""
 
     members: set[str] = field(default_factory=set)
     """Running requests that this lane schedules."""
     in_flight: bool = False
     """A step of this lane is on the model worker."""
-    previous: set[str] = field(default_factory=set)
-    """Requests of the lane's last step: what its input batch on the model worker holds."""
     adapters: set[int] = field(default_factory=set)
     """LoRA adapters that the step in flight needs."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a lane should hold of the requests that can run at once: a part of their load, or of their number."""
+
+    load: float
+    requests: float
+    load_of_others: int
+    """What the other lanes hold."""
+
+    def is_reached(self, tokens: Sequence[int]) -> bool:
+        """Whether a lane holds its share, by the context tokens of each of its requests."""
+        load = sum(map(request_load, tokens))
+        if load <= self.load_of_others:
+            return False  # whatever is still admitted, the lighter lane may take
+        return load >= self.load or len(tokens) >= self.requests
 
 
 class Lanes:
     """Assigns running requests to lanes and keeps the lanes' loads together.
 
     A request is a member of at most one lane, and never leaves a lane whose step is in flight. Load is counted in
-    tokens: a request's context, which its attention reads, and `TOKENS_PER_REQUEST`.
+    tokens: a request's context, which its attention reads, and `TOKENS_PER_REQUEST`. Where two halves would take longer
+    than one batch, by what the steps so far have cost, one lane has them all.
 
     Parameters
     ----------
     num_lanes
         Number of batches in flight.
+    always
+        Use all lanes, whatever steps cost.
     """
 
-    def __init__(self, num_lanes: int) -> None:
+    def __init__(self, num_lanes: int, always: bool = False) -> None:
         self.lanes = [Lane() for _ in range(num_lanes)]
+        self.costs = StepCosts()
+        self._always = always
+        self._in_use = 1
+        """Lanes in use; the others are being emptied, or empty."""
+        self._loads: Mapping[str, int] = {}
+        self._share_of_load, self._share_of_requests = 0.0, 0.0
         self._last = num_lanes - 1
 
-    def next_idle(self, useful: Iterable[int]) -> int | None:
-        """The lane to schedule next: of those that are idle and ``useful`` the one whose turn is longest ago.
+    def plan(self, running: Mapping[str, int], next_to_run: Iterable[int]) -> None:
+        """Divide the running requests among the lanes, before a step is scheduled.
+
+        Parameters
+        ----------
+        running
+            Context tokens of each running request.
+        next_to_run
+            Those of each waiting one that may run soon.
+        """
+        self.keep_only(running)
+        if len(self.lanes) == 1:
+            return
+        self._loads = {name: request_load(tokens) for name, tokens in running.items()}
+        expected = [*running.values(), *next_to_run]
+        self._in_use = self._choose_number(expected)
+        if self._in_use == 1:
+            self.gather()
+        else:
+            self.spread(self._loads)
+        self._share_of_load = sum(map(request_load, expected)) / self._in_use
+        self._share_of_requests = len(expected) / self._in_use
+
+    def _choose_number(self, expected: Sequence[int]) -> int:
+        """How many lanes to use for requests of so many context tokens."""
+        if len(expected) < 2 or not (self._always or self.costs.known):
+            return 1
+        if self._always:
+            return len(self.lanes)
+        gain = self.costs.gain_of_two(len(expected), sum(expected))
+        if gain > 1 + MARGIN:
+            return len(self.lanes)
+        return 1 if gain < 1 - MARGIN else self._in_use
+
+    def members(self, index: int | None) -> Set[str]:
+        """The requests of a lane; none of no lane."""
+        return self.lanes[index].members if index is not None else frozenset()
+
+    def share(self, index: int | None) -> Share | None:
+        """What a lane should hold; None where it may hold everything."""
+        if self._in_use == 1 or index is None:
+            return None
+        load_of_others = sum(self._loads.values()) - self.load(index, self._loads)
+        return Share(self._share_of_load, self._share_of_requests, load_of_others)
+
+    def next_idle(self, may_admit: bool) -> int | None:
+        """The lane to schedule next: of those that are idle and have something to do the one whose turn is longest ago.
 
         It has had its turn then, even if nothing of it can be scheduled, for want of blocks say: else the other lane,
-        which could give some back, would never come.
+        which could give some back, would never come. An empty lane has something to do if a waiting request may enter.
         """
-        candidates = [index for index in useful if not self.lanes[index].in_flight]
+        candidates = [
+            index
+            for index, lane in enumerate(self.lanes)
+            if not lane.in_flight and (lane.members or (may_admit and index < self._in_use))
+        ]
         if not candidates:
             return None
         num_lanes = len(self.lanes)
         self._last = min(candidates, key=lambda index: (index - self._last - 1) % num_lanes)
         return self._last
 
-    def begin_step(self, index: int, scheduled: Iterable[str], adapters: Iterable[int]) -> None:
-        """A step of a lane goes to the model worker."""
+    def begin_step(self, index: int, scheduled: Iterable[str], adapters: set[int]) -> None:
+        """A step of a lane goes to the model worker, with requests that it has, or admits."""
         lane = self.lanes[index]
+        for request_id in scheduled:
+            if request_id not in lane.members:
+                self.assign(request_id, index)
         lane.in_flight = True
-        lane.previous = set(scheduled)
-        lane.adapters = set(adapters)
+        lane.adapters = adapters
 
     def end_step(self, index: int) -> None:
         """The output of the lane's step has arrived."""
         self.lanes[index].in_flight = False
-        self.lanes[index].adapters.clear()
+        self.lanes[index].adapters = set()
+
+    def adapters_in_flight(self) -> set[int]:
+        """LoRA adapters that steps in flight need."""
+        return set().union(*(lane.adapters for lane in self.lanes))
+
+    def num_busy(self, running: Iterable[str]) -> int:
+        """Lanes that have some of these requests."""
+        running = set(running)
+        return sum(not lane.members.isdisjoint(running) for lane in self.lanes)
 
     def assign(self, request_id: str, index: int) -> None:
         """Make a request a member of one lane and of no other."""
@@ -75,9 +161,8 @@ class Lanes:
 
     def keep_only(self, running: Iterable[str]) -> None:
         """Forget the requests that run no more."""
-        running = set(running)
         for lane in self.lanes:
-            lane.members &= running
+            lane.members.intersection_update(running)
 
     def load(self, index: int, loads: Mapping[str, int]) -> int:
         """Load of a lane, in tokens."""

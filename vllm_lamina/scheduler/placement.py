@@ -1,26 +1,77 @@
-"""Which attention worker a request's KV blocks go to, where each worker holds blocks of its own."""
+"""Which attention worker a request's KV blocks go to, and which blocks are lost with a worker."""
 
 from __future__ import annotations
 
+import abc
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Protocol
 
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
-from vllm.v1.core.sched.output import SchedulerOutput
-from vllm.v1.outputs import ModelRunnerOutput
-from vllm.v1.request import Request
-
-from vllm_lamina.compat.config import attention_workers, block_placement
-from vllm_lamina.compat.free_blocks import all_blocks, queue_of, use_free_blocks
-from vllm_lamina.compat.outputs import reported_times
-from vllm_lamina.compat.stat_loggers import attach_stats, front_end_logs
+from vllm_lamina.compat.kv_blocks import queue_of
 from vllm_lamina.config import SEQUENCE
-from vllm_lamina.scheduler.recovery import RecoveringScheduler
 
 
-class PlacedBlocks:
+class Block(Protocol):
+    """A KV block of vLLM's."""
+
+    block_id: int
+
+
+class BlockPlacement(abc.ABC):
+    """Where the KV blocks are. Workers go by their place in the partition."""
+
+    @property
+    @abc.abstractmethod
+    def num_usable_blocks(self) -> int:
+        """Blocks that requests may get from the workers that are there."""
+
+    @abc.abstractmethod
+    def blocks_of(self, workers: Iterable[int]) -> set[int]:
+        """Ids of the blocks of which these workers hold a part."""
+
+    @abc.abstractmethod
+    def usage_of(self, worker: int) -> float:
+        """The part of a worker's blocks that requests hold."""
+
+    @abc.abstractmethod
+    def go_on_without(self, workers: Iterable[int]) -> None:
+        """Hand out no block of these workers, and of no others, until told otherwise."""
+
+
+class SharedBlocks(BlockPlacement):
+    """Each worker holds its part of every block: vLLM may choose any, and without one worker there are none.
+
+    Parameters
+    ----------
+    ids
+        Of all blocks.
+    num_usable
+        Number of those that requests may get.
+    usage
+        Returns the part of them that requests hold.
+    """
+
+    def __init__(self, ids: Iterable[int], num_usable: int, usage: Callable[[], float]) -> None:
+        self._ids = ids
+        self._num_usable = num_usable
+        self._usage = usage
+
+    @property
+    def num_usable_blocks(self) -> int:
+        return self._num_usable
+
+    def blocks_of(self, workers: Iterable[int]) -> set[int]:
+        return set(self._ids) if any(True for _ in workers) else set()
+
+    def usage_of(self, worker: int) -> float:
+        return self._usage()
+
+    def go_on_without(self, workers: Iterable[int]) -> None:
+        assert not list(workers), "a block of which a part is missing serves nobody"
+
+
+class PlacedBlocks(BlockPlacement):
     """vLLM's free KV blocks, in one queue (least recently used first) for each attention worker.
 
     Any block serves any request, so what a request gets is never refused for want of the right one:
@@ -44,7 +95,7 @@ class PlacedBlocks:
     """
 
     def __init__(
-        self, kind: str, blocks: Sequence[KVCacheBlock], blocks_per_worker: Sequence[int], block_size: int
+        self, kind: str, blocks: Sequence[Block], blocks_per_worker: Sequence[int], block_size: int
     ) -> None:
         self._choose = self._next_of_sequence if kind == SEQUENCE else self._next_of_request
         self._ends = list(accumulate(blocks_per_worker))
@@ -65,29 +116,23 @@ class PlacedBlocks:
         """The worker that holds a block."""
         return bisect_right(self._ends, block_id)
 
-    def blocks_of(self, worker: int) -> range:
-        """Ids of a worker's blocks."""
-        return range(self._ends[worker] - self._sizes[worker], self._ends[worker])
+    def blocks_of(self, workers: Iterable[int]) -> set[int]:
+        ranges = (range(self._ends[worker] - self._sizes[worker], self._ends[worker]) for worker in workers)
+        return {block_id for ids in ranges for block_id in ids}
 
-    def serve(self, request: Request, held_blocks: Callable[[], list[int]]) -> None:
-        """The blocks taken from now on are for this request; ``held_blocks`` returns those it has."""
-        self._num_tokens, self._held_blocks = request.num_tokens, held_blocks
+    def serve(self, num_tokens: int, held_blocks: Callable[[], list[int]]) -> None:
+        """The blocks taken from now on are for a request of so many tokens; ``held_blocks`` returns those it has."""
+        self._num_tokens, self._held_blocks = num_tokens, held_blocks
 
     def go_on_without(self, workers: Iterable[int]) -> None:
-        """Hand out no block of these workers, and of no others, until told otherwise."""
         self._usable = set(self._workers) - set(workers)
 
-    @property
-    def usage(self) -> list[float]:
-        """For each worker the part of its blocks that requests hold."""
-        return [
-            1 - queue.num_free_blocks / size if size else 0.0
-            for queue, size in zip(self._queues, self._given, strict=True)
-        ]
+    def usage_of(self, worker: int) -> float:
+        size = self._given[worker]
+        return 1 - self._queues[worker].num_free_blocks / size if size else 0.0
 
     @property
     def num_usable_blocks(self) -> int:
-        """Blocks of all workers that are there, but those that nobody may get."""
         return sum(self._given[worker] for worker in self._usable)
 
     @property
@@ -95,7 +140,7 @@ class PlacedBlocks:
         """Free blocks of all workers that are there."""
         return sum(self._queues[worker].num_free_blocks for worker in self._usable)
 
-    def popleft_n(self, n: int) -> list[KVCacheBlock]:
+    def popleft_n(self, n: int) -> list[Block]:
         """Take ``n`` blocks for the request at hand; there must be as many."""
         held = [0] * len(self._queues)
         for block_id in self._held_blocks():
@@ -107,22 +152,22 @@ class PlacedBlocks:
             blocks.append(self._queues[worker].popleft())
         return blocks
 
-    def remove(self, block: KVCacheBlock) -> None:
+    def remove(self, block: Block) -> None:
         """Take a free block, which a request hit in the prefix cache."""
         self._queues[self.worker_of(block.block_id)].remove(block)
 
-    def append_n(self, blocks: list[KVCacheBlock]) -> None:
+    def append_n(self, blocks: list[Block]) -> None:
         """Give back blocks, to be used last."""
         for queue, part in zip(self._queues, self._by_worker(blocks), strict=True):
             queue.append_n(part)
 
-    def prepend_n(self, blocks: list[KVCacheBlock]) -> None:
+    def prepend_n(self, blocks: list[Block]) -> None:
         """Give back blocks, to be used first."""
         for queue, part in zip(self._queues, self._by_worker(blocks), strict=True):
             queue.prepend_n(part)
 
-    def _by_worker(self, blocks: list[KVCacheBlock]) -> list[list[KVCacheBlock]]:
-        parts: list[list[KVCacheBlock]] = [[] for _ in self._workers]
+    def _by_worker(self, blocks: list[Block]) -> list[list[Block]]:
+        parts: list[list[Block]] = [[] for _ in self._workers]
         for block in blocks:
             parts[self.worker_of(block.block_id)].append(block)
         return parts
@@ -154,67 +199,3 @@ class PlacedBlocks:
     def _free_part(self, worker: int) -> float:
         free: int = self._queues[worker].num_free_blocks
         return free / self._sizes[worker]
-
-
-class PlacingScheduler(RecoveringScheduler):
-    """A scheduler whose requests get their KV blocks where the partition wants them.
-
-    Its statistics carry Lamina's.
-
-    ``placed_blocks`` is None where all workers hold the same blocks.
-    """
-
-    placed_blocks: PlacedBlocks | None = None
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        placement = block_placement(self.vllm_config)
-        if placement is not None:
-            manager = self.kv_cache_manager
-            self.placed_blocks = PlacedBlocks(
-                placement[0], all_blocks(manager), placement[1], self.block_size
-            )
-            use_free_blocks(manager, self.placed_blocks, self.placed_blocks.serve)
-
-    def _blocks_of_workers(self, workers: Iterable[int]) -> set[int]:
-        if self.placed_blocks is None:
-            return super()._blocks_of_workers(workers)
-        return {block_id for worker in workers for block_id in self.placed_blocks.blocks_of(worker)}
-
-    def _go_on_without(self, workers: Iterable[int]) -> None:
-        if self.placed_blocks is not None:
-            self.placed_blocks.go_on_without(workers)
-
-    def _num_usable_blocks(self) -> int:
-        return (
-            super()._num_usable_blocks()
-            if self.placed_blocks is None
-            else self.placed_blocks.num_usable_blocks
-        )
-
-    def update_from_output(
-        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
-    ) -> Any:
-        """Take the output of a step, and count it."""
-        self.engine_metrics.observe(reported_times(model_runner_output))
-        return super().update_from_output(scheduler_output, model_runner_output)
-
-    def make_stats(self, *args: Any, **kwargs: Any) -> Any:
-        """vLLM's statistics of a step, with Lamina's in them."""
-        stats = super().make_stats(*args, **kwargs)
-        if stats is not None and front_end_logs(self.vllm_config):
-            attach_stats(stats, self._take_metrics(stats.kv_cache_usage))
-        return stats
-
-    @property
-    def batches_in_flight(self) -> int:
-        """Batches that have running requests."""
-        return 1 if self.running else 0
-
-    def _take_metrics(self, kv_usage: float) -> dict[str, Any]:
-        workers: list[str] = []
-        usages: list[float] = []
-        for rank in attention_workers(self.vllm_config):
-            workers += rank
-            usages += self.placed_blocks.usage if self.placed_blocks is not None else [kv_usage] * len(rank)
-        return self.engine_metrics.take(workers, usages, self.batches_in_flight)

@@ -1,0 +1,227 @@
+"""vLLM's scheduler, by the operations that Lamina's is made of: all that is known here of its inside."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import Request
+
+from vllm_lamina.compat.config import facts_of
+from vllm_lamina.compat.kv_blocks import KVBlocks
+from vllm_lamina.compat.stat_loggers import attach_stats
+from vllm_lamina.compat.step_lane import mark_lane
+from vllm_lamina.config import LaminaConfig
+
+
+class SchedulerPort(Scheduler):
+    """vLLM's scheduler, which can schedule some of its running requests alone, and take back what it scheduled.
+
+    Requests go by their ids, here their names. Tokens of a request are those of its prompt and output.
+
+    Attributes
+    ----------
+    num_batches
+        Batches that the engine keeps in flight.
+    max_running
+        Requests that may run at a time.
+    kv_blocks
+        The KV blocks, and who holds them.
+    engine_facts
+        What the executor says of the engine.
+    lamina_config
+        The user's options.
+    """
+
+    running: list[Request]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._num_hidden = 0
+        self._is_full: Callable[[list[int]], bool] | None = None
+        super().__init__(*args, **kwargs)
+        self.num_batches: int = self.vllm_config.max_concurrent_batches
+        # Another batch's step may still write a finished request's blocks: vLLM then frees them when it is over.
+        self.defer_block_free = self.num_batches > 1
+        self.kv_blocks = KVBlocks(self.kv_cache_manager, self.block_size)
+        self.engine_facts = facts_of(self.vllm_config)
+        self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
+        self._in_batch: defaultdict[int, set[str]] = defaultdict(set)
+        """Of each lane: the requests that its input batch on the model worker holds as vLLM's scheduler knows them."""
+        self._adapters_in_use: set[int] = set()
+        """LoRA adapters that the model worker must hold while a lane is scheduled."""
+
+    def running_tokens(self) -> dict[str, int]:
+        """Tokens of each running request, in vLLM's order."""
+        return {request.request_id: request.num_tokens for request in self.running}
+
+    def waiting_tokens(self) -> Iterator[int]:
+        """Tokens of each waiting request, in the order in which they will be admitted."""
+        return (request.num_tokens for request in chain(self.kv_holding_waiting, self.waiting))
+
+    def unfinished_tokens(self) -> dict[str, int]:
+        """Tokens of each request that has not ended."""
+        return {name: r.num_tokens for name, r in self.requests.items() if not r.is_finished()}
+
+    def tokens_of(self, name: str) -> int:
+        """Tokens of a request; 0 where it is gone."""
+        request = self.requests.get(name)
+        return 0 if request is None else request.num_tokens
+
+    def computed_tokens_of(self, name: str) -> int:
+        """Tokens of a request that count as computed, those of steps in flight included; 0 where it is gone."""
+        request = self.requests.get(name)
+        return 0 if request is None else request.num_computed_tokens
+
+    def adapters_of(self, names: Iterable[str]) -> set[int]:
+        """The LoRA adapters of these requests."""
+        if self.lora_config is None:
+            return set()
+        return _adapters(self.requests[name] for name in names)
+
+    @property
+    def may_admit(self) -> bool:
+        """A request waits, and one more may run."""
+        return bool(self.waiting or self.kv_holding_waiting) and len(self.running) < self.max_running
+
+    def schedule_lane(
+        self,
+        lane: int | None,
+        members: Set[str],
+        throttle_prefills: bool,
+        *,
+        is_full: Callable[[list[int]], bool] | None,
+        adapters_in_flight: set[int],
+    ) -> SchedulerOutput:
+        """Schedule a step of one lane: of the running requests that it has, and of waiting ones that it admits.
+
+        Parameters
+        ----------
+        lane
+            Its index, which the output carries (`lane_of`); None for a step without tokens, which vLLM may need too.
+        members
+            The lane's requests. vLLM's scheduler sees no other running request meanwhile.
+        is_full
+            Asked before each admission, with the tokens of each of the lane's requests; None for a lane that never is.
+        adapters_in_flight
+            LoRA adapters that steps in flight use, whatever became of their requests.
+        """
+        # vLLM's per-step memory of what the model worker's input batch holds is a memory per lane.
+        self.prev_step_scheduled_req_ids = self._in_batch[lane] if lane is not None else set()
+        if self.lora_config is not None:
+            self._adapters_in_use = _adapters(self.running) | adapters_in_flight
+        with self._hiding_all_but(members):
+            self._is_full = is_full if lane is not None else lambda tokens: True
+            output = super().schedule(throttle_prefills)
+        mark_lane(output, lane)
+        return output
+
+    @contextmanager
+    def _hiding_all_but(self, members: Set[str]) -> Iterator[None]:
+        """Let vLLM's scheduler see these running requests only; afterwards it sees all again, in their order."""
+        everyone = self.running
+        hidden = [request for request in everyone if request.request_id not in members]
+        self.running = [request for request in everyone if request.request_id in members]
+        self._num_hidden = len(hidden)
+        try:
+            yield
+        finally:
+            self._num_hidden, self._is_full = 0, None
+            if hidden:
+                place = {request.request_id: position for position, request in enumerate(everyone)}
+                last = len(everyone)
+                self.running = sorted(hidden + self.running, key=lambda r: place.get(r.request_id, last))
+
+    @property
+    def max_num_active_reqs(self) -> int:
+        """How many requests vLLM's scheduler may have running, of those that it sees; it asks before each admission."""
+        if self._is_full is not None and self._is_full([request.num_tokens for request in self.running]):
+            return 0
+        return self.max_running - self._num_hidden
+
+    @max_num_active_reqs.setter
+    def max_num_active_reqs(self, value: int) -> None:
+        self.max_running = value
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        """Whether a waiting request may be scheduled; vLLM asks before each admission.
+
+        vLLM admits no more than ``max_loras`` adapters to a step. Here that bounds all lanes together, and with them
+        the requests that ended while their step was in flight: an adapter that such a step uses must keep its slot.
+        """
+        if not super()._handle_blocked_waiting_request(request):
+            return False
+        if self.lora_config is None:
+            return True
+        adapters = self._adapters_in_use | _adapters([request])
+        if len(adapters) > self.lora_config.max_loras:
+            return False
+        self._adapters_in_use = adapters
+        return True
+
+    def take_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput, lost: Collection[str]
+    ) -> Any:
+        """Let vLLM take the output of a step, but for the requests whose part is lost: it takes their step back."""
+        if lost:
+            scheduled = scheduler_output.num_scheduled_tokens
+            for name in lost:
+                self._take_back(name, scheduled[name])
+            rest = {name: tokens for name, tokens in scheduled.items() if name not in lost}
+            scheduler_output = dataclasses.replace(scheduler_output, num_scheduled_tokens=rest)
+        return super().update_from_output(scheduler_output, model_runner_output)
+
+    def _take_back(self, name: str, num_tokens: int) -> None:
+        """Let a request stand where it stood before a step of so many tokens."""
+        request = self.requests.get(name)
+        if request is None or request.is_finished():
+            return
+        request.num_in_flight_tokens -= num_tokens
+        if request.num_stale_output_tokens > 0:  # preempted since
+            request.num_stale_output_tokens -= num_tokens
+            return
+        request.num_computed_tokens -= num_tokens
+        request.is_prefill_chunk = request.num_computed_tokens < request.num_tokens
+
+    def preempt(self, names: Collection[str]) -> None:
+        """Let these running requests wait, ahead of others, and be computed anew."""
+        preempted = [request for request in self.running if request.request_id in names]
+        self.running = [request for request in self.running if request.request_id not in names]
+        now = time.monotonic()
+        # In reverse, for each goes to the head of the queue.
+        for request in reversed(preempted):
+            self._preempt_request(request, now, drop_stale_output=True)
+        for batch in self._in_batch.values():
+            batch.difference_update(names)
+
+    def end_with_error(self, name: str) -> None:
+        """Let the next `take_output` end this request, and tell its client, as one whose grammar does not compile."""
+        self.grammar_compile_error_reqs.add(name)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset the prefix cache; what the model worker's input batches hold is unknown afterwards."""
+        self._in_batch.clear()
+        return bool(super().reset_prefix_cache(*args, **kwargs))
+
+    def carry(self, stats: Any, take: Callable[[], dict[str, Any]]) -> Any:
+        """Let vLLM's statistics of a step, if there are any, carry what ``take`` returns to front ends that log it."""
+        if stats is not None and self.engine_facts.logs_stats:
+            attach_stats(stats, take())
+        return stats
+
+
+def scheduled_tokens(output: SchedulerOutput) -> dict[str, int]:
+    """How many tokens of which requests a step computes."""
+    scheduled: dict[str, int] = output.num_scheduled_tokens
+    return scheduled
+
+
+def _adapters(requests: Iterable[Request]) -> set[int]:
+    return {request.lora_request.lora_int_id for request in requests if request.lora_request is not None}

@@ -1,0 +1,94 @@
+"""The steps in flight, and what failed ones leave unwritten: whose part of a step is lost, and who relies on it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Set
+from typing import NamedTuple
+
+
+class Span(NamedTuple):
+    """Tokens [begin, end) of a request, and the ids of the KV blocks that hold them."""
+
+    begin: int
+    end: int
+    blocks: list[int]
+
+
+class StepLedger:
+    """What each step in flight writes, request by request: steps end in the order in which they begin.
+
+    vLLM takes the blocks of a step for filled when it schedules the step. One that fails leaves them behind unwritten,
+    while other requests may have hit them as a cached prefix. The output of a step that reads them is not believed, and
+    what that step writes counts as unwritten too.
+
+    Parameters
+    ----------
+    block_size
+        Tokens per KV block.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._writing: deque[dict[str, dict[int, int]]] = deque()
+        """Of each step in flight and each request: the blocks it writes, and the first slot of each."""
+        self._unwritten: dict[int, int] = {}
+        """The same of what is lost, since the last `clear`."""
+        self.failed = False
+        """A step has failed since the last `clear`."""
+
+    @property
+    def in_flight(self) -> int:
+        """Number of steps that have begun and not ended."""
+        return len(self._writing)
+
+    @property
+    def unwritten(self) -> Set[int]:
+        """Blocks that lack something that a lost part of a step was to write."""
+        return self._unwritten.keys()
+
+    def begin(self, spans: Mapping[str, Span]) -> None:
+        """A step was scheduled that computes these tokens of these requests."""
+        self._writing.append({name: self._first_slots(span) for name, span in spans.items()})
+
+    def end(self, failed: bool, held: Callable[[str], Span]) -> list[str]:
+        """The oldest step has ended; returns the requests whose part of it is lost, to be taken back.
+
+        Parameters
+        ----------
+        failed
+            It was not completed.
+        held
+            All tokens of a request that count as computed, this step's included.
+        """
+        step = self._writing.popleft()
+        if failed:
+            self.failed = True
+            lost = list(step)
+        else:
+            lost = [name for name in step if self._unwritten and self.relies_on_unwritten(held(name))]
+        for name in lost:
+            self._unwritten = step[name] | self._unwritten  # an earlier step's slot comes first
+        return lost
+
+    def relies_on_unwritten(self, held: Span) -> bool:
+        """Whether some of these tokens are unwritten, although they count as computed."""
+        return any(
+            first_token + self._unwritten[block] < held.end
+            for first_token, block in self._blocks(held)
+            if block in self._unwritten
+        )
+
+    def clear(self) -> None:
+        """Nobody relies on what was unwritten any more, nor can hit it."""
+        self._unwritten.clear()
+        self.failed = False
+
+    def _first_slots(self, span: Span) -> dict[int, int]:
+        return {block: max(0, span.begin - first_token) for first_token, block in self._blocks(span)}
+
+    def _blocks(self, span: Span) -> zip[tuple[int, int]]:
+        """The blocks of a span, each with the first token that it can hold."""
+        size = self._block_size
+        first = span.begin // size * size
+        return zip(range(first, span.end, size), span.blocks, strict=False)

@@ -17,6 +17,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_lamina.compat.config import facts_of
+from vllm_lamina.compat.outputs import failed_step
 from vllm_lamina.config import HEAD, REQUEST, SEQUENCE
 from vllm_lamina.executor.recovery import Recovered
 
@@ -106,9 +107,7 @@ class LossySimulation(Simulation):
         parts = self.parts.pop(id(output))
         if id(output) in self.failing:
             self.failing.discard(id(output))
-            failed = ModelRunnerOutput(req_ids=[], req_id_to_index={})
-            failed.lamina_failed = True
-            return failed
+            return failed_step()
         # Of all requests first: one may read a prefix that another one of the same step writes.
         for name, part in parts.items():
             prefix = self._prefix_hashes(name)

@@ -23,7 +23,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_lamina.compat.config import facts_of, with_batches_in_flight
-from vllm_lamina.compat.outputs import StepTimes, report_times
+from vllm_lamina.compat.outputs import StepTimes, has_failed, report_times
 from vllm_lamina.scheduler.scheduler import LaminaScheduler
 
 BLOCK_SIZE = 32
@@ -201,7 +201,8 @@ class Simulation:
         else:
             request_ids = list(output.num_scheduled_tokens)
             answer = self._model_output(output)
-            report_times(answer, self.times(len(request_ids), self._context(request_ids)))
+            if not has_failed(answer):
+                report_times(answer, self.times(len(request_ids), self._context(request_ids)))
         for outputs in self.scheduler.update_from_output(output, answer).values():
             for request_output in outputs.outputs:
                 if request_output.finish_reason is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Self
 
@@ -61,7 +61,7 @@ class Exchange:
             raise LaminaError("Lamina's attention backend is used outside of a Lamina model worker.")
         return Exchange._current
 
-    def open(self, client: AttentionClient, layer_names: list[str], block_size: int) -> None:
+    def open(self, client: AttentionClient, layer_names: Sequence[str], block_size: int) -> None:
         """Attend through ``client``: its layer i is ``layer_names[i]``, its blocks hold ``block_size`` tokens."""
         self._client = client
         self._block_size = block_size

@@ -84,6 +84,11 @@ def read_step(output: Any) -> ScheduledStep:
     )
 
 
+def has_work(output: Any) -> bool:
+    """Whether a ``SchedulerOutput`` holds anything for the model worker."""
+    return bool(output.total_num_scheduled_tokens or output.finished_req_ids)
+
+
 def keep_grammar(grammar_output: Any) -> Any:
     """A ``GrammarOutput`` that stays as it is: in the engine's own process its bitmask is a view of a buffer that the
     next step of any lane overwrites.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_lamina.compat.flash_attention import flash_attention
 from vllm_lamina.device.base import Device
 
 
@@ -32,20 +33,4 @@ class CudaDevice(Device):
     def causal_attention(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
-
-        num_tokens = q.shape[0]
-        starts = torch.tensor([0, num_tokens], dtype=torch.int32, device=q.device)
-        out, lse = flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=starts,
-            cu_seqlens_k=starts,
-            max_seqlen_q=num_tokens,
-            max_seqlen_k=num_tokens,
-            softmax_scale=scale,
-            causal=True,
-            return_softmax_lse=True,
-        )
-        return out, lse.transpose(0, 1)
+        return flash_attention(q, k, v, scale)

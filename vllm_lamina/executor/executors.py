@@ -14,10 +14,11 @@ from vllm.logger import init_logger
 from vllm.v1.executor.abstract import Executor
 from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
-from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT
 
 from vllm_lamina._native import create_turn_log
 from vllm_lamina.compat.config import facts_of, with_batches_in_flight
+from vllm_lamina.compat.outputs import NOTHING_TO_DO
+from vllm_lamina.compat.scheduled import has_work
 from vllm_lamina.compat.threads import ThisProcessOn, model_workers_bound_to
 from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import LaminaConfig
@@ -123,13 +124,9 @@ class _LaminaExecutor(Executor):
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
         """Let the model worker run a step; a step in which it has nothing to do does not reach it."""
-        if (
-            scheduler_output.total_num_scheduled_tokens == 0
-            and not scheduler_output.finished_req_ids
-            and non_block
-        ):
+        if non_block and not has_work(scheduler_output):
             nothing: Future[Any] = Future()
-            nothing.set_result(EMPTY_MODEL_RUNNER_OUTPUT)
+            nothing.set_result(NOTHING_TO_DO)
             return nothing
         return super().execute_model(scheduler_output, non_block)
 

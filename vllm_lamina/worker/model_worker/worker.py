@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from vllm.logger import init_logger
-from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
@@ -18,6 +16,14 @@ from vllm_lamina._native import ChannelClosed, ChannelTimeout
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.geometry import geometry_of_layers
+from vllm_lamina.compat.kv_cache import (
+    allocated_bytes,
+    counted_bytes,
+    fits_length_to_pool,
+    layers_of,
+    warm_up_on_cpu,
+    without_tensors,
+)
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner_v1 import lane_runners
@@ -91,18 +97,13 @@ class _LaminaWorker(Worker):
         self._warm_up()
         specs = self.get_kv_cache_spec()
         partition = self._divide(specs)
-        if self.model_config.original_max_model_len != -1:  # with -1 vLLM fits the length to the pool
+        if not fits_length_to_pool(self.model_config):
             partition.check_holds_one_request(self.model_config.max_model_len)
-        # vLLM divides by its own page size, which knows nothing of the padding in the attention worker's layout.
-        return partition.num_blocks * int(sum(spec.page_size_bytes for spec in specs.values()))
+        return counted_bytes(specs.values(), partition.num_blocks)
 
-    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Let the attention workers allocate their pools; the model worker's layers keep empty KV caches."""
-        if len(kv_cache_config.kv_cache_groups) != 1:
-            raise UnsupportedError(
-                "Lamina does not support models whose layers need different kinds of KV cache."
-            )
-        layer_names = kv_cache_config.kv_cache_groups[0].layer_names
+        layer_names = layers_of(kv_cache_config)
         specs = self.get_kv_cache_spec()
         partition = self._divide({name: specs[name] for name in layer_names})
         self._partition = partition = partition.limited_to(kv_cache_config.num_blocks)
@@ -118,13 +119,12 @@ class _LaminaWorker(Worker):
         if self._turn_log is not None:
             client.share_turns(self._turn_log, self.rank)
         self.exchange.open(client, layer_names, partition.geometry.block_size)
-        kv_cache_config = dataclasses.replace(kv_cache_config, kv_cache_tensors=[])
+        kv_cache_config = without_tensors(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         runners = lane_runners(
             self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config
         )
         self._lanes = Lanes(runners, self.exchange, answers=self.rank == 0)
-        local = sum(tensor.numel() * tensor.element_size() for tensor in self.model_runner.kv_caches)
         workers = len(partition.shares)
         divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
         logger.info(
@@ -135,7 +135,7 @@ class _LaminaWorker(Worker):
             divided,
             partition.num_blocks,
             partition.num_blocks * partition.geometry.block_size,
-            format_bytes(local),
+            format_bytes(allocated_bytes(self.model_runner)),
         )
 
     def block_placement(self) -> tuple[str, list[int]] | None:
@@ -226,7 +226,7 @@ class _LaminaWorker(Worker):
     def _warm_up(self) -> None:
         """Compile the model, where the device's worker does so before the KV cache exists."""
 
-    def _divide(self, specs: dict[str, KVCacheSpec]) -> Partition:
+    def _divide(self, specs: dict[str, Any]) -> Partition:
         return self.attention_workers.divide(
             self.lamina_config.partition,
             geometry_of_layers(self.vllm_config, specs),
@@ -238,8 +238,7 @@ class LaminaCPUWorker(_LaminaWorker, CPUWorker):
     """The model worker on a CPU."""
 
     def _warm_up(self) -> None:
-        if self._should_warm_up_model():
-            self.model_runner.warming_up_model()
+        warm_up_on_cpu(self)
 
 
 class LaminaCUDAWorker(_LaminaWorker):

@@ -1,6 +1,7 @@
 """Requests that go from lane to lane and back again keep their tokens, whatever the lanes' input batches still hold.
 
-Whatever a request can ask for is among them: the state behind it moves along.
+Whatever a request can ask for is among them: the state behind it moves along. And each step, as the attention workers
+are told of it by the scheduler's output alone, is the one that vLLM's own tensors describe.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json, random, sys
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
+from vllm_lamina.attention_backend.metadata import LaminaMetadataBuilder
 from vllm_lamina.scheduler.lanes import Lanes
 
 rng = random.Random(0)
@@ -34,6 +36,26 @@ def choose_at_random(self, expected):
     return chosen
 
 Lanes._choose_number = choose_at_random
+build = LaminaMetadataBuilder.build
+checked = 0
+
+def build_and_check(self, common_prefix_len, theirs, fast_build=False):
+    # What the scheduler says of the step is what vLLM's own tensors say.
+    global checked
+    metadata = build(self, common_prefix_len, theirs, fast_build)
+    if metadata.step is not None:
+        step, n = metadata.step, theirs.num_reqs
+        assert step.num_tokens == theirs.num_actual_tokens
+        assert step.query_lens.tolist() == theirs.query_start_loc_cpu[: n + 1].diff().tolist()
+        assert (step.context_lens + step.query_lens).tolist() == theirs.seq_lens[:n].tolist()
+        assert step.slot_mapping.tolist() == theirs.slot_mapping[: step.num_tokens].tolist()
+        for ours, row, length in zip(step.block_table, theirs.block_table_tensor, theirs.seq_lens, strict=False):
+            used = -(-int(length) // self.kv_cache_spec.block_size)
+            assert ours[:used].tolist() == row[:used].tolist()
+        checked += 1
+    return metadata
+
+LaminaMetadataBuilder.build = build_and_check
 model, adapters, options, lamina = json.loads(sys.argv[1])
 prefix = [4 + 11 * i % 900 for i in range(150)]
 prompts = [[4 + (7 * i + n) % 900 for i in range(n)] for n in (3, 40, 130, 200)] + [prefix + [9], prefix + [5, 6]]
@@ -59,7 +81,7 @@ def generate(**engine):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 found = {"stock": generate(kv_cache_memory_bytes=64 << 20), "lamina": generate(**lamina)}
-print("FOUND " + json.dumps(found | {"changes": changes}))
+print("FOUND " + json.dumps(found | {"changes": changes, "checked": checked}))
 """
 
 
@@ -83,4 +105,5 @@ def test_lanes_change_at_random(model_zoo: ModelZoo, tmp_path: Path) -> None:
     assert lines, finished.stderr[-3000:]
     found = json.loads(lines[0].removeprefix("FOUND "))
     assert found["changes"] > 10
+    assert found["checked"] > 300
     assert found["lamina"] == found["stock"]

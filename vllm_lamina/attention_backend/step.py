@@ -56,6 +56,12 @@ class Step:
 
     Attributes
     ----------
+    query_lens, context_lens
+        [requests], int32.
+    block_table
+        [requests, blocks of the longest], int32; 0 behind a request's last block.
+    slot_mapping
+        [num_tokens], int64: where in the KV cache each token goes, block id * block size + offset.
     num_tokens
         Query tokens of all requests.
     num_decodes
@@ -66,19 +72,19 @@ class Step:
 
     def __init__(self, plan: StepPlan, block_size: int) -> None:
         parts = [plan.requests[name] for name in plan.order()]
-        self._query_lens = np.array([part.query_len for part in parts], np.int32)
-        self._context_lens = np.array([part.context_len for part in parts], np.int32)
-        widths = -(-(self._query_lens + self._context_lens) // block_size)
-        self._block_table = np.zeros((len(parts), widths.max()), np.int32)
-        for row, part, width in zip(self._block_table, parts, widths, strict=True):
+        self.query_lens = np.array([part.query_len for part in parts], np.int32)
+        self.context_lens = np.array([part.context_len for part in parts], np.int32)
+        widths = -(-(self.query_lens + self.context_lens) // block_size)
+        self.block_table = np.zeros((len(parts), widths.max()), np.int32)
+        for row, part, width in zip(self.block_table, parts, widths, strict=True):
             row[:width] = part.block_ids[:width]
-        starts = np.concatenate(([0], np.cumsum(self._query_lens)))
+        starts = np.concatenate(([0], np.cumsum(self.query_lens)))
         self.num_tokens = int(starts[-1])
-        requests = np.repeat(np.arange(len(parts)), self._query_lens)
-        positions = np.arange(self.num_tokens) - starts[requests] + self._context_lens[requests]
-        blocks = self._block_table[requests, positions // block_size].astype(np.int64)
-        self._slot_mapping = blocks * block_size + positions % block_size
-        decodes = (self._query_lens == 1) & (self._context_lens > 0)
+        requests = np.repeat(np.arange(len(parts)), self.query_lens)
+        positions = np.arange(self.num_tokens) - starts[requests] + self.context_lens[requests]
+        blocks = self.block_table[requests, positions // block_size].astype(np.int64)
+        self.slot_mapping = blocks * block_size + positions % block_size
+        decodes = (self.query_lens == 1) & (self.context_lens > 0)
         self.num_decodes = len(parts) if decodes.all() else int(np.argmin(decodes))
         chunks = range(self.num_decodes, len(parts))
         self.num_context_rows = sum(parts[i].query_len for i in chunks if parts[i].context_len)
@@ -93,10 +99,10 @@ class Step:
         client.begin_step(
             lane,
             self.num_decodes,
-            self._query_lens,
-            self._context_lens,
-            self._block_table,
-            self._slot_mapping,
+            self.query_lens,
+            self.context_lens,
+            self.block_table,
+            self.slot_mapping,
             timeout,
         )
 

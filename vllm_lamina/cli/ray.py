@@ -126,7 +126,7 @@ def take_down(arguments: argparse.Namespace) -> int:
             _ignore_signals()  # Ray has put its own handlers there
             cluster.wait_until_left(arguments.name)
         engine = cluster.engine_of(cluster.workers_of(arguments.name))
-        if engine and not arguments.force and not arguments.leaving:
+        if engine and not arguments.force:
             raise DeploymentError(
                 f"{arguments.name!r} serves an engine ({engine}): stop that one, which removes it, or give --force"
             )

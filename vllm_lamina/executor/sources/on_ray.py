@@ -76,7 +76,9 @@ class RaySource(NamedSource):
             self._looking.terminate()
         if isinstance(sys.exception(), Exception) or not _starter_is_alive():
             return
-        command = _command("down", self.options, "--leaving")
+        # Where this engine has not joined it yet, another one may have.
+        joined = ["--force"] if self._addresses else []
+        command = _command("down", self.options, "--leaving", *joined)
         self._leaving = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
 
     def close(self) -> None:
@@ -95,10 +97,9 @@ class RaySource(NamedSource):
                 return
         name = self.options.ray_name
         logger.warning(
-            "Lamina: the deployment %r was not removed within %g s; it stays on Ray for its idle time of %g s. To "
-            "remove it now: vllm-lamina ray down %s",
+            "Lamina: the deployment %r has not been removed; it stays on Ray for its idle time of %g s. To remove it "
+            "now: vllm-lamina ray down %s",
             name,
-            REMOVE_SECONDS,
             self.options.ray_idle_seconds,
             name,
         )

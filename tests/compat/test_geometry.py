@@ -1,0 +1,57 @@
+"""A loaded model's layers must be what vLLM's configuration says, by which the attention workers were checked."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import ModelZoo
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers
+from vllm_lamina.errors import UnsupportedError
+from vllm_lamina.kv_cache.geometry import Geometry
+
+SPEC = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+LAYERS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def config(model_zoo: ModelZoo) -> VllmConfig:
+    """Of the model with three layers of 8 query heads, and its layers."""
+    arguments = {"dtype": "float32", "block_size": 32, "max_model_len": 512, "enforce_eager": True}
+    config = EngineArgs(model_zoo("llama"), **arguments).create_engine_config()  # type: ignore[arg-type]
+    for i, name in enumerate(LAYERS):
+        layer = SimpleNamespace(num_heads=8, impl=SimpleNamespace(scale=0.1 * (i + 1)))
+        config.compilation_config.static_forward_context[name] = layer
+    return config
+
+
+def test_layers_add_their_scales(config: VllmConfig) -> None:
+    assert geometry_of(config) == Geometry(3, 32, 8, 2, 32, "float32", (1.0, 1.0, 1.0))
+    found = geometry_of_layers(config, dict.fromkeys(LAYERS, SPEC))
+    assert found == Geometry(3, 32, 8, 2, 32, "float32", (0.1, 0.2, 0.1 * 3))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (replace(SPEC, num_kv_heads=4), "num_kv_heads of b is 4, by the configuration 2"),
+        (replace(SPEC, head_size=64, head_size_v=64), "head_size of b is 64, by the configuration 32"),
+        (replace(SPEC, dtype=torch.bfloat16), "dtype of b is bfloat16, by the configuration float32"),
+        (replace(SPEC, block_size=64), "block_size of b is 64, by the configuration 32"),
+        (replace(SPEC, head_size_v=16), "full attention only"),
+    ],
+)
+def test_a_layer_that_differs(config: VllmConfig, spec: FullAttentionSpec, message: str) -> None:
+    with pytest.raises(UnsupportedError, match=message):
+        geometry_of_layers(config, {"a": SPEC, "b": spec, "c": SPEC})
+
+
+def test_a_layer_too_few(config: VllmConfig) -> None:
+    with pytest.raises(UnsupportedError, match="2 attention layers where their configuration says 3"):
+        geometry_of_layers(config, {"a": SPEC, "b": SPEC})

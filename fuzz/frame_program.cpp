@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "worker/attention_worker/step.h"
+#include "wire/step_part.h"
 
 namespace lamina::fuzz {
 

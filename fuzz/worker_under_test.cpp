@@ -9,7 +9,7 @@
 #include <cstring>
 #include <string>
 
-#include "worker/attention_worker/step.h"
+#include "wire/step_part.h"
 
 namespace lamina::fuzz {
 namespace {

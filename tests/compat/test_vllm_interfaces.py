@@ -79,20 +79,3 @@ def test_a_step_names_the_blocks_it_zeroes_and_copies() -> None:
     fields = {field.name for field in dataclasses.fields(SchedulerOutput)}
     assert {"new_block_ids_to_zero", "kv_cache_block_copies"} <= fields
     assert KVCacheBlockCopy._fields == ("src_block_id", "dst_block_id")
-
-
-def test_free_blocks_can_be_replaced() -> None:
-    """Relies on the block pool using its queue by these methods alone, and on blocks being taken for a request only in
-    ``allocate_slots``, whose first parameter is the request.
-    """
-    import re
-
-    from vllm.v1.core import block_pool
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched import scheduler
-
-    used = set(re.findall(r"free_block_queue\.(\w+)", inspect.getsource(block_pool)))
-    # `popleft` takes the null block, when the pool is built.
-    assert used == {"popleft", "popleft_n", "remove", "append_n", "prepend_n", "num_free_blocks"}
-    assert [*inspect.signature(KVCacheManager.allocate_slots).parameters][:2] == ["self", "request"]
-    assert "kv_cache_manager.allocate_slots(" in inspect.getsource(scheduler)

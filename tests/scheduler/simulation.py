@@ -33,8 +33,8 @@ VOCAB_SIZE = 1000
 MAX_NUM_SEQS = 12
 
 
-def make_config(model: str, **options: Any) -> VllmConfig:
-    """Of an engine with two small batches in flight."""
+def make_config(model: str, num_batches: int = 2, **options: Any) -> VllmConfig:
+    """Of an engine with so many small batches in flight."""
     arguments: dict[str, Any] = {
         "max_model_len": 1024,
         "max_num_seqs": MAX_NUM_SEQS,
@@ -43,7 +43,9 @@ def make_config(model: str, **options: Any) -> VllmConfig:
         "executor": "lamina",
         "lamina_stagger": "always",
     }
-    return with_batches_in_flight(EngineArgs(model, **arguments | options).create_engine_config(), 2)
+    return with_batches_in_flight(
+        EngineArgs(model, **arguments | options).create_engine_config(), num_batches
+    )
 
 
 def make_scheduler(
@@ -77,7 +79,7 @@ class InFlight:
 
 @dataclass
 class Simulation:
-    """Drives a scheduler as vLLM's ``EngineCore.step_with_batch_queue`` does."""
+    """Drives a scheduler as vLLM's ``EngineCore.step_with_batch_queue`` does, or ``step`` for one batch in flight."""
 
     scheduler: LaminaScheduler
     seed: int
@@ -133,14 +135,14 @@ class Simulation:
         return [r for r in self._requests if r not in self.finished and r not in self.aborted]
 
     def step(self) -> None:
-        """Schedule until two steps are in flight or nothing can be scheduled, then answer the oldest."""
+        """Schedule until all batches are in flight or nothing can be scheduled, then answer the oldest."""
         self.schedule()
         if self.queue:
             self._answer(self.queue.popleft())
 
     def schedule(self) -> None:
-        """Schedule until two steps are in flight or nothing can be scheduled."""
-        while len(self.queue) < 2 and self.scheduler.has_requests():
+        """Schedule until all batches are in flight or nothing can be scheduled."""
+        while len(self.queue) < self.scheduler.num_batches and self.scheduler.has_requests():
             output = self.scheduler.schedule()
             self.queue.append(self._check(output))
 

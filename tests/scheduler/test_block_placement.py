@@ -1,14 +1,12 @@
-"""Where requests' KV blocks go, over a real scheduler with two lanes, and what the queue of free blocks promises."""
+"""Where requests' KV blocks go, over a real scheduler with two lanes."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 
 import pytest
 from models import ModelZoo
-from simulation import BLOCK_SIZE, Simulation, make_config, make_scheduler
-from vllm.v1.core.kv_cache_utils import KVCacheBlock
+from simulation import Simulation, make_config, make_scheduler
 
 from vllm_lamina.scheduler.placement import PlacedBlocks
 
@@ -121,32 +119,3 @@ def test_a_request_that_fits_nowhere_spills(simulate: Simulate) -> None:
     while not simulation.scheduler.running or not any(map(all, holdings(simulation).values())):
         simulation.step()
     simulation.finish()
-
-
-@pytest.mark.parametrize("kind", ["sequence", "request"])
-def test_the_queue_keeps_the_order_of_each_worker(kind: str) -> None:
-    """Against lists: blocks come back as they were given, at the head or at the tail, and leave from the head."""
-    rng = random.Random(0)
-    blocks = [KVCacheBlock(i) for i in range(40)]
-    placed = PlacedBlocks(kind, blocks, [10, 5, 25], BLOCK_SIZE)
-    model: list[list[int]] = [list(range(10)), list(range(10, 15)), list(range(15, 40))]
-    taken: list[KVCacheBlock] = []
-    for _ in range(3000):
-        match rng.randrange(4):
-            case 0 if placed.num_free_blocks:
-                for block in placed.popleft_n(rng.randint(1, min(6, placed.num_free_blocks))):
-                    assert model[placed.worker_of(block.block_id)].pop(0) == block.block_id
-                    taken.append(block)
-            case 1 if placed.num_free_blocks:
-                block_id = rng.choice([i for ids in model for i in ids])
-                placed.remove(blocks[block_id])
-                model[placed.worker_of(block_id)].remove(block_id)
-                taken.append(blocks[block_id])
-            case 2 | 3 as where if taken:
-                rng.shuffle(taken)
-                back, taken = taken[:4], taken[4:]
-                (placed.append_n if where == 2 else placed.prepend_n)(back)
-                for worker, ids in enumerate(model):
-                    mine = [b.block_id for b in back if placed.worker_of(b.block_id) == worker]
-                    model[worker] = ids + mine if where == 2 else mine + ids
-        assert placed.num_free_blocks == sum(map(len, model))

@@ -156,8 +156,8 @@ MakeSimulation = Callable[..., LossySimulation]
 
 @pytest.fixture
 def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
-    def make(seed: int, kind: str, recovery_timeout: float = 60) -> LossySimulation:
-        config = make_config(model_zoo("llama"), lamina_recovery_timeout=recovery_timeout)
+    def make(seed: int, kind: str, recovery_timeout: float = 60, num_batches: int = 2) -> LossySimulation:
+        config = make_config(model_zoo("llama"), num_batches, lamina_recovery_timeout=recovery_timeout)
         simulation = LossySimulation(None, seed, kind=kind)  # type: ignore[arg-type]
         facts_of(config).recovery = simulation
         placement = None if kind == HEAD else (kind, [BLOCKS_PER_WORKER] * NUM_WORKERS)
@@ -169,9 +169,11 @@ def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
 
 
 @pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
-@pytest.mark.parametrize("seed", range(4))
-def test_workers_lost_at_random(make_simulation: MakeSimulation, seed: int, kind: str) -> None:
-    simulation = make_simulation(seed, kind)
+@pytest.mark.parametrize(("seed", "num_batches"), [*((seed, 2) for seed in range(4)), (0, 1), (1, 1)])
+def test_workers_lost_at_random(
+    make_simulation: MakeSimulation, seed: int, num_batches: int, kind: str
+) -> None:
+    simulation = make_simulation(seed, kind, num_batches=num_batches)
     rng = simulation.random
     for step in range(700):
         if step < 500 and rng.random() < 0.15:

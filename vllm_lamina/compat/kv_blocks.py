@@ -66,8 +66,8 @@ class KVBlocks:
 
     def of_tokens(self, name: str, begin: int, end: int) -> list[int]:
         """Ids of those that hold its tokens [begin, end)."""
-        first, last = begin // self.block_size, -(-end // self.block_size)
-        return [block.block_id for block in self._by_request.get(name, ())[first:last]]
+        size = self.block_size
+        return [block.block_id for block in self._by_request.get(name, ())[begin // size : -(-end // size)]]
 
     def forget_cached(self, block_ids: set[int]) -> None:
         """Let nobody hit these blocks as a cached prefix any more; requests that hold them keep them."""

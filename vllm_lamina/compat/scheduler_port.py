@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -58,8 +58,12 @@ class SchedulerPort(Scheduler):
         self._adapters_in_use: set[int] = set()
         """LoRA adapters that the model worker must hold while a lane is scheduled."""
 
+    def running_names(self) -> list[str]:
+        """The running requests, in vLLM's order."""
+        return [request.request_id for request in self.running]
+
     def running_tokens(self) -> dict[str, int]:
-        """Tokens of each running request, in vLLM's order."""
+        """Tokens of each running request, in the same order."""
         return {request.request_id: request.num_tokens for request in self.running}
 
     def waiting_tokens(self) -> Iterator[int]:
@@ -75,10 +79,24 @@ class SchedulerPort(Scheduler):
         request = self.requests.get(name)
         return 0 if request is None else request.num_tokens
 
-    def computed_tokens_of(self, name: str) -> int:
-        """Tokens of a request that count as computed, those of steps in flight included; 0 where it is gone."""
+    def computed(self, name: str) -> tuple[int, int, list[int]]:
+        """The tokens [begin, end) of a request that count as computed, and the ids of the blocks that hold them.
+
+        Those of steps in flight count. There are none where the request is gone.
+        """
         request = self.requests.get(name)
-        return 0 if request is None else request.num_computed_tokens
+        end = 0 if request is None else request.num_computed_tokens
+        return 0, end, self.kv_blocks.of_tokens(name, 0, end)
+
+    def computed_by(self, scheduled: Mapping[str, int]) -> dict[str, tuple[int, int, list[int]]]:
+        """The same of the tokens that a step computes which was just scheduled, by its `scheduled_tokens`."""
+        requests, blocks_of_tokens = self.requests, self.kv_blocks.of_tokens
+        computed = {}
+        for name, num_tokens in scheduled.items():
+            end = requests[name].num_computed_tokens  # vLLM has counted the step's
+            begin = end - num_tokens
+            computed[name] = begin, end, blocks_of_tokens(name, begin, end)
+        return computed
 
     def adapters_of(self, names: Iterable[str]) -> set[int]:
         """The LoRA adapters of these requests."""
@@ -128,7 +146,8 @@ class SchedulerPort(Scheduler):
         """Let vLLM's scheduler see these running requests only; afterwards it sees all again, in their order."""
         everyone = self.running
         hidden = [request for request in everyone if request.request_id not in members]
-        self.running = [request for request in everyone if request.request_id in members]
+        if hidden:
+            self.running = [request for request in everyone if request.request_id in members]
         self._num_hidden = len(hidden)
         try:
             yield

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
+from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.scheduler.costs import MARGIN, StepCosts
 
 TOKENS_PER_REQUEST = 128
@@ -144,13 +145,18 @@ class Lanes:
         self.lanes[index].in_flight = False
         self.lanes[index].adapters = set()
 
+    def learn(self, scheduled: Mapping[str, int], tokens_of: Callable[[str], int], times: StepTimes) -> None:
+        """A step has ended that took so long; ``tokens_of`` says how many context tokens a request has now."""
+        # A single lane has nothing to decide, and a step that prefills says little about those that decode.
+        if len(self.lanes) > 1 and len(scheduled) == sum(scheduled.values()):
+            self.costs.observe(len(scheduled), sum(map(tokens_of, scheduled)), times)
+
     def adapters_in_flight(self) -> set[int]:
         """LoRA adapters that steps in flight need."""
         return set().union(*(lane.adapters for lane in self.lanes))
 
-    def num_busy(self, running: Iterable[str]) -> int:
+    def num_busy(self, running: Sequence[str]) -> int:
         """Lanes that have some of these requests."""
-        running = set(running)
         return sum(not lane.members.isdisjoint(running) for lane in self.lanes)
 
     def assign(self, request_id: str, index: int) -> None:

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Set
-from typing import NamedTuple
 
-
-class Span(NamedTuple):
-    """Tokens [begin, end) of a request, and the ids of the KV blocks that hold them."""
-
-    begin: int
-    end: int
-    blocks: list[int]
+Span = tuple[int, int, list[int]]
+"""Tokens [begin, end) of a request, and the ids of the KV blocks that hold them."""
 
 
 class StepLedger:
@@ -30,10 +24,10 @@ class StepLedger:
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._writing: deque[dict[str, dict[int, int]]] = deque()
-        """Of each step in flight and each request: the blocks it writes, and the first slot of each."""
+        self._writing: deque[Mapping[str, Span]] = deque()
+        """Of each step in flight and each request what it writes."""
         self._unwritten: dict[int, int] = {}
-        """The same of what is lost, since the last `clear`."""
+        """Blocks that lack something since the last `clear`, and the first slot of each that is not written."""
         self.failed = False
         """A step has failed since the last `clear`."""
 
@@ -49,7 +43,7 @@ class StepLedger:
 
     def begin(self, spans: Mapping[str, Span]) -> None:
         """A step was scheduled that computes these tokens of these requests."""
-        self._writing.append({name: self._first_slots(span) for name, span in spans.items()})
+        self._writing.append(spans)
 
     def end(self, failed: bool, held: Callable[[str], Span]) -> list[str]:
         """The oldest step has ended; returns the requests whose part of it is lost, to be taken back.
@@ -62,19 +56,24 @@ class StepLedger:
             All tokens of a request that count as computed, this step's included.
         """
         step = self._writing.popleft()
+        lost: list[str] = []
         if failed:
             self.failed = True
             lost = list(step)
-        else:
-            lost = [name for name in step if self._unwritten and self.relies_on_unwritten(held(name))]
+        elif self._unwritten:
+            lost = [name for name in step if self.relies_on_unwritten(held(name))]
         for name in lost:
-            self._unwritten = step[name] | self._unwritten  # an earlier step's slot comes first
+            begin, _, _ = step[name]
+            for first_token, block in self._blocks(step[name]):
+                # An earlier step's slot comes first.
+                self._unwritten.setdefault(block, max(0, begin - first_token))
         return lost
 
     def relies_on_unwritten(self, held: Span) -> bool:
         """Whether some of these tokens are unwritten, although they count as computed."""
+        _, end, _ = held
         return any(
-            first_token + self._unwritten[block] < held.end
+            first_token + self._unwritten[block] < end
             for first_token, block in self._blocks(held)
             if block in self._unwritten
         )
@@ -84,11 +83,8 @@ class StepLedger:
         self._unwritten.clear()
         self.failed = False
 
-    def _first_slots(self, span: Span) -> dict[int, int]:
-        return {block: max(0, span.begin - first_token) for first_token, block in self._blocks(span)}
-
     def _blocks(self, span: Span) -> zip[tuple[int, int]]:
         """The blocks of a span, each with the first token that it can hold."""
         size = self._block_size
-        first = span.begin // size * size
-        return zip(range(first, span.end, size), span.blocks, strict=False)
+        begin, end, blocks = span
+        return zip(range(begin // size * size, end, size), blocks, strict=False)

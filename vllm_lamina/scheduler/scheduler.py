@@ -7,13 +7,13 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllm_lamina.compat.outputs import StepTimes, has_failed, reported_times
+from vllm_lamina.compat.outputs import has_failed, reported_times
 from vllm_lamina.compat.scheduler_port import SchedulerPort, scheduled_tokens
 from vllm_lamina.compat.step_lane import lane_of
 from vllm_lamina.config import ALWAYS
 from vllm_lamina.metrics.engine import EngineMetrics
 from vllm_lamina.scheduler.lanes import Lanes
-from vllm_lamina.scheduler.ledger import Span, StepLedger
+from vllm_lamina.scheduler.ledger import StepLedger
 from vllm_lamina.scheduler.placement import BlockPlacement, PlacedBlocks, SharedBlocks
 
 logger = logging.getLogger("vllm.lamina")
@@ -71,7 +71,7 @@ class LaminaScheduler(SchedulerPort):
         if scheduled:
             assert lane is not None
             self.lanes.begin_step(lane, scheduled, self.adapters_of(scheduled))
-            self.ledger.begin({name: self._computed(name, tokens) for name, tokens in scheduled.items()})
+            self.ledger.begin(self.computed_by(scheduled))
         return output
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
@@ -81,8 +81,9 @@ class LaminaScheduler(SchedulerPort):
         lost: list[str] = []
         if scheduled := scheduled_tokens(scheduler_output):
             self.lanes.end_step(lane_of(scheduler_output))
-            self._learn(scheduled, times)
-            lost = self.ledger.end(has_failed(model_runner_output), self._computed)
+            if times is not None:
+                self.lanes.learn(scheduled, self.tokens_of, times)
+            lost = self.ledger.end(has_failed(model_runner_output), self.computed)
         self._end_what_waits_too_long()
         return self.take_output(scheduler_output, model_runner_output, lost)
 
@@ -105,17 +106,6 @@ class LaminaScheduler(SchedulerPort):
                 return
             yield tokens
 
-    def _learn(self, scheduled: Mapping[str, int], times: StepTimes | None) -> None:
-        # A step that prefills says little about those that decode.
-        if times is not None and len(scheduled) == sum(scheduled.values()):
-            self.lanes.costs.observe(len(scheduled), sum(map(self.tokens_of, scheduled)), times)
-
-    def _computed(self, name: str, last: int | None = None) -> Span:
-        """The tokens of a request that count as computed: all, or so many of them."""
-        end = self.computed_tokens_of(name)
-        begin = end - last if last is not None else 0
-        return Span(begin, end, self.kv_blocks.of_tokens(name, begin, end))
-
     @property
     def _recovery_is_due(self) -> bool:
         """Nothing may be scheduled before a recovery, which waits until no step is in flight."""
@@ -125,13 +115,12 @@ class LaminaScheduler(SchedulerPort):
     def _recover(self) -> None:
         recovered = self.engine_facts.recovery.recover()
         lost_blocks = self.placement.blocks_of(recovered.lost)
-        running = self.running_tokens()
-        victims = {
-            name: self.computed_tokens_of(name)
-            for name in running
-            if self.ledger.relies_on_unwritten(self._computed(name))
-            or not lost_blocks.isdisjoint(self.kv_blocks.of(name))
-        }
+        running = self.running_names()
+        victims: dict[str, int] = {}
+        for name in running:
+            _, num_computed, _ = held = self.computed(name)
+            if self.ledger.relies_on_unwritten(held) or not lost_blocks.isdisjoint(self.kv_blocks.of(name)):
+                victims[name] = num_computed
         self.preempt(victims)
         self.kv_blocks.forget_cached(lost_blocks | self.ledger.unwritten)
         self.ledger.clear()
@@ -181,4 +170,4 @@ class LaminaScheduler(SchedulerPort):
         for rank in self.engine_facts.attention_workers:
             workers += rank
             usages += map(self.placement.usage_of, range(len(rank)))
-        return self.engine_metrics.take(workers, usages, self.lanes.num_busy(self.running_tokens()))
+        return self.engine_metrics.take(workers, usages, self.lanes.num_busy(self.running_names()))

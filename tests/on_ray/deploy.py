@@ -8,14 +8,14 @@ import sys
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import LaminaError
-from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.cpus import CpuPlacement
 from vllm_lamina.executor.sources.on_ray import RaySource
 
 
 def main(options: str) -> None:
     source = RaySource(LaminaConfig.from_mapping(json.loads(options)), 1)
     try:
-        [addresses] = source.start(Placement(None, (), shared=False))
+        [addresses] = source.start(CpuPlacement(None, (), shared=False))
     except LaminaError as error:
         print(json.dumps([str(error)]), flush=True)
         return

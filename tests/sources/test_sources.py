@@ -10,7 +10,7 @@ from worker_processes import free_port, worker_process
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.cpus import CpuPlacement
 from vllm_lamina.executor.sources.embedded import EmbeddedSource
 from vllm_lamina.executor.sources.named import NamedSource
 from vllm_lamina.kv_cache.geometry import Geometry
@@ -20,7 +20,7 @@ from vllm_lamina.transport.errors import ConnectionFailed, WorkerRefused
 MIB = 1 << 20
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 LAST_CPU = (max(os.sched_getaffinity(0)),)
-TWO_RANKS = Placement(None, (LAST_CPU, LAST_CPU), shared=True)
+TWO_RANKS = CpuPlacement(None, (LAST_CPU, LAST_CPU), shared=True)
 
 
 def pool_at(address: str) -> int:
@@ -58,7 +58,7 @@ def test_the_pool_of_embedded_workers() -> None:
     source = EmbeddedSource(LaminaConfig(), 1, kv_cache_memory_bytes=48 * MIB)
     assert source.check(GEOMETRY, 1024) == []
     try:
-        [[address]] = source.start(Placement(None, (LAST_CPU,), shared=True))
+        [[address]] = source.start(CpuPlacement(None, (LAST_CPU,), shared=True))
         assert pool_at(address) == 48 * MIB
     finally:
         source.close()

@@ -24,8 +24,8 @@ from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.errors import ConfigError
+from vllm_lamina.executor.cpus import CpuPlacement, place
 from vllm_lamina.executor.parent import end_with_parent
-from vllm_lamina.executor.placement import Placement, place
 from vllm_lamina.executor.recovery import Recovery
 from vllm_lamina.executor.sources import source_for
 from vllm_lamina.executor.sources.base import AttentionWorkerSource
@@ -119,7 +119,7 @@ class _LaminaExecutor(Executor):
         facts_of(self.vllm_config).attention_workers = addresses
 
     @abc.abstractmethod
-    def _init_model_workers(self, placement: Placement) -> None:
+    def _init_model_workers(self, placement: CpuPlacement) -> None:
         """Start the model workers and let them load the model."""
 
     def execute_model(self, scheduler_output: Any, non_block: bool = False) -> Any:
@@ -158,7 +158,7 @@ class LaminaExecutor(_LaminaExecutor, MultiprocExecutor):
 
     supports_pp = False
 
-    def _init_model_workers(self, placement: Placement) -> None:
+    def _init_model_workers(self, placement: CpuPlacement) -> None:
         end_with_parent()
         if placement.model_cpus is None:
             MultiprocExecutor._init_executor(self)
@@ -179,7 +179,7 @@ class LaminaUniProcExecutor(_LaminaExecutor, UniProcExecutor):
             return LaminaExecutor(vllm_config, *args, **kwargs)
         return super().__new__(cls)
 
-    def _init_model_workers(self, placement: Placement) -> None:
+    def _init_model_workers(self, placement: CpuPlacement) -> None:
         if placement.model_cpus is not None:
             self._process_on = ThisProcessOn(placement.model_cpus[0])
         UniProcExecutor._init_executor(self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from vllm_lamina.compat.geometry import geometry_of
+from vllm_lamina.compat.kv_cache import fits_length_to_pool
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.executor.sources import source_for
 from vllm_lamina.support import check_engine_config
@@ -22,6 +23,5 @@ def check_before_start(config: Any) -> None:
     source = source_for(config, LaminaConfig.from_additional_config(config.additional_config))
     model = config.model_config
     for partition in source.check(geometry_of(config), model.max_model_len):
-        # With a length of -1 vLLM fits the length to the pool.
-        if model.original_max_model_len != -1:
+        if not fits_length_to_pool(model):
             partition.check_holds_one_request(model.max_model_len)

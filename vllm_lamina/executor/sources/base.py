@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.cpus import CpuPlacement
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.kv_cache.partition import Partition
 
@@ -47,7 +47,7 @@ class AttentionWorkerSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, placement: Placement) -> Addresses:
+    def start(self, placement: CpuPlacement) -> Addresses:
         """Start the attention workers, or find them, once the model is loaded.
 
         Parameters

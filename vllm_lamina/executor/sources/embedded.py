@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from vllm_lamina.config import AUTO, LaminaConfig
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.cpus import CpuPlacement
 from vllm_lamina.executor.sources.base import Addresses, AttentionWorkerSource
 from vllm_lamina.host import available_memory, cgroup_memory, memory_total
 from vllm_lamina.kv_cache.geometry import Geometry
@@ -96,7 +96,7 @@ class EmbeddedSource(AttentionWorkerSource):
         )
         return [partition] * self.num_ranks
 
-    def start(self, placement: Placement) -> Addresses:
+    def start(self, placement: CpuPlacement) -> Addresses:
         """Start an attention worker for each rank."""
         if placement.shared:
             logger.warning(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 
-from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.cpus import CpuPlacement
 from vllm_lamina.executor.sources.base import Addresses, AttentionWorkerSource, by_rank
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.kv_cache.partition import Partition
@@ -19,7 +19,7 @@ class NamedSource(AttentionWorkerSource):
         addresses = by_rank(self.options.worker_addresses, self.num_ranks, "--lamina-workers")
         return self._check_running(addresses, geometry, max_model_len)
 
-    def start(self, placement: Placement) -> Addresses:
+    def start(self, placement: CpuPlacement) -> Addresses:
         """Their addresses."""
         return by_rank(self.options.worker_addresses, self.num_ranks, "--lamina-workers")
 

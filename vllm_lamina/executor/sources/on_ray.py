@@ -13,7 +13,7 @@ import sys
 
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
-from vllm_lamina.executor.placement import Placement
+from vllm_lamina.executor.cpus import CpuPlacement
 from vllm_lamina.executor.sources.base import Addresses, by_rank
 from vllm_lamina.executor.sources.named import NamedSource
 from vllm_lamina.kv_cache.geometry import Geometry
@@ -50,7 +50,7 @@ class RaySource(NamedSource):
         """Bring the deployment up; it stays for its idle time, in which the engine joins it."""
         return self._check_running(self._bring_up(), geometry, max_model_len)
 
-    def start(self, placement: Placement) -> Addresses:
+    def start(self, placement: CpuPlacement) -> Addresses:
         """Bring it up again: while a very large model was loaded its idle time may have passed."""
         self._addresses = self._bring_up()
         return self._addresses

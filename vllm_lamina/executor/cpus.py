@@ -12,7 +12,7 @@ from vllm_lamina.units import format_cpus, parse_cpus
 
 
 @dataclass(frozen=True)
-class Placement:
+class CpuPlacement:
     """CPUs of either side, by ranks of the model; each rank has an embedded attention worker of its own.
 
     ``model_cpus`` is None where vLLM's own binding stands (also for a model on a GPU).
@@ -26,7 +26,7 @@ class Placement:
 
 def place(
     *, allowed: Collection[int], worker_cpus: str, bind: str, model_on_cpu: bool, num_ranks: int = 1
-) -> Placement:
+) -> CpuPlacement:
     """Divide the CPUs of this host between the model workers and the attention workers.
 
     Parameters
@@ -78,7 +78,7 @@ def place(
     models = _parts(model, num_ranks) if binds_model else (tuple(model),)
     used = [cpu for part in (*models, *workers) for cpu in part]
     shared = len(set(used)) < len(used) or bind == "nobind"
-    return Placement(models if binds_model else None, workers, shared)
+    return CpuPlacement(models if binds_model else None, workers, shared)
 
 
 def _parts(cpus: list[int], count: int) -> tuple[tuple[int, ...], ...]:

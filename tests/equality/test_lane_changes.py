@@ -64,7 +64,7 @@ asked = [
     dict(repetition_penalty=1.1, presence_penalty=0.5),
     dict(temperature=1.0, seed=3, top_k=40),
     dict(structured_outputs=digits, ignore_eos=False, max_tokens=300),
-    dict(logit_bias={50: 4.0, 60: 3.5}, bad_words=["a", "b"]),
+    dict(logit_bias={50: 4.0, 60: 3.5}, bad_words=["a", "b"], allowed_token_ids=list(range(4, 600))),
     dict(ignore_eos=False, temperature=1.0, seed=4, logit_bias={2: 8.0}, min_tokens=150),
     dict(),
 ]

@@ -35,7 +35,8 @@ JOIN_SECONDS = 5.0
 class Lane:
     """One lane: its steps run one after the other.
 
-    Where there are several, each runs on its own thread and they take turns; a single one runs on the caller's.
+    Where there are several, each runs on its own thread and they take turns; a single one runs on the caller's. A
+    runner's tensors are touched by the lane's thread alone, in its turn.
     """
 
     def __init__(self, index: int, runner: LaneRunner, exchange: Exchange, has_thread: bool) -> None:
@@ -54,17 +55,24 @@ class Lane:
             self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
             self._thread.start()
 
-    def execute(self, step: ScheduledStep, requests: Mapping[str, PlannedRequest]) -> None:
-        """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
+    def execute(
+        self, step: ScheduledStep, requests: Mapping[str, PlannedRequest], joining: Mapping[str, Lane]
+    ) -> None:
+        """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`.
+
+        ``joining`` are requests of the step that another lane has run so far.
+        """
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
         self._client.join_turn(self.index)
         plan = StepPlan(requests, self.runner.order)
-        output = step.for_runner(self.finished_req_ids)
+        output = step.for_runner(self.finished_req_ids.difference(joining))
         self.finished_req_ids = set()
 
         def execute() -> Any:
             begin = time.perf_counter()
             try:
+                for name, lane in joining.items():
+                    self.runner.take_over(name, lane.runner)
                 with self._exchange.running(self.index, plan):
                     return self.runner.execute(output)
             except StepFailed:
@@ -91,11 +99,6 @@ class Lane:
             return output
 
         return self._submit(sample)
-
-    def take_over(self, request_id: str, other: Lane) -> None:
-        """Take a request that another lane has run so far; this lane must be idle, and the request not in flight."""
-        self.finished_req_ids.discard(request_id)
-        self.runner.take_over(request_id, other.runner)
 
     def finish_steps(self) -> None:
         """Wait until the steps that were begun are over, whatever came of them."""
@@ -172,11 +175,12 @@ class Lanes:
         for adapter in step.adapters:
             self.finish_steps()
             lane.runner.load_adapter(adapter)
+        joining = {}
         for request in step.requests:
             if not request.is_new and (other := self._lane_of[request.name]) is not lane:
-                lane.take_over(request.name, other)
+                joining[request.name] = other
             self._lane_of[request.name] = lane
-        lane.execute(step, requests)
+        lane.execute(step, requests, joining)
 
     def sample(self, grammar_output: Any) -> Future[Any]:
         """What the step begun last samples: vLLM's output, when it is there."""

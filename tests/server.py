@@ -24,6 +24,12 @@ SERVER_ENV = {
     "TOKENIZERS_PARALLELISM": "false",
 }
 
+
+def short_directory() -> tempfile.TemporaryDirectory[str]:
+    """For temporary files: vLLM puts sockets there, whose paths have 107 characters at most."""
+    return tempfile.TemporaryDirectory(prefix="lamina-")
+
+
 _Found = TypeVar("_Found", dict[int, str], set[str])
 
 
@@ -35,8 +41,7 @@ class VllmServer:
     """`vllm serve MODEL ARGS...` on a free port of `host`, healthy on entry, gone on exit.
 
     The exit sends SIGTERM and raises ServerFailed if the server does not end, or if it leaves a process or a file in
-    shared memory behind. `directory` receives its log, and is its directory for temporary files. `prefix` before a
-    command runs it where `host` is an address.
+    shared memory behind. `directory` receives its log. `prefix` before a command runs it where `host` is an address.
     """
 
     def __init__(
@@ -51,7 +56,8 @@ class VllmServer:
         self.host = host
         self.port = _free_port()
         self.log_file = directory / "server.log"
-        self.temporary = directory / "tmp"
+        self._short = short_directory()
+        self.temporary = Path(self._short.name)
         self._start_deadline = start_deadline
         vllm = str(Path(sys.executable).with_name("vllm"))
         self._command = [*prefix, vllm, "serve", model, "--host", host, "--port", str(self.port), *args]
@@ -87,7 +93,7 @@ class VllmServer:
 
     def stop(self, deadline: float = 60.0) -> None:
         """Stops the server as a supervisor would, and checks that nothing remains of it."""
-        mapped = {inode for pid in self.session_processes() for inode in _mapped_shared_memory(pid)}
+        mapped = {inode for pid in self.session_processes() for inode in mapped_shared_memory(pid)}
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(deadline)
@@ -98,7 +104,7 @@ class VllmServer:
         if processes:
             self._kill()
             raise self._failure(f"the server left processes behind: {processes}")
-        files = _wait_until_empty(lambda: _shared_memory_files(mapped))
+        files = _wait_until_empty(lambda: shared_memory_files(mapped))
         if files:
             raise self._failure(f"the server left files in shared memory: {files}")
 
@@ -129,7 +135,6 @@ class VllmServer:
 
     def _make_temporary_directory(self) -> None:
         """An empty directory but for a link to torch's usual cache of compiled code, which takes a minute to fill."""
-        self.temporary.mkdir()
         cache = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
         cache.mkdir(exist_ok=True)
         (self.temporary / cache.name).symlink_to(cache)
@@ -148,10 +153,10 @@ class VllmServer:
 
     def kill(self) -> None:
         """Kills every process of the server at once, and removes what they would have removed."""
-        mapped = {inode for pid in self.session_processes() for inode in _mapped_shared_memory(pid)}
+        mapped = {inode for pid in self.session_processes() for inode in mapped_shared_memory(pid)}
         self._kill()
         _wait_until_empty(self.session_processes)
-        for name in _shared_memory_files(mapped):
+        for name in shared_memory_files(mapped):
             Path("/dev/shm", name).unlink(missing_ok=True)
 
     def _kill(self) -> None:
@@ -191,7 +196,7 @@ def _sessions() -> Iterator[tuple[int, int]]:
             yield int(directory.name), int(fields[3])
 
 
-def _mapped_shared_memory(pid: int) -> set[int]:
+def mapped_shared_memory(pid: int) -> set[int]:
     """Inodes of the files in /dev/shm that the process has mapped.
 
     Not their names: a semaphore is mapped under a temporary name, and other programs have files there too.
@@ -200,7 +205,7 @@ def _mapped_shared_memory(pid: int) -> set[int]:
     return {int(inode) for inode in re.findall(r" (\d+) +/dev/shm/", maps)}
 
 
-def _shared_memory_files(inodes: set[int]) -> set[str]:
+def shared_memory_files(inodes: set[int]) -> set[str]:
     """Names of the files in /dev/shm with these inodes."""
     return {entry.name for entry in os.scandir("/dev/shm") if entry.inode() in inodes}
 

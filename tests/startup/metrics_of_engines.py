@@ -38,15 +38,19 @@ def run(model: str, engine: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def settled_metrics() -> list[dict[str, Any]]:
-    """When the workers, which are asked once a second, count no more tokens."""
+    """When the workers, which are asked once a second, have all answered last and count no more tokens."""
     tokens, end = 0, time.monotonic() + DEADLINE
     while True:
         time.sleep(POLLED_SECONDS)
         found = lamina_metrics()
-        counted = sum(metric["value"] for metric in found if metric["name"].endswith("tokens_appended"))
-        if not found or counted == tokens > 0 or time.monotonic() > end:
+        counted, workers, up = (total(found, name) for name in ("tokens_appended", "workers", "workers_up"))
+        if not found or (counted == tokens > 0 and up == workers) or time.monotonic() > end:
             return found
         tokens = counted
+
+
+def total(metrics: list[dict[str, Any]], name: str) -> float:
+    return sum(metric["value"] for metric in metrics if metric["name"].endswith(f"_{name}"))
 
 
 def lamina_metrics() -> list[dict[str, Any]]:

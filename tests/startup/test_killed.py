@@ -26,6 +26,7 @@ from programs import (
     wait_until_gone,
     with_signal,
 )
+from server import mapped_shared_memory, shared_memory_files, short_directory
 
 # Of vLLM's queues between its processes: a killed stock vLLM leaves them too.
 VLLM_SHARED_MEMORY = re.compile(r"psm_|sem\.")
@@ -34,14 +35,12 @@ VLLM_TEMPORARY = re.compile(r"[0-9a-f-]{36}|vllm_dist_[0-9a-f]{32}")
 
 
 @contextmanager
-def serving(model: str, directory: Path) -> Iterator[Popen[bytes]]:
+def serving(model: str, log: Path, temporary: str) -> Iterator[Popen[bytes]]:
     """A healthy server with a temporary directory of its own, whatever becomes of it."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = str(probe.getsockname()[1])
     command = console("vllm", "serve", model, "--host", "127.0.0.1", "--port", port)
     command += [*TINY_ENGINE, "--enforce-eager", *LAMINA]
-    log, temporary = directory / "log", directory / "tmp"
-    temporary.mkdir()
 
     def is_healthy() -> bool:
         assert process.poll() is None, tail(log)
@@ -51,15 +50,14 @@ def serving(model: str, directory: Path) -> Iterator[Popen[bytes]]:
         except (urllib.error.URLError, OSError):
             return False
 
-    with running(command, log, TMPDIR=str(temporary)) as process:
+    with running(command, log, TMPDIR=temporary) as process:
         assert wait_for(is_healthy, 180.0), tail(log)
         yield process
 
 
-def new_shared_memory(before: set[str]) -> set[str]:
-    """Files in shared memory that were not there before and that are not of vLLM."""
-    names = {path.name for path in Path("/dev/shm").iterdir()} - before
-    return {name for name in names if not VLLM_SHARED_MEMORY.match(name)}
+def left_in_shared_memory(inodes: set[int]) -> set[str]:
+    """Files in shared memory with these inodes that are not of vLLM."""
+    return {name for name in shared_memory_files(inodes) if not VLLM_SHARED_MEMORY.match(name)}
 
 
 @pytest.mark.parametrize(
@@ -70,15 +68,17 @@ def new_shared_memory(before: set[str]) -> set[str]:
 def test_nothing_is_left(
     model_zoo: ModelZoo, tmp_path: Path, victim: str, signal_number: signal.Signals
 ) -> None:
-    before = {path.name for path in Path("/dev/shm").iterdir()}
-    with serving(model_zoo("llama"), tmp_path) as server:
-        engine_core = process_named(session(server.pid), "^VLLM::EngineCore")
-        with_signal(server.pid if victim == "vllm serve" else engine_core, signal_number)
-        assert wait_for(lambda: server.poll() is not None, 30.0), tail(tmp_path / "log")
-        left = wait_until_gone(server.pid)
-        assert not left, f"{left}\n{tail(tmp_path / 'log')}"
-    if signal_number == signal.SIGINT:
-        assert server.returncode == 0
-    assert wait_for(lambda: not new_shared_memory(before), 10.0), new_shared_memory(before)
-    left = {path.name for path in (tmp_path / "tmp").iterdir() if not VLLM_TEMPORARY.fullmatch(path.name)}
-    assert left == set()
+    log = tmp_path / "log"
+    with short_directory() as temporary:
+        with serving(model_zoo("llama"), log, temporary) as server:
+            mapped = {inode for pid in session(server.pid) for inode in mapped_shared_memory(pid)}
+            engine_core = process_named(session(server.pid), "^VLLM::EngineCore")
+            with_signal(server.pid if victim == "vllm serve" else engine_core, signal_number)
+            assert wait_for(lambda: server.poll() is not None, 30.0), tail(log)
+            left = wait_until_gone(server.pid)
+            assert not left, f"{left}\n{tail(log)}"
+        if signal_number == signal.SIGINT:
+            assert server.returncode == 0
+        assert wait_for(lambda: not left_in_shared_memory(mapped), 10.0), left_in_shared_memory(mapped)
+        names = {path.name for path in Path(temporary).iterdir()}
+        assert {name for name in names if not VLLM_TEMPORARY.fullmatch(name)} == set()

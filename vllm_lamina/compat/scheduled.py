@@ -73,7 +73,7 @@ def read_step(output: Any) -> ScheduledStep:
             adapters.append(new.lora_request)
             new.lora_request = msgspec.structs.replace(new.lora_request, load_inplace=False)
     return ScheduledStep(
-        lane=lane_of(output),
+        lane=lane_of(output) if output.total_num_scheduled_tokens else 0,
         num_tokens=output.total_num_scheduled_tokens,
         requests=tuple(_requests(output)),
         finished=output.finished_req_ids,

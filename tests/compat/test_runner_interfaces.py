@@ -5,14 +5,21 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
+import pytest
+import torch
+from vllm.config import ModelConfig
 from vllm.v1.attention.backend import AttentionMetadataBuilder
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import CachedRequestData, GrammarOutput, NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_lamina.compat.kv_cache import counted_bytes, layers_of, without_tensors
 from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.compat.step_lane import mark_lane
+from vllm_lamina.errors import UnsupportedError
 
 
 def names(cls: type) -> set[str]:
@@ -98,3 +105,35 @@ def test_a_second_runner_can_be_made() -> None:
     assert parameters[:3] == ["self", "vllm_config", "device"]
     assert [*inspect.signature(GPUModelRunner.initialize_kv_cache).parameters][1] == "kv_cache_config"
     assert "self.attn_groups" in inspect.getsource(GPUModelRunner.__init__)
+
+
+def test_a_step_that_ran_can_go_without_sampling() -> None:
+    """Relies on ``execute_model_state`` being all that a runner keeps between a step and its sampling."""
+    assert "if self.execute_model_state is not None" in inspect.getsource(GPUModelRunner.execute_model)
+    assert "self.execute_model_state = None" in inspect.getsource(GPUModelRunner.sample_tokens)
+    required = [f.name for f in dataclasses.fields(ModelRunnerOutput) if f.default is dataclasses.MISSING]
+    assert {"req_ids", "req_id_to_index"} <= set(required)
+
+
+def test_draws_for_nothing_are_taken_back_by_an_offset() -> None:
+    """Relies on vLLM moving the generators of requests in ``discard_request_mask`` back by one draw's offset."""
+    source = inspect.getsource(GPUModelRunner._bookkeeping_sync)
+    assert "self.discard_request_mask.np" in source
+    assert "gen.set_offset(gen.get_offset() - 4)" in source
+
+
+def test_a_kv_cache_can_be_elsewhere() -> None:
+    """Relies on these fields, on vLLM allocating what ``kv_cache_tensors`` says, and on its counting by page sizes."""
+    assert {"kv_cache_groups", "kv_cache_tensors", "num_blocks"} <= names(KVCacheConfig)
+    assert "layer_names" in names(KVCacheGroupSpec)
+    assert isinstance(FullAttentionSpec.page_size_bytes, property)
+    assert "self.kv_caches" in inspect.getsource(GPUModelRunner.__init__)
+    assert "original_max_model_len" in inspect.getsource(ModelConfig)
+    spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+    group = KVCacheGroupSpec(["a", "b"], spec)
+    config = KVCacheConfig(num_blocks=3, kv_cache_tensors=["anything"], kv_cache_groups=[group])
+    assert layers_of(config) == ["a", "b"]
+    assert without_tensors(config).kv_cache_tensors == []
+    assert counted_bytes([spec, spec], 3) == 3 * 2 * (2 * 32 * 2 * 32 * 4)
+    with pytest.raises(UnsupportedError, match="different kinds of KV cache"):
+        layers_of(dataclasses.replace(config, kv_cache_groups=[group, group]))

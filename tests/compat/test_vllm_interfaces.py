@@ -55,20 +55,3 @@ def test_executor_hooks_exist() -> None:
     for cls in (MultiprocExecutor, UniProcExecutor):
         assert [*inspect.signature(cls._init_executor).parameters] == ["self"]
         assert [*inspect.signature(cls.shutdown).parameters] == ["self"]
-
-
-def test_free_blocks_can_be_replaced() -> None:
-    """Relies on the block pool using its queue by these methods alone, and on blocks being taken for a request only in
-    ``allocate_slots``, whose first parameter is the request.
-    """
-    import re
-
-    from vllm.v1.core import block_pool
-    from vllm.v1.core.kv_cache_manager import KVCacheManager
-    from vllm.v1.core.sched import scheduler
-
-    used = set(re.findall(r"free_block_queue\.(\w+)", inspect.getsource(block_pool)))
-    # `popleft` takes the null block, when the pool is built.
-    assert used == {"popleft", "popleft_n", "remove", "append_n", "prepend_n", "num_free_blocks"}
-    assert [*inspect.signature(KVCacheManager.allocate_slots).parameters][:2] == ["self", "request"]
-    assert "kv_cache_manager.allocate_slots(" in inspect.getsource(scheduler)

@@ -135,12 +135,6 @@ def test_only_compat_touches_internals_of_vllm() -> None:
             assert found <= EXTENSION_POINTS.keys(), f"{module} imports {found - EXTENSION_POINTS.keys()}"
 
 
-def test_the_scheduler_knows_only_the_port() -> None:
-    for module in modules():
-        if module.startswith(f"{PACKAGE}.scheduler"):
-            assert not {name for name in imports(module) if name.split(".")[0] == "vllm"}, module
-
-
 NATIVE_ORDER = ["worker/attention_worker", "worker/model_worker", "wire", "transport", "kernel", "base"]
 """Folders of csrc, from the top; the two workers stand beside each other."""
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from cores import ATTENTION_CPU
 from jobs import Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
 
 # Modules that every fork would otherwise import for itself.
@@ -82,10 +83,9 @@ def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
         return {}
     if not job.worker_memory_mib:
         return {"lamina_memory": f"{job.kv_memory_mib}MiB"}
-    last_cpu = max(os.sched_getaffinity(0))
     addresses = []
     for mib in job.worker_memory_mib:
-        worker = EmbeddedAttentionWorker.start(mib << 20, [last_cpu])
+        worker = EmbeddedAttentionWorker.start(mib << 20, [int(ATTENTION_CPU)])
         stack.callback(worker.stop)
         addresses.append(worker.address)
     return {"lamina_workers": ",".join(addresses)}

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+from cores import BIND
 from jobs import Job, JobResult
 
 # Quick to start, no network; one OpenMP thread, because the attention worker has the other core. Dynamo is off because
@@ -20,11 +21,10 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "0",
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
-}
+} | BIND
 
 ENGINE_DEFAULTS = {
     "dtype": "float32",

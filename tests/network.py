@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from cores import ATTENTION_CPU
 from worker_processes import Worker, worker_process
 
 INTERFACE = "eth0"
@@ -178,8 +179,7 @@ def workers_on(
     worker_hosts: list[Host], secret: Path, directory: Path, *arguments: str
 ) -> Iterator[list[Worker]]:
     """A worker on each host, as a user starts it."""
-    last_cpu = str(max(os.sched_getaffinity(0)))
-    options = ("--memory", "256MiB", "--cpus", last_cpu, "--secret-file", str(secret), *arguments)
+    options = ("--memory", "256MiB", "--cpus", ATTENTION_CPU, "--secret-file", str(secret), *arguments)
     directory.mkdir(exist_ok=True)
     with ExitStack() as stack:
         yield [

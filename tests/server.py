@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from cores import BIND
+
 SERVER_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -42,6 +44,7 @@ class VllmServer:
 
     The exit sends SIGTERM and raises ServerFailed if the server does not end, or if it leaves a process or a file in
     shared memory behind. `directory` receives its log. `prefix` before a command runs it where `host` is an address.
+    Its model worker is bound to a CPU, unless `environment` says otherwise.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class VllmServer:
         start_deadline: float = 400.0,
         host: str = "127.0.0.1",
         prefix: tuple[str, ...] = (),
+        **environment: str,
     ) -> None:
         self.host = host
         self.port = _free_port()
@@ -59,6 +63,10 @@ class VllmServer:
         self._short = short_directory()
         self.temporary = Path(self._short.name)
         self._start_deadline = start_deadline
+        self._environment = SERVER_ENV | BIND | environment
+        if "--enforce-eager" in args:
+            # vLLM compiles a function of its sampler all the same, which takes seconds.
+            self._environment |= {"TORCHDYNAMO_DISABLE": "1"}
         vllm = str(Path(sys.executable).with_name("vllm"))
         self._command = [*prefix, vllm, "serve", model, "--host", host, "--port", str(self.port), *args]
 
@@ -74,7 +82,7 @@ class VllmServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=os.environ | SERVER_ENV | {"TMPDIR": str(self.temporary)},
+                env=os.environ | self._environment | {"TMPDIR": str(self.temporary)},
                 start_new_session=True,
             )
         try:

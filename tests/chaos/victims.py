@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from cores import ATTENTION_CPU
 from layouts import EMBEDDED, HOSTS, Layout
 from network import PORT, Host
 from server import VllmServer
@@ -136,8 +137,7 @@ def remote_victims(
     layout: Layout, hosts: list[Host], secret: Path, directory: Path
 ) -> Iterator[list[RemoteVictim]]:
     """The layout's workers, running; none where the engine starts its own."""
-    last_cpu = str(max(os.sched_getaffinity(0)))
-    arguments: tuple[str, ...] = ("--memory", WORKER_MEMORY, "--cpus", last_cpu)
+    arguments: tuple[str, ...] = ("--memory", WORKER_MEMORY, "--cpus", ATTENTION_CPU)
     if layout.network == HOSTS:
         arguments += ("--secret-file", str(secret))
     count = 0 if layout.workers == EMBEDDED else layout.num_machines

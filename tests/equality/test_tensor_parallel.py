@@ -36,11 +36,10 @@ def job(model_zoo: ModelZoo) -> Job:
     [
         ({}, ()),
         ({"lamina_batches": 1}, ()),
-        # Each rank's two KV heads on two workers, and each rank's blocks on two workers.
-        ({"lamina_partition": "head"}, (64, 64, 64, 64)),
+        # Each rank's blocks on two workers; by heads see partition/test_engines_of_several_workers.py.
         ({"lamina_partition": "sequence"}, (64, 32, 64, 32)),
     ],
-    ids=["two lanes", "one lane", "head", "sequence"],
+    ids=["two lanes", "one lane", "sequence"],
 )
 def test_equal_to_stock(engines: Engines, job: Job, options: dict[str, Any], memory: tuple[int, ...]) -> None:
     stock = engines.run(job)

@@ -68,11 +68,9 @@ MAX_TOKENS = 32
 REAL_ENGINE = {"dtype": "float32", "max_model_len": 2048}
 
 
+@pytest.mark.every_partition
 @pytest.mark.timeout(1000)
-@pytest.mark.parametrize(
-    "partition",
-    ["head", *(pytest.param(name, marks=pytest.mark.every_partition) for name in PARTITIONS[1:])],
-)
+@pytest.mark.parametrize("partition", PARTITIONS)
 def test_server_with_the_real_model(
     engines: Engines, real_model: Path, four_hosts: list[Host], secret: Path, tmp_path: Path, partition: str
 ) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cores import ATTENTION_CPU
 from exposition import Scrape
 from server import VllmServer
 from worker_processes import Worker, free_port, wait_until, worker_process
@@ -64,7 +65,7 @@ def serving_with_a_worker(model: str, directory: Path, *arguments: str) -> Itera
     """A server with an attention worker of its own, which wants a secret."""
     secret = directory / "secret"
     write_secret(secret)
-    options = ("--cpus", "1", "--secret-file", str(secret))
+    options = ("--cpus", ATTENTION_CPU, "--secret-file", str(secret))
     with worker_process(directory / "worker.log", f"127.0.0.1:{free_port()}", *options) as worker:
         lamina = (
             "--executor",

@@ -105,6 +105,7 @@ def test_actor_that_dies(
     wait_for(lambda: not ray_cluster.deployments() and not ray_cluster.attention_workers())
 
 
+@pytest.mark.killed_server_on_ray
 def test_server_that_is_killed(
     engines: Engines, model_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

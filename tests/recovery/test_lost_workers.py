@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from comparison import assert_same
+from cores import ATTENTION_CPU
 from engines import Engines, JobFailed
 from jobs import Job, JobResult, Phase, Request
 from losing import embedded_worker, meanwhile, wait_for_steps
@@ -70,7 +71,7 @@ class Scene:
         """A worker; at the address of one that was lost, where it is given."""
         self._count += 1
         log = self._directory / f"worker{self._count}.log"
-        arguments = ("--cpus", str(max(os.sched_getaffinity(0))), "--memory", memory)
+        arguments = ("--cpus", ATTENTION_CPU, "--memory", memory)
         return self._stack.enter_context(
             worker_process(log, address or f"127.0.0.1:{free_port()}", *arguments)
         )

@@ -34,10 +34,9 @@ def server(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> Ite
     )
     lora = ("--enable-lora", "--max-loras", "3")  # one slot more than adapters: see equality/test_lora.py
     directory = tmp_path_factory.mktemp("server")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
-        with VllmServer(model_zoo("llama"), *flags, *lora, directory=directory) as server:
-            yield server
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    with VllmServer(model_zoo("llama"), *flags, *lora, directory=directory, **environment) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The CPU of a test's model worker, and that of its attention workers; tests that run side by side have different ones."""
+"""The CPU of a test's model worker, and that of its attention workers; tests side by side have different ones."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from models import ModelZoo
 
 ROOT = Path(__file__).parent.parent
 
-TAKES_MINUTES = ("every_partition", "killed_server_on_ray", "long_chaos")
+TAKES_MINUTES = ("clean_install", "every_partition", "killed_server_on_ray", "long_chaos")
 """Markers of tests that run only where they are asked for."""
 
 

@@ -1,14 +1,11 @@
-"""The CPU of a test's model worker, and that of its attention workers; tests side by side have different ones."""
+"""Where engines run that tests start side by side: the kernel chooses, and nobody polls on a CPU that others need."""
 
 from __future__ import annotations
 
 import os
 
-_CPUS = sorted(os.sched_getaffinity(0))
-_PROCESS = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+BIND = {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+"""Environment of an engine; `executor.cpus` knows that its CPUs are shared then."""
 
-MODEL_CPU = str(_CPUS[_PROCESS % len(_CPUS)])
-ATTENTION_CPU = str(_CPUS[(_PROCESS + 1) % len(_CPUS)])
-
-BIND = {"VLLM_CPU_OMP_THREADS_BIND": MODEL_CPU}
-"""Environment of an engine with one model worker."""
+ATTENTION_CPU = str(max(os.sched_getaffinity(0)))
+"""Of attention workers that a test starts itself."""

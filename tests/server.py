@@ -44,7 +44,7 @@ class VllmServer:
 
     The exit sends SIGTERM and raises ServerFailed if the server does not end, or if it leaves a process or a file in
     shared memory behind. `directory` receives its log. `prefix` before a command runs it where `host` is an address.
-    Its model worker is bound to a CPU, unless `environment` says otherwise.
+    No process is bound to a CPU, unless `environment` says otherwise.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from layouts import Layout
 from models import ModelZoo
 from questions import Question
 
-SECONDS = 15.0
+SECONDS = 10.0
 NUM_QUESTIONS = 60
 
 

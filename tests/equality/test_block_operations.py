@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 
-import pytest
 from engines import ENGINE_DEFAULTS, ENGINE_ENV
 from models import ModelZoo
 
@@ -48,13 +47,11 @@ print("FOUND " + json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("batches", [1, 2])
-def test_zeroed_and_restored_blocks(model_zoo: ModelZoo, batches: int) -> None:
+def test_zeroed_and_restored_blocks(model_zoo: ModelZoo) -> None:
     options = {
         "model": model_zoo("llama"),
         "executor": "lamina",
         "lamina_memory": "64MiB",
-        "lamina_batches": batches,
         **ENGINE_DEFAULTS,
     }
     finished = subprocess.run(

@@ -35,11 +35,10 @@ def job(model_zoo: ModelZoo) -> Job:
     ("options", "memory"),
     [
         ({}, ()),
-        ({"lamina_batches": 1}, ()),
         # Each rank's blocks on two workers; by heads see partition/test_engines_of_several_workers.py.
         ({"lamina_partition": "sequence"}, (64, 32, 64, 32)),
     ],
-    ids=["two lanes", "one lane", "sequence"],
+    ids=["two lanes", "sequence"],
 )
 def test_equal_to_stock(engines: Engines, job: Job, options: dict[str, Any], memory: tuple[int, ...]) -> None:
     stock = engines.run(job)

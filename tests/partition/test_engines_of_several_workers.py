@@ -33,11 +33,7 @@ ENGINES: dict[str, tuple[dict[str, object], tuple[int, ...]]] = {
     "sequence, 2 workers, one lane": ({"lamina_partition": "sequence", "lamina_batches": 1}, (64, 64)),
     "sequence, 3 unequal workers": ({"lamina_partition": "sequence"}, (16, 32, 64)),
     "sequence, 4 workers": ({"lamina_partition": "sequence"}, (32, 32, 32, 32)),
-    "request, 2 workers": ({"lamina_partition": "request"}, (64, 64)),
-    "request, 3 unequal workers, one lane": (
-        {"lamina_partition": "request", "lamina_batches": 1},
-        (16, 32, 64),
-    ),
+    "request, 3 unequal workers": ({"lamina_partition": "request"}, (16, 32, 64)),
 }
 
 

@@ -25,7 +25,7 @@ once() {
 
 install() {
   echo "setup: installing $*"
-  pip install -qq --no-deps --no-compile "$@" # of thousands of modules most are never imported
+  pip install -qq --no-deps "$@"
 }
 
 if [ ! -x "$LAMINA_VENV/bin/pip" ]; then

@@ -6,7 +6,7 @@ import pytest
 
 from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.scheduler.costs import ENOUGH_STEPS
-from vllm_lamina.scheduler.lanes import TOKENS_PER_REQUEST, Lanes, Share
+from vllm_lamina.scheduler.lanes import Lanes
 
 EQUAL = {f"r{i}": 100 for i in range(8)}
 
@@ -21,7 +21,7 @@ def members(lanes: Lanes) -> list[int]:
 )
 def test_requests_move_until_the_lanes_are_even(before: tuple[int, int], after: tuple[int, int]) -> None:
     """Of equal requests; but not for a difference that costs less than it would to move them."""
-    lanes = Lanes(2)
+    lanes = Lanes(2, may_move=True)
     loads = {f"{lane}-{i}": 100 for lane, count in enumerate(before) for i in range(count)}
     for request_id in loads:
         lanes.assign(request_id, int(request_id[0]))
@@ -30,42 +30,42 @@ def test_requests_move_until_the_lanes_are_even(before: tuple[int, int], after: 
 
 
 def test_a_request_does_not_leave_a_lane_in_flight() -> None:
-    lanes = Lanes(2, always=True)
-    lanes.plan({}, [100] * 8)
+    lanes = Lanes(2, may_move=True, always=True)
+    lanes.plan({}, [100] * 8, EQUAL)
     lanes.begin_step(0, EQUAL, set())
-    lanes.plan(EQUAL, [])
+    lanes.plan(EQUAL, [], EQUAL)
     assert members(lanes) == [8, 0]
     lanes.end_step(0)
-    lanes.plan(EQUAL, [])
+    lanes.plan(EQUAL, [], EQUAL)
     assert members(lanes) == [4, 4]
 
 
 def test_who_runs_no_more_is_forgotten() -> None:
-    lanes = Lanes(2, always=True)
+    lanes = Lanes(2, may_move=True, always=True)
     lanes.begin_step(0, EQUAL, set())
     assert lanes.num_busy(["r0"]) == 1
     assert lanes.num_busy(["gone"]) == lanes.num_busy([]) == 0
-    lanes.plan({"r0": 100, "r1": 100}, [])
+    lanes.plan({"r0": 100, "r1": 100}, [], EQUAL)
     assert lanes.members(0) == {"r0", "r1"}
 
 
 def test_idle_lanes_take_turns() -> None:
-    lanes = Lanes(2, always=True)
-    lanes.plan({}, [100, 100])
-    assert lanes.next_idle(may_admit=False) is None, "nothing to do"
-    assert lanes.next_idle(may_admit=True) == 0
+    lanes = Lanes(2, may_move=True, always=True)
+    lanes.plan({}, [100, 100], "ab")
+    assert lanes.next_idle(None) is None, "nothing to do"
+    assert lanes.next_idle("a") == 0
     lanes.begin_step(0, ["a"], set())
-    assert lanes.next_idle(may_admit=True) == 1
-    assert lanes.next_idle(may_admit=False) is None, "lane 1 is empty, lane 0 in flight"
+    assert lanes.next_idle("x") == 1
+    assert lanes.next_idle(None) is None, "lane 1 is empty, lane 0 in flight"
     lanes.begin_step(1, ["b"], set())
-    assert lanes.next_idle(may_admit=True) is None
+    assert lanes.next_idle("x") is None
     lanes.end_step(1)
     lanes.end_step(0)
-    assert [lanes.next_idle(may_admit=False) for _ in range(4)] == [0, 1, 0, 1]
+    assert [lanes.next_idle(None) for _ in range(4)] == [0, 1, 0, 1]
 
 
 def test_adapters_of_steps_in_flight() -> None:
-    lanes = Lanes(2)
+    lanes = Lanes(2, may_move=True)
     lanes.begin_step(0, ["a"], {1, 2})
     lanes.begin_step(1, ["b"], {3})
     assert lanes.adapters_in_flight() == {1, 2, 3}
@@ -73,39 +73,36 @@ def test_adapters_of_steps_in_flight() -> None:
     assert lanes.adapters_in_flight() == {3}
 
 
-def test_one_lane_has_everybody_and_no_share() -> None:
-    lanes = Lanes(1, always=True)
-    lanes.plan({}, [100] * 8)
-    assert lanes.next_idle(may_admit=True) == 0
-    assert lanes.share(0) is None
+def test_one_lane_has_everybody_and_is_never_full() -> None:
+    lanes = Lanes(1, may_move=True, always=True)
+    lanes.plan({}, [100] * 8, EQUAL)
+    assert lanes.next_idle("x") == 0
+    assert not lanes.is_full(0, [100] * 8, 100)
     lanes.begin_step(0, EQUAL, set())
     lanes.end_step(0)
-    lanes.plan(EQUAL, [100] * 8)
+    lanes.plan(EQUAL, [100] * 8, EQUAL)
     assert lanes.members(0) == EQUAL.keys()
-    assert lanes.share(0) is None
+    assert not lanes.is_full(0, [100] * 8, 100)
 
 
-def test_a_share_is_a_half_of_what_runs_and_may_run() -> None:
-    lanes = Lanes(2, always=True)
+def test_when_a_lane_is_full() -> None:
+    lanes = Lanes(2, may_move=True, always=True)
     lanes.begin_step(0, ["a"], set())
     lanes.begin_step(1, ["b", "c"], set())
-    lanes.plan({"a": 300, "b": 100, "c": 100}, [200, 200])
-    load = (900 + 5 * TOKENS_PER_REQUEST) / 2
-    assert lanes.share(0) == Share(load, 2.5, load_of_others=200 + 2 * TOKENS_PER_REQUEST)
-    assert lanes.share(1) == Share(load, 2.5, load_of_others=300 + TOKENS_PER_REQUEST)
-    assert lanes.share(None) is None
-
-
-def test_when_a_share_is_reached() -> None:
-    share = Share(load=1000, requests=3, load_of_others=500)
-    assert share.is_reached([1000])
-    assert share.is_reached([100] * 3), "by the number of requests"
-    assert not share.is_reached([700]), "by neither"
-    assert not share.is_reached([20] * 3), "the lane is the lighter one"
+    lanes.plan(
+        {"a": 372, "b": 72, "c": 72}, [172] * 4, "abc"
+    )  # loads of 500, 200 twice and 300: 2100 of 7 requests
+    assert not lanes.is_full(0, [372, 172], 172), "a half of the next one is within the half of the load"
+    assert lanes.is_full(0, [372, 172, 172], 172)
+    assert not lanes.is_full(0, [372], 928)
+    assert lanes.is_full(0, [372], 1000), "it belongs into the lane that has less"
+    assert lanes.is_full(0, [0] * 4, 0), "by the number of requests"
+    assert not lanes.is_full(0, [0] * 3, 0)
+    assert not lanes.is_full(1, [72, 72], 5000), "the lane is the lighter one"
 
 
 def learnt(attention_per_token: float) -> Lanes:
-    lanes = Lanes(2)
+    lanes = Lanes(2, may_move=True)
     scheduled = dict.fromkeys(EQUAL, 1)
     for _ in range(ENOUGH_STEPS):
         lanes.learn(scheduled, EQUAL.__getitem__, StepTimes(1.0, attention_per_token * sum(EQUAL.values())))
@@ -118,28 +115,28 @@ def learnt(attention_per_token: float) -> Lanes:
 )
 def test_two_lanes_where_two_halves_are_faster(attention_per_token: float, expected: list[int]) -> None:
     lanes = learnt(attention_per_token)
-    lanes.plan(EQUAL, [])
+    lanes.plan(EQUAL, [], EQUAL)
     for name in EQUAL:
         lanes.assign(name, 0)
-    lanes.plan(EQUAL, [])
+    lanes.plan(EQUAL, [], EQUAL)
     assert members(lanes) == expected
 
 
 def test_one_lane_as_long_as_nothing_is_known_and_for_one_request() -> None:
-    unknown = Lanes(2)
+    unknown = Lanes(2, may_move=True)
     unknown.begin_step(0, EQUAL, set())
     unknown.end_step(0)
-    unknown.plan(EQUAL, [])
+    unknown.plan(EQUAL, [], EQUAL)
     assert members(unknown) == [8, 0]
-    alone = Lanes(2, always=True)
+    alone = Lanes(2, may_move=True, always=True)
     alone.begin_step(1, ["a"], set())
     alone.end_step(1)
-    alone.plan({"a": 100}, [])
+    alone.plan({"a": 100}, [], "a")
     assert members(alone) == [1, 0], "it moves to the lane that is left"
 
 
 def test_a_step_that_prefills_teaches_nothing() -> None:
-    lanes = Lanes(2)
+    lanes = Lanes(2, may_move=True)
     for _ in range(ENOUGH_STEPS):
         lanes.learn({"a": 1, "b": 40}, lambda name: 100, StepTimes(1.0, 1.0))
     assert not lanes.costs.known

@@ -96,28 +96,33 @@ class Lanes:
         else:
             totals = self._totals(self._loads)
             self._open = (0 if self._may_move else totals.index(max(totals)),)
-        self._num_shares = len(self.lanes) if self._is_undecided(expected) else self._in_use
+        self._num_shares = self._choose_shares(expected)
         self._share_of_load = sum(map(request_load, expected)) / self._num_shares
         self._share_of_requests = len(expected) / self._num_shares
 
     def _choose_number(self, expected: Sequence[int]) -> int:
         """How many lanes to use for requests of so many context tokens."""
-        if len(expected) < 2 or not (self._always or self.costs.known):
+        if len(expected) < 2:
             return 1
         if self._always:
             return len(self.lanes)
+        if not (self.costs.known if self._may_move else self.costs.well_known):
+            return 1
         gain = self.costs.gain_of_two(len(expected), sum(expected))
         if gain > 1 + MARGIN:
             return len(self.lanes)
         return 1 if gain < 1 - MARGIN else self._in_use
 
-    def _is_undecided(self, expected: Sequence[int]) -> bool:
-        """Whether nothing is known yet, while who enters a lane will stay there.
+    def _choose_shares(self, expected: Sequence[int]) -> int:
+        """Of how many shares a lane gets one.
 
-        Then one lane shows with a half of the requests what steps cost. The others wait for these few steps, once in an
-        engine's life.
+        Who enters a lane stays there, where requests may not move. So as long as nothing is known one lane shows what
+        steps cost, with a quarter of the requests and then a half, for costs are fitted to steps of several sizes. The
+        others wait for these few steps, once in an engine's life.
         """
-        return not (self._may_move or self._always or self.costs.known) and len(expected) > 1
+        if self._may_move or self._always or self.costs.well_known or len(expected) < 2:
+            return self._in_use
+        return len(self.lanes) if self.costs.known else 2 * len(self.lanes)
 
     def members(self, index: int | None) -> Set[str]:
         """The requests of a lane; none of no lane."""

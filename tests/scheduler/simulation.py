@@ -159,7 +159,7 @@ class Simulation:
         """Schedule until all batches are in flight or nothing can be scheduled, then answer the oldest."""
         self.schedule()
         if self.queue:
-            self._answer(self.queue.popleft())
+            self.answer()
 
     def schedule(self) -> None:
         """Schedule until all batches are in flight or nothing can be scheduled."""
@@ -234,8 +234,9 @@ class Simulation:
         end = self.scheduler.requests[request_id].num_computed_tokens
         return {blocks[position // BLOCK_SIZE] for position in range(end - count, end)}
 
-    def _answer(self, step: InFlight) -> None:
-        output = step.output
+    def answer(self) -> None:
+        """Answer the oldest step in flight."""
+        output = self.queue.popleft().output
         self.preemptions = sum(request.num_preemptions for request in self._requests.values())
         if not output.num_scheduled_tokens:
             answer = EMPTY_MODEL_RUNNER_OUTPUT

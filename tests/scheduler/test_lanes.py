@@ -101,10 +101,10 @@ def test_when_a_lane_is_full() -> None:
     assert not lanes.is_full(1, [72, 72], 5000), "the lane is the lighter one"
 
 
-def learnt(attention_per_token: float) -> Lanes:
-    lanes = Lanes(2, may_move=True)
+def learnt(attention_per_token: float, may_move: bool = True) -> Lanes:
+    lanes = Lanes(2, may_move=may_move)
     scheduled = dict.fromkeys(EQUAL, 1)
-    for _ in range(ENOUGH_STEPS):
+    for _ in range(ENOUGH_STEPS if may_move else 2 * ENOUGH_STEPS):
         lanes.learn(scheduled, EQUAL.__getitem__, StepTimes(1.0, attention_per_token * sum(EQUAL.values())))
     return lanes
 
@@ -133,6 +133,82 @@ def test_one_lane_as_long_as_nothing_is_known_and_for_one_request() -> None:
     alone.end_step(1)
     alone.plan({"a": 100}, [], "a")
     assert members(alone) == [1, 0], "it moves to the lane that is left"
+
+
+def staying(always: bool = True) -> Lanes:
+    return Lanes(2, may_move=False, always=always)
+
+
+def run(lanes: Lanes, index: int, *names: str) -> None:
+    lanes.begin_step(index, names, set())
+    lanes.end_step(index)
+
+
+def test_a_request_keeps_its_lane_until_it_is_gone() -> None:
+    lanes = staying()
+    run(lanes, 1, "a")
+    lanes.plan({"a": 100}, [], "a")
+    assert lanes.members(1) == {"a"}, "alone as it is"
+    lanes.plan({}, [100], "a")
+    assert lanes.members(1) == set(), "it does not run"
+    assert lanes.home("a") == 1
+    assert lanes.next_idle("a") == 1
+    with pytest.raises(AssertionError, match="request a of lane 1 was scheduled in lane 0"):
+        lanes.begin_step(0, ["a"], set())
+    lanes.plan({}, [], "")
+    assert lanes.home("a") is None
+
+
+@pytest.mark.parametrize("may_move", [False, True])
+def test_nobody_leaves_a_step_in_flight(may_move: bool) -> None:
+    """Also a request that is gone, whose name comes back, and one that was preempted meanwhile."""
+    lanes = Lanes(2, may_move=may_move, always=True)
+    lanes.begin_step(1, ["a", "b"], set())
+    lanes.plan({}, [100], "a")
+    assert lanes.home("a") == lanes.home("b") == 1
+    assert lanes.next_idle("a") is None
+    lanes.end_step(1)
+    lanes.plan({}, [100], "a")
+    assert lanes.home("a") == (None if may_move else 1)
+    assert lanes.home("b") is None
+
+
+def test_new_requests_enter_the_lane_that_has_most_where_one_is_wanted() -> None:
+    lanes = learnt(attention_per_token=1e-5, may_move=False)
+    run(lanes, 0, "a")
+    run(lanes, 1, "b", "c")
+    lanes.plan(dict.fromkeys("abc", 100), [100], "abcd")
+    assert members(lanes) == [1, 2]
+    assert lanes.is_full(0, [100], 100)
+    assert not lanes.is_full(1, [100, 100], 100)
+    lanes.plan(dict.fromkeys("bc", 100), [100], "bcd")
+    assert [lanes.next_idle("d") for _ in range(2)] == [1, 1], "lane 0 has drained"
+
+
+def test_new_requests_enter_the_lighter_lane_where_two_are_wanted() -> None:
+    lanes = learnt(attention_per_token=2e-3, may_move=False)
+    run(lanes, 0, *EQUAL)
+    lanes.plan(EQUAL, [100], EQUAL)
+    assert members(lanes) == [8, 0]
+    assert lanes.is_full(0, list(EQUAL.values()), 100)
+    assert not lanes.is_full(1, [], 100)
+
+
+def test_a_part_of_the_first_requests_shows_what_steps_cost() -> None:
+    """First a quarter of them, then a half, in one lane."""
+    lanes = staying(always=False)
+    admitted: dict[str, int] = {}
+    for expected in (2, 4):
+        lanes.plan(admitted, [100] * (8 - len(admitted)), EQUAL)
+        assert lanes.is_full(1, [], 100)
+        while not lanes.is_full(0, list(admitted.values()), 100):
+            admitted[f"r{len(admitted)}"] = 100
+        assert len(admitted) == expected
+        run(lanes, 0, *admitted)
+        for _ in range(ENOUGH_STEPS):
+            lanes.learn(dict.fromkeys(admitted, 1), EQUAL.__getitem__, StepTimes(1.0, 0.01 * len(admitted)))
+    lanes.plan(admitted, [100] * 4, EQUAL)
+    assert not lanes.is_full(0, [100] * 8, 100), "one batch is faster"
 
 
 def test_a_step_that_prefills_teaches_nothing() -> None:

@@ -1,8 +1,11 @@
 """One lane and two over vLLM's scheduler: every invariant, at every step, over thousands of random steps."""
 
+from itertools import pairwise
+
 import pytest
 from models import ModelZoo
 from simulation import MAX_NUM_SEQS, Simulation, make_config, make_scheduler
+from vllm.v1.request import RequestStatus
 
 from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.scheduler.lanes import ALLOWED_IMBALANCE, request_load
@@ -90,6 +93,50 @@ def test_lanes_share_the_slots_for_adapters(make_simulation, max_loras: int, num
         simulation.step()
     simulation.finish()
     assert (simulation.overlapping_steps > 100) == (num_batches > 1)
+
+
+@pytest.mark.parametrize("may_move", [False, True])
+@pytest.mark.parametrize("stagger", ["always", "auto"])
+def test_sessions_come_back_to_their_lane(make_simulation, stagger: str, may_move: bool) -> None:
+    """Sessions that wait for input, more of it, or none any more, beside requests that need blocks and lanes too."""
+    simulation = make_simulation(3, num_blocks=60, stagger=stagger, may_move=may_move)
+    rng, scheduler = simulation.random, simulation.scheduler
+    simulation.times = lambda requests, context: StepTimes(1.0, rng.choice([0.0001, 0.01]) * context)
+    inputs = dict.fromkeys((simulation.add(20, 5, resumable=True) for _ in range(4)), 1)
+    for _ in range(700):
+        if rng.random() < 0.1:
+            simulation.add(rng.choice([1, 33, 300]), rng.randrange(1, 60))
+        session = rng.choice(list(inputs))
+        if inputs[session] < 8 and rng.random() < 0.2:
+            simulation.add(rng.randrange(1, 40), rng.randrange(1, 10), session=session, resumable=True)
+            inputs[session] += 1
+        simulation.step()
+    simulation.run_until(lambda: not simulation.unfinished())
+    scheduler.finish_requests(list(inputs), RequestStatus.FINISHED_ABORTED)
+    simulation.finish()
+    assert simulation.preemptions > 0
+    assert (simulation.moves > 0) == may_move
+    assert min(inputs.values()) == 8
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 59
+
+
+def test_preempted_requests_return_to_their_lanes_at_once(make_simulation) -> None:
+    """Those of both lanes, though they wait in one queue by turns; and a new one runs beside them."""
+    simulation = make_simulation(0, num_blocks=200)
+    scheduler = simulation.scheduler
+    for _ in range(10):
+        simulation.add(10, max_tokens=300)
+        simulation.step()
+        simulation.step()
+    while simulation.queue:
+        simulation.answer()
+    running = scheduler.running_names()
+    assert len(running) == 10
+    assert sum(simulation.lane_of[a] != simulation.lane_of[b] for a, b in pairwise(running)) > 5
+    scheduler.preempt(running)
+    simulation.add(10, max_tokens=300)
+    simulation.schedule()
+    assert len(scheduler.running) == 11
 
 
 def fill(simulation: Simulation, prompt_lens: list[int]) -> None:

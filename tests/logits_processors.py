@@ -1,4 +1,4 @@
-"""A logits processor of a user's own, for each model runner, as vLLM loads it by name: ``logits_processors:NoRepeatsV1``.
+"""A user's logits processor, for each model runner, as vLLM loads it by its name: ``logits_processors:NoRepeatsV1``.
 
 It forbids the last `extra_args["no_repeats"]` output tokens of a request, and makes every second of the tokens from a
 number on, that of its output tokens, less likely: what it does depends on the state of the request.

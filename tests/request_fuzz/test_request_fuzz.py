@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import runners
 from engines import Engines
-from fuzz import check, jobs, make_adapters
 from models import ModelZoo
+
+from fuzz import check, jobs, make_adapters
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ def register():
             return mask
         return interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
 
-    # The interpreter wants masks of bool, where Triton's compilers take any integer (vLLM's grammar kernel has an int1).
+    # The interpreter wants masks of bool, where Triton's compilers take any integer, as in vLLM's grammar kernel.
     builder = interpreter.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     builder.create_masked_load = lambda self, p, mask, *rest: load(self, p, boolean(mask), *rest)
@@ -24,5 +24,5 @@ def register():
     # A third of the time goes into asking whether each sum overflows.
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    # The kernel of top-k and top-p uses what the interpreter does not have; vLLM's own way without Triton has the same result.
+    # Its kernel of top-k and top-p uses what the interpreter lacks; its way without Triton gives the same.
     topk_topp_sampler.HAS_TRITON = False

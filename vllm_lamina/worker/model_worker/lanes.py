@@ -170,12 +170,13 @@ class Lanes:
             self.finish_steps()
             lane.runner.load_adapter(adapter)
         if self._shared_places is not None:
-            self._make_places(lane, {request.name for request in step.requests if request.is_new})
+            new = {request.name for request in step.requests if request.is_new}
+            self._make_places(lane, new, self._shared_places)
         for request in step.requests:
             self._lane_of[request.name] = lane
         lane.execute(step, requests)
 
-    def _make_places(self, lane: Lane, new: Set[str]) -> None:
+    def _make_places(self, lane: Lane, new: Set[str], num_places: int) -> None:
         """Let the lane forget what is over in other lanes too, if its new requests need these names or places.
 
         Not sooner: a step in flight has its requests' places until it is over. All ranks do the same, whatever is over
@@ -183,7 +184,7 @@ class Lanes:
         """
         others = [other for other in self._lanes if other is not lane]
         num_held = sum(len(other.to_forget) for other in others)
-        if len(self._lane_of) + num_held + len(new) > self._shared_places or any(
+        if len(self._lane_of) + num_held + len(new) > num_places or any(
             not other.to_forget.isdisjoint(new) for other in others
         ):
             self.finish_steps()

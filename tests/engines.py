@@ -47,9 +47,7 @@ class Engines:
     their processes.
     """
 
-    def __init__(
-        self, directory: Path, prefix: tuple[str, ...] = (), beside: Engines | None = None
-    ) -> None:
+    def __init__(self, directory: Path, prefix: tuple[str, ...] = (), beside: Engines | None = None) -> None:
         self._directory = directory
         self._prefix = prefix
         self._results: dict[str, JobResult] = {}

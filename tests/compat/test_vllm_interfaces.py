@@ -10,6 +10,7 @@ from vllm_lamina.compat.backends import override_attention_backend, restore_atte
 from vllm_lamina.compat.versions import SERIES, check_vllm_version
 from vllm_lamina.device.cpu import CpuDevice
 from vllm_lamina.errors import LaminaError
+from vllm_lamina.executor.executors import STEP_METHODS
 
 
 def test_the_installed_version_is_tested() -> None:
@@ -55,3 +56,21 @@ def test_executor_hooks_exist() -> None:
     for cls in (MultiprocExecutor, UniProcExecutor):
         assert [*inspect.signature(cls._init_executor).parameters] == ["self"]
         assert [*inspect.signature(cls.shutdown).parameters] == ["self"]
+
+
+def test_model_workers_are_called_through_collective_rpc() -> None:
+    """Relies on it being all by which executors call their workers, once these run and until they end; on its first two
+    parameters; and on a step being these two methods.
+    """
+    from vllm.v1.executor import multiproc_executor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    methods = {
+        name: inspect.getsource(f) for name, f in vars(UniProcExecutor).items() if inspect.isfunction(f)
+    }
+    calling = {name for name, source in methods.items() if "self.driver_worker" in source}
+    assert calling == {"_init_executor", "collective_rpc", "shutdown"}
+    assert inspect.getsource(multiproc_executor).count("self.rpc_broadcast_mq.enqueue(") == 1
+    for cls in (multiproc_executor.MultiprocExecutor, UniProcExecutor):
+        assert [*inspect.signature(cls.collective_rpc).parameters][:3] == ["self", "method", "timeout"]
+        assert all(f'"{name}",' in inspect.getsource(getattr(cls, name)) for name in STEP_METHODS)

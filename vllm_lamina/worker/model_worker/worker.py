@@ -166,6 +166,11 @@ class _LaminaWorker(Worker):
         """Sample the tokens of the step begun last."""
         return LaterOutput(self.lanes.sample(grammar_output))
 
+    def finish_steps(self) -> None:
+        """Wait until no step is in flight: before every call beside the steps, see the executor's `collective_rpc`."""
+        if self._lanes is not None:
+            self._lanes.finish_steps()
+
     def lost_attention_workers(self) -> list[int]:
         """Attention workers of this rank that are lost, by their place in the partition."""
         return self.attention_workers.lost
@@ -174,18 +179,7 @@ class _LaminaWorker(Worker):
         self, candidates_by_rank: Sequence[Mapping[int, Sequence[str]]]
     ) -> dict[int, str]:
         """See `AttentionWorkers.replace`; called by the executor when no step is in flight."""
-        self._finish_steps()
         return self.attention_workers.replace(candidates_by_rank[self.rank])
-
-    def add_lora(self, lora_request: Any) -> bool:
-        """Load an adapter, which may take the place of another one, between steps."""
-        self._finish_steps()
-        return bool(super().add_lora(lora_request))
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Unload an adapter, between steps."""
-        self._finish_steps()
-        return bool(super().remove_lora(lora_id))
 
     def pin_lora(self, lora_id: int) -> bool:
         """Keep an adapter in its slot.
@@ -218,10 +212,6 @@ class _LaminaWorker(Worker):
         self.exchange.deactivate()
         restore_attention_backend(self.exchange.device.backend_name)
         super().shutdown()
-
-    def _finish_steps(self) -> None:
-        if self._lanes is not None:
-            self._lanes.finish_steps()
 
     def _warm_up(self) -> None:
         """Compile the model, where the device's worker does so before the KV cache exists."""

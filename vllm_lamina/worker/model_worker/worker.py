@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -234,5 +236,8 @@ class LaminaCPUWorker(_LaminaWorker, CPUWorker):
 class LaminaCUDAWorker(_LaminaWorker):
     """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
 
+    @torch.inference_mode()
     def _warm_up(self) -> None:
-        self.model_runner.profile_run()
+        # vLLM's worker runs this under the same two; what it measures around it is the room for a KV cache.
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.profile_run()

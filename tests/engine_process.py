@@ -15,15 +15,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import adversary
+import runners
 from cores import ATTENTION_CPU
 from jobs import Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
 
 # Modules that every fork would otherwise import for itself.
 INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+INHERITED_V2 = ("vllm.v1.worker.cpu.model_runner",)
 
 
 def main() -> None:
-    for module in INHERITED:
+    for module in INHERITED + INHERITED_V2 * (runners.DEFAULT == runners.V2):
         importlib.import_module(module)
 
     for line in sys.stdin:
@@ -64,6 +67,8 @@ def run(job: Job) -> JobResult:
     from vllm import LLM
 
     os.environ.update(job.environment)
+    if job.random_lanes is not None:
+        adversary.provoke(job.random_lanes)
     with contextlib.ExitStack() as stack:
         pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
         if job.executor is not None:
@@ -74,7 +79,8 @@ def run(job: Job) -> JobResult:
         stack.callback(llm.llm_engine.engine_core.shutdown)
         executor = type(llm.llm_engine.model_executor).__name__
         adapters = Adapters()
-        return JobResult(executor, [_run_phase(llm, phase, adapters) for phase in job.phases])
+        phases = [_run_phase(llm, phase, adapters) for phase in job.phases]
+        return JobResult(executor, phases, dict(adversary.COUNTS))
 
 
 def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
@@ -150,13 +156,15 @@ def _num_tokens(result: RequestResult) -> int:
 
 def _sampling_params(params: dict[str, Any]) -> Any:
     from vllm import SamplingParams
-    from vllm.sampling_params import StructuredOutputsParams
+    from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsParams
 
     params = dict(params)
     if "structured_outputs" in params:
         params["structured_outputs"] = StructuredOutputsParams(**params["structured_outputs"])
     if "logit_bias" in params:  # JSON's keys are strings; token ids are not
         params["logit_bias"] = {int(token): bias for token, bias in params["logit_bias"].items()}
+    if "repetition_detection" in params:
+        params["repetition_detection"] = RepetitionDetectionParams(**params["repetition_detection"])
     return SamplingParams(**params)
 
 

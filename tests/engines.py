@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
+import runners
 from cores import BIND
 from jobs import Job, JobResult
 
@@ -49,7 +50,8 @@ class Engines:
         self._directory = directory
         self._prefix = prefix
         self._results: dict[str, JobResult] = {}
-        self._process: subprocess.Popen[str] | None = None
+        self._processes: dict[str, subprocess.Popen[str]] = {}
+        """Of each model runner: the process that runs its jobs."""
 
     def __enter__(self) -> Engines:
         return self
@@ -62,7 +64,7 @@ class Engines:
         job = replace(job, engine=ENGINE_DEFAULTS | job.engine)
         key = job.to_json()
         if key not in self._results:
-            self._results[key] = self._run(key, deadline)
+            self._results[key] = self._run(key, job.runner, deadline)
         return self._results[key]
 
     def pair(self, job: Job, deadline: float = 180.0) -> tuple[JobResult, JobResult]:
@@ -72,33 +74,34 @@ class Engines:
         assert "Lamina" not in stock.executor, stock.executor
         return stock, lamina
 
-    def _run(self, job: str, deadline: float) -> JobResult:
+    def _run(self, job: str, runner: str, deadline: float) -> JobResult:
         stem = self._directory / f"job-{len(list(self._directory.glob('*.log')))}"
         job_file, result_file, log_file = (stem.with_suffix(s) for s in (".json", ".result", ".log"))
         job_file.write_text(job)
         log_file.touch()
-        if self._process is None:
-            self._process = self._start()
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{job_file} {result_file} {log_file}\n")
-        self._process.stdin.flush()
-        pid = self._read(self._process.stdout, deadline, log_file)
-        status = self._read(self._process.stdout, deadline, log_file, group=pid)
+        if runner not in self._processes:
+            self._processes[runner] = self._start(runner)
+        process = self._processes[runner]
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(f"{job_file} {result_file} {log_file}\n")
+        process.stdin.flush()
+        pid = self._read(process.stdout, deadline, log_file)
+        status = self._read(process.stdout, deadline, log_file, group=pid)
         if _kill_group(pid, grace=30.0):
             raise JobFailed(f"the engine left processes behind\n{_tail(log_file)}")
         if status != 0 or not result_file.exists():
             raise JobFailed(f"the engine ended with status {status}\n{_tail(log_file)}")
         return JobResult.from_json(result_file.read_text())
 
-    def _start(self) -> subprocess.Popen[str]:
+    def _start(self, runner: str) -> subprocess.Popen[str]:
         program = Path(__file__).with_name("engine_process.py")
         return subprocess.Popen(
             [*self._prefix, sys.executable, str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=(self._directory / "engine_process.err").open("w"),
-            env=os.environ | ENGINE_ENV,
+            stderr=(self._directory / "engine_process.err").open("a"),
+            env=os.environ | ENGINE_ENV | runners.environment(runner),
             text=True,
             bufsize=1,
         )
@@ -117,10 +120,10 @@ class Engines:
         raise JobFailed(f"{problem}\n{errors}\n{_tail(log_file)}")
 
     def _stop(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            self._process = None
+        while self._processes:
+            _, process = self._processes.popitem()
+            process.kill()
+            process.wait()
 
 
 def _kill_group(group: int, grace: float) -> bool:

@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+import runners
+
 
 @dataclass(frozen=True)
 class Request:
@@ -52,8 +54,9 @@ class Job:
 
     `engine` are the keyword arguments of vLLM's LLM; `executor` is None for stock vLLM; `kv_memory_mib` is the size of
     the KV pool, wherever it is; `worker_memory_mib` are those of attention workers that run already, where Lamina is to
-    use these instead; `environment` are variables of its process. Equal jobs give equal results, which is what makes
-    them cacheable.
+    use these instead; `environment` are variables of its process, and `runner` is vLLM's model runner. With
+    `random_lanes`, a seed, the number of lanes changes at random, and each step is checked (`adversary.py`). Equal jobs
+    give equal results, which is what makes them cacheable.
     """
 
     model: str
@@ -63,6 +66,8 @@ class Job:
     kv_memory_mib: int = 256
     worker_memory_mib: tuple[int, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    runner: str = runners.DEFAULT
+    random_lanes: int | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -113,10 +118,11 @@ class PhaseResult:
 
 @dataclass(frozen=True)
 class JobResult:
-    """The phases' results, and the name of the class of the executor that ran them."""
+    """The phases' results, the name of the class of the executor that ran them, and what `adversary.py` counted."""
 
     executor: str
     phases: list[PhaseResult]
+    counts: dict[str, int] = field(default_factory=dict)
 
     def phase(self, name: str) -> PhaseResult:
         return next(phase for phase in self.phases if phase.name == name)
@@ -127,7 +133,7 @@ class JobResult:
     @classmethod
     def from_json(cls, text: str) -> Self:
         data = json.loads(text)
-        return cls(data["executor"], [_phase_result(phase) for phase in data["phases"]])
+        return cls(data["executor"], [_phase_result(phase) for phase in data["phases"]], data["counts"])
 
 
 def _phase_result(data: dict[str, Any]) -> PhaseResult:

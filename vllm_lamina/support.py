@@ -169,11 +169,6 @@ REFUSALS: tuple[Refusal, ...] = (
             or c.parallel_config.prefill_context_parallel_size > 1
         ),
     ),
-    Refusal(
-        "vLLM's V2 model runner",
-        "set VLLM_USE_V2_MODEL_RUNNER=0",
-        lambda c: c.use_v2_model_runner,
-    ),
 )
 
 

@@ -90,15 +90,6 @@ def test_the_batch_is_ordered_before_metadata_is_built() -> None:
     assert isinstance(InputBatch.req_ids, property)
 
 
-def test_a_request_can_be_handed_over() -> None:
-    """Relies on the state of a request being one object of ``requests``, and on ``num_prompt_logprobs`` beside it."""
-    made = inspect.getsource(GPUModelRunner.__init__)
-    assert "self.requests" in made
-    assert "self.num_prompt_logprobs" in made
-    assert [*inspect.signature(InputBatch.remove_request).parameters] == ["self", "req_id"]
-    assert "self.input_batch.add_request(" in inspect.getsource(GPUModelRunner._update_states)
-
-
 def test_a_second_runner_can_be_made() -> None:
     """Relies on these, and on ``attn_groups`` holding the builders of a runner."""
     parameters = [*inspect.signature(GPUModelRunner.__init__).parameters]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import runners
 from comparison import assert_same_phase, assert_same_until_aborted
 from engines import Engines
 from jobs import Job, JobResult, Phase, Request
@@ -88,7 +89,7 @@ AFTER_ABORTS = Phase("after aborts", requests((500, 20, 310, 129), seed=160))
 @pytest.fixture(scope="module")
 def results(engines: Engines, model_zoo: ModelZoo) -> tuple[JobResult, JobResult]:
     phases = [*PHASES, ABORTS, AFTER_ABORTS]
-    engine = {"max_model_len": 8192, "logits_processors": ["logits_processors:NoRepeats"]}
+    engine = {"max_model_len": 8192, "logits_processors": [runners.LOGITS_PROCESSOR[runners.DEFAULT]]}
     return engines.pair(Job(model_zoo("llama"), phases, engine))
 
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from vllm.config import VllmConfig
@@ -24,6 +25,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_lamina.compat.config import facts_of, with_batches_in_flight
 from vllm_lamina.compat.outputs import StepTimes, has_failed, report_times
+from vllm_lamina.compat.step_lane import lane_of
 from vllm_lamina.scheduler.scheduler import LaminaScheduler
 
 BLOCK_SIZE = 32
@@ -49,9 +51,15 @@ def make_config(model: str, num_batches: int = 2, **options: Any) -> VllmConfig:
 
 
 def make_scheduler(
-    config: VllmConfig, num_blocks: int, placement: tuple[str, list[int]] | None = None
+    config: VllmConfig,
+    num_blocks: int,
+    placement: tuple[str, list[int]] | None = None,
+    may_move: bool = False,
 ) -> LaminaScheduler:
-    """A scheduler of so many blocks; ``placement`` is what a model worker says of several attention workers."""
+    """A scheduler of so many blocks; ``placement`` is what a model worker says of several attention workers.
+
+    It is that of vLLM's V2 model runner where requests may move from lane to lane.
+    """
     facts_of(config).block_placement = placement
     spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
     kv_cache_config = KVCacheConfig(
@@ -59,14 +67,15 @@ def make_scheduler(
     )
     config.cache_config.num_gpu_blocks = num_blocks
     config.cache_config.block_size = BLOCK_SIZE
-    return LaminaScheduler(
-        vllm_config=config,
-        kv_cache_config=kv_cache_config,
-        structured_output_manager=StructuredOutputManager(config),
-        block_size=BLOCK_SIZE,
-        hash_block_size=BLOCK_SIZE,
-        log_stats=True,
-    )
+    with patch.object(VllmConfig, "use_v2_model_runner", may_move):
+        return LaminaScheduler(
+            vllm_config=config,
+            kv_cache_config=kv_cache_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=BLOCK_SIZE,
+            hash_block_size=BLOCK_SIZE,
+            log_stats=True,
+        )
 
 
 @dataclass
@@ -88,6 +97,9 @@ class Simulation:
     errors: set[str] = field(default_factory=set)
     """Of those that finished: the ones whose clients got an error."""
     aborted: set[str] = field(default_factory=set)
+    lane_of: dict[str, int] = field(default_factory=dict)
+    """The lane of a request's last step."""
+    moves: int = 0
     preemptions: int = 0
     overlapping_steps: int = 0
     times: Callable[[int, int], StepTimes] = lambda requests, context: StepTimes(1.0, 0.01 * context)
@@ -107,11 +119,17 @@ class Simulation:
         priority: int = 0,
         shared_prefix: bool = False,
         adapter: int | None = None,
+        session: str | None = None,
+        resumable: bool = False,
     ) -> str:
-        """Queue a request of random tokens, perhaps behind a prefix that others have too, or with a LoRA adapter."""
+        """Queue a request of random tokens, perhaps behind a prefix that others have too, or with a LoRA adapter.
+
+        One that is resumable is a session, which waits for more input when it has given its tokens; ``session`` is one
+        that has this as its next input.
+        """
         prompt = [self.random.randrange(VOCAB_SIZE) for _ in range(prompt_len)]
         request = Request(
-            request_id=f"r{len(self._requests)}",
+            request_id=session or f"r{len(self._requests)}",
             prompt_token_ids=self._shared_prefix + prompt if shared_prefix else prompt,
             sampling_params=SamplingParams(max_tokens=max_tokens, ignore_eos=True),
             pooling_params=None,
@@ -119,8 +137,11 @@ class Simulation:
             arrival_time=float(len(self._requests)),
             block_hasher=self._hasher,
             lora_request=LoRARequest(f"adapter-{adapter}", adapter, "nowhere") if adapter else None,
+            resumable=resumable,
         )
-        self._requests[request.request_id] = request
+        if session is None:
+            self._requests[request.request_id] = request
+        self.finished.pop(request.request_id, None)
         self.scheduler.add_request(request)
         return request.request_id
 
@@ -138,7 +159,7 @@ class Simulation:
         """Schedule until all batches are in flight or nothing can be scheduled, then answer the oldest."""
         self.schedule()
         if self.queue:
-            self._answer(self.queue.popleft())
+            self.answer()
 
     def schedule(self) -> None:
         """Schedule until all batches are in flight or nothing can be scheduled."""
@@ -168,6 +189,8 @@ class Simulation:
         for one, other in zip(scheduler.lanes.lanes, scheduler.lanes.lanes[1:], strict=False):
             assert not one.members & other.members, "a request is in two lanes"
         self._check_adapters([*(step.output for step in self.queue), output])
+        self._check_lane(output)
+        self._check_order(output)
         written = {
             block
             for request_id, count in output.num_scheduled_tokens.items()
@@ -178,6 +201,22 @@ class Simulation:
         if self.queue and self.queue[0].output.num_scheduled_tokens and output.num_scheduled_tokens:
             self.overlapping_steps += 1
         return InFlight(output, written)
+
+    def _check_lane(self, output: SchedulerOutput) -> None:
+        """Where requests may not move, every step of a request's life is in one lane."""
+        for request_id in output.num_scheduled_tokens:
+            lane = lane_of(output)
+            self.moves += self.lane_of.get(request_id, lane) != lane
+            self.lane_of[request_id] = lane
+        assert self.scheduler.requests_may_move or not self.moves, "a request has changed lanes"
+
+    def _check_order(self, output: SchedulerOutput) -> None:
+        """A new request takes no blocks from those that were preempted, for which it would have to wait otherwise."""
+        scheduler = self.scheduler
+        is_new = any(self._requests[new.req_id].num_preemptions == 0 for new in output.scheduled_new_reqs)
+        if is_new and scheduler.scheduler_config.policy == "fcfs":
+            lacking = sum(-(-r.num_tokens // BLOCK_SIZE) for r in scheduler.waiting if r.num_preemptions)
+            assert lacking <= scheduler.kv_blocks.num_free, "a new request has overtaken a preempted one"
 
     def _check_adapters(self, in_flight: list[SchedulerOutput]) -> None:
         """The model worker has room for the adapters of all steps in flight, whatever became of their requests."""
@@ -195,8 +234,9 @@ class Simulation:
         end = self.scheduler.requests[request_id].num_computed_tokens
         return {blocks[position // BLOCK_SIZE] for position in range(end - count, end)}
 
-    def _answer(self, step: InFlight) -> None:
-        output = step.output
+    def answer(self) -> None:
+        """Answer the oldest step in flight."""
+        output = self.queue.popleft().output
         self.preemptions = sum(request.num_preemptions for request in self._requests.values())
         if not output.num_scheduled_tokens:
             answer = EMPTY_MODEL_RUNNER_OUTPUT

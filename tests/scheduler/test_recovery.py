@@ -156,24 +156,29 @@ MakeSimulation = Callable[..., LossySimulation]
 
 @pytest.fixture
 def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
-    def make(seed: int, kind: str, recovery_timeout: float = 60, num_batches: int = 2) -> LossySimulation:
+    def make(
+        seed: int, kind: str, recovery_timeout: float = 60, num_batches: int = 2, may_move: bool = False
+    ) -> LossySimulation:
         config = make_config(model_zoo("llama"), num_batches, lamina_recovery_timeout=recovery_timeout)
         simulation = LossySimulation(None, seed, kind=kind)  # type: ignore[arg-type]
         facts_of(config).recovery = simulation
         placement = None if kind == HEAD else (kind, [BLOCKS_PER_WORKER] * NUM_WORKERS)
         num_blocks = NUM_WORKERS * BLOCKS_PER_WORKER
-        simulation.scheduler = make_scheduler(config, num_blocks, placement)
+        simulation.scheduler = make_scheduler(config, num_blocks, placement, may_move)
         return simulation
 
     return make
 
 
 @pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
-@pytest.mark.parametrize(("seed", "num_batches"), [*((seed, 2) for seed in range(4)), (0, 1), (1, 1)])
+@pytest.mark.parametrize(
+    ("seed", "num_batches", "may_move"),
+    [(0, 2, False), (1, 2, False), (2, 2, True), (3, 2, True), (0, 1, False), (1, 1, False)],
+)
 def test_workers_lost_at_random(
-    make_simulation: MakeSimulation, seed: int, num_batches: int, kind: str
+    make_simulation: MakeSimulation, seed: int, num_batches: int, may_move: bool, kind: str
 ) -> None:
-    simulation = make_simulation(seed, kind, num_batches=num_batches)
+    simulation = make_simulation(seed, kind, num_batches=num_batches, may_move=may_move)
     rng = simulation.random
     for step in range(700):
         if step < 500 and rng.random() < 0.15:

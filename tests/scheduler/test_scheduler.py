@@ -1,8 +1,11 @@
 """One lane and two over vLLM's scheduler: every invariant, at every step, over thousands of random steps."""
 
+from itertools import pairwise
+
 import pytest
 from models import ModelZoo
 from simulation import MAX_NUM_SEQS, Simulation, make_config, make_scheduler
+from vllm.v1.request import RequestStatus
 
 from vllm_lamina.compat.outputs import StepTimes
 from vllm_lamina.scheduler.lanes import ALLOWED_IMBALANCE, request_load
@@ -18,26 +21,35 @@ def make_simulation(model_zoo: ModelZoo):
         stagger: str = "always",
         max_loras: int | None = None,
         num_batches: int = 2,
+        may_move: bool = False,
     ) -> Simulation:
         lora = {"enable_lora": True, "max_loras": max_loras} if max_loras is not None else {}
         options = {"scheduling_policy": policy, "lamina_stagger": stagger} | lora
         config = make_config(model_zoo("llama"), num_batches, **options)
-        return Simulation(make_scheduler(config, num_blocks), seed)
+        return Simulation(make_scheduler(config, num_blocks, may_move=may_move), seed)
 
     return make
 
 
 @pytest.mark.parametrize(
-    ("num_batches", "stagger"),
-    [pytest.param(1, "auto", id="one batch"), (2, "always"), (2, "auto")],
+    ("num_batches", "stagger", "may_move"),
+    [
+        pytest.param(1, "auto", False, id="one batch"),
+        pytest.param(2, "always", False, id="always"),
+        pytest.param(2, "auto", False, id="auto"),
+        pytest.param(2, "always", True, id="always, requests may move"),
+        pytest.param(2, "auto", True, id="auto, requests may move"),
+    ],
 )
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
 @pytest.mark.parametrize("seed", range(3))
 def test_random_arrivals_aborts_and_preemptions(
-    make_simulation, seed: int, policy: str, num_batches: int, stagger: str
+    make_simulation, seed: int, policy: str, num_batches: int, stagger: str, may_move: bool
 ) -> None:
     """A pool too small for all, so that requests are preempted; aborts whatever a request is doing."""
-    simulation = make_simulation(seed, num_blocks=40, policy=policy, stagger=stagger, num_batches=num_batches)
+    simulation = make_simulation(
+        seed, num_blocks=40, policy=policy, stagger=stagger, num_batches=num_batches, may_move=may_move
+    )
     rng = simulation.random
     # Which of one batch and two is faster changes all the time.
     simulation.times = lambda requests, context: StepTimes(1.0, rng.choice([0.0001, 0.01]) * context)
@@ -57,6 +69,7 @@ def test_random_arrivals_aborts_and_preemptions(
         simulation.step()
     simulation.finish()
     assert simulation.preemptions > 0
+    assert (simulation.moves > 0) == may_move
     assert (simulation.overlapping_steps > 100) == (num_batches > 1)
     assert simulation.finished == {r: n for r, n in wanted.items() if r in simulation.finished}
     assert set(wanted) == set(simulation.finished) | simulation.aborted
@@ -82,6 +95,50 @@ def test_lanes_share_the_slots_for_adapters(make_simulation, max_loras: int, num
     assert (simulation.overlapping_steps > 100) == (num_batches > 1)
 
 
+@pytest.mark.parametrize("may_move", [False, True])
+@pytest.mark.parametrize("stagger", ["always", "auto"])
+def test_sessions_come_back_to_their_lane(make_simulation, stagger: str, may_move: bool) -> None:
+    """Sessions that wait for input, more of it, or none any more, beside requests that need blocks and lanes too."""
+    simulation = make_simulation(3, num_blocks=60, stagger=stagger, may_move=may_move)
+    rng, scheduler = simulation.random, simulation.scheduler
+    simulation.times = lambda requests, context: StepTimes(1.0, rng.choice([0.0001, 0.01]) * context)
+    inputs = dict.fromkeys((simulation.add(20, 5, resumable=True) for _ in range(4)), 1)
+    for _ in range(700):
+        if rng.random() < 0.1:
+            simulation.add(rng.choice([1, 33, 300]), rng.randrange(1, 60))
+        session = rng.choice(list(inputs))
+        if inputs[session] < 8 and rng.random() < 0.2:
+            simulation.add(rng.randrange(1, 40), rng.randrange(1, 10), session=session, resumable=True)
+            inputs[session] += 1
+        simulation.step()
+    simulation.run_until(lambda: not simulation.unfinished())
+    scheduler.finish_requests(list(inputs), RequestStatus.FINISHED_ABORTED)
+    simulation.finish()
+    assert simulation.preemptions > 0
+    assert (simulation.moves > 0) == may_move
+    assert min(inputs.values()) == 8
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 59
+
+
+def test_preempted_requests_return_to_their_lanes_at_once(make_simulation) -> None:
+    """Those of both lanes, though they wait in one queue by turns; and a new one runs beside them."""
+    simulation = make_simulation(0, num_blocks=200)
+    scheduler = simulation.scheduler
+    for _ in range(10):
+        simulation.add(10, max_tokens=300)
+        simulation.step()
+        simulation.step()
+    while simulation.queue:
+        simulation.answer()
+    running = scheduler.running_names()
+    assert len(running) == 10
+    assert sum(simulation.lane_of[a] != simulation.lane_of[b] for a, b in pairwise(running)) > 5
+    scheduler.preempt(running)
+    simulation.add(10, max_tokens=300)
+    simulation.schedule()
+    assert len(scheduler.running) == 11
+
+
 def fill(simulation: Simulation, prompt_lens: list[int]) -> None:
     """Requests that decode for long, with all prompts computed."""
     for prompt_len in prompt_lens:
@@ -92,9 +149,10 @@ def fill(simulation: Simulation, prompt_lens: list[int]) -> None:
 
 
 @pytest.mark.parametrize("prompt_lens", [[600, 500, 30, 30, 30, 30, 30, 30], [300] * 8, [700, 10, 10, 10]])
-def test_lanes_are_balanced_by_context(make_simulation, prompt_lens: list[int]) -> None:
+@pytest.mark.parametrize("may_move", [False, True])
+def test_lanes_are_balanced_by_context(make_simulation, prompt_lens: list[int], may_move: bool) -> None:
     """The lanes' loads differ by at most a sixteenth of the whole, or by the heavier lane's lightest request."""
-    simulation = make_simulation(0, num_blocks=200)
+    simulation = make_simulation(0, num_blocks=200, may_move=may_move)
     fill(simulation, prompt_lens)
     scheduler = simulation.scheduler
     loads = {request.request_id: request_load(request.num_tokens) for request in scheduler.running}
@@ -129,16 +187,18 @@ def test_all_run_that_the_pool_holds(
     assert simulation.preemptions == 0
 
 
-def test_one_batch_where_attention_is_cheap(make_simulation) -> None:
-    simulation = make_simulation(0, num_blocks=200, stagger="auto")
+@pytest.mark.parametrize("may_move", [False, True])
+def test_one_batch_where_attention_is_cheap(make_simulation, may_move: bool) -> None:
+    simulation = make_simulation(0, num_blocks=200, stagger="auto", may_move=may_move)
     simulation.times = lambda requests, context: StepTimes(1.0, 1e-5 * context)
     fill(simulation, [100] * 8)
     assert not any(lane.members for lane in simulation.scheduler.lanes.lanes[1:])
     assert all(len(step.output.num_scheduled_tokens) in (0, 8) for step in simulation.queue)
 
 
-def test_two_batches_where_attention_takes_as_long_as_the_model(make_simulation) -> None:
-    simulation = make_simulation(0, num_blocks=200, stagger="auto")
-    simulation.times = lambda requests, context: StepTimes(1.0, 1e-3 * context)
+@pytest.mark.parametrize("may_move", [False, True])
+def test_two_batches_where_attention_takes_longer_than_the_model(make_simulation, may_move: bool) -> None:
+    simulation = make_simulation(0, num_blocks=200, stagger="auto", may_move=may_move)
+    simulation.times = lambda requests, context: StepTimes(1.0, 3e-3 * context)
     fill(simulation, [100] * 8)
     assert sorted(len(lane.members) for lane in simulation.scheduler.lanes.lanes) == [4, 4]

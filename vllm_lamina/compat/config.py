@@ -29,6 +29,12 @@ def with_batches_in_flight(config: VllmConfig, num_batches: int) -> VllmConfig:
     return config
 
 
+def lanes_share_requests(config: VllmConfig) -> bool:
+    """Whether a request may run in any lane: the model runner keeps the requests' states in one place."""
+    shared: bool = config.use_v2_model_runner
+    return shared
+
+
 @dataclass
 class EngineFacts:
     """What is known of one engine beside vLLM's configuration of it.

@@ -55,6 +55,12 @@ class KVBlocks:
         return free
 
     @property
+    def num_admissible(self) -> int:
+        """Of those, the ones that may go to requests that begin: vLLM keeps some for the others, if told so."""
+        watermark: int = self._manager.watermark_blocks
+        return self.num_free - watermark
+
+    @property
     def usage(self) -> float:
         """Part of the blocks that requests hold."""
         usage: float = self._manager.usage

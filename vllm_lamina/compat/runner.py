@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 
 
 class LaneRunner(Protocol):
-    """One lane's model runner. All lanes of a model worker share the model's weights and its adapters."""
+    """One lane's model runner. All lanes of a model worker share the model's weights and its adapters.
+
+    Attributes
+    ----------
+    shared_places
+        How many requests the runners of all lanes together can know, where they share the requests' states; any lane
+        can then run a request, and forget it. None where each runner knows its own requests alone.
+    """
+
+    shared_places: int | None
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run a step up to its logits; None where it has tokens to sample, which `sample` does."""
@@ -24,8 +35,18 @@ class LaneRunner(Protocol):
     def order(self) -> Sequence[str]:
         """The requests of the step that is being executed, in the order of its batch; once it is prepared."""
 
-    def take_over(self, request_id: str, other: Self) -> None:
-        """Go on with a request that another lane's runner has run so far; neither has it in flight."""
-
     def load_adapter(self, lora_request: Any) -> None:
         """Load a LoRA adapter; no lane has a step in flight."""
+
+
+def lane_runners(
+    first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> Sequence[LaneRunner]:
+    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others with its model."""
+    if config.use_v2_model_runner:
+        from vllm_lamina.compat import runner_v2
+
+        return runner_v2.lane_runners(first, num_lanes, config, kv_cache_config)
+    from vllm_lamina.compat import runner_v1
+
+    return runner_v1.lane_runners(first, num_lanes, config, kv_cache_config)

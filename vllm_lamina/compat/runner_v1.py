@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
@@ -20,6 +20,8 @@ from vllm_lamina.compat.random_states import keep_random_states
 
 class LaneRunnerV1:
     """See `LaneRunner`."""
+
+    shared_places: int | None = None
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
@@ -40,15 +42,6 @@ class LaneRunnerV1:
         batch = self._runner.input_batch
         order: Sequence[str] = batch.req_ids[: batch.num_reqs]
         return order
-
-    def take_over(self, request_id: str, other: Self) -> None:
-        mine, its = self._runner, other._runner
-        # This lane's batch may still hold what the request was when it left, or an earlier one of the same name.
-        mine.input_batch.remove_request(request_id)
-        # The state itself is shared: should the request come back, the other lane's is up to date.
-        mine.requests[request_id] = its.requests[request_id]
-        if request_id in its.num_prompt_logprobs:
-            mine.num_prompt_logprobs[request_id] = its.num_prompt_logprobs.pop(request_id)
 
     def load_adapter(self, lora_request: Any) -> None:
         self._runner.add_lora(lora_request)

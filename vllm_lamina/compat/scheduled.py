@@ -38,8 +38,8 @@ class ScheduledStep:
         Of the step, if there are tokens.
     num_tokens
         Of all requests; 0 for an output that only tells of requests that have finished.
-    finished
-        Requests that have finished since the output before.
+    finished, preempted
+        Requests that have finished, and those that were preempted, since the output before.
     adapters
         LoRA adapters to load anew before the step; vLLM's own runner would in each step of their requests.
     blocks_to_zero, blocks_to_copy
@@ -50,16 +50,18 @@ class ScheduledStep:
     num_tokens: int
     requests: Sequence[ScheduledRequest]
     finished: Set[str]
+    preempted: Set[str]
     adapters: Sequence[Any]
     blocks_to_zero: Sequence[int]
     blocks_to_copy: Sequence[Any]
     _output: Any
 
     def for_runner(self, finished: set[str]) -> Any:
-        """The ``SchedulerOutput`` for a model runner of whose requests these have finished."""
+        """The ``SchedulerOutput`` for a model runner that is to forget these requests, and no others."""
         return dataclasses.replace(
             self._output,
             finished_req_ids=finished,
+            preempted_req_ids=None,
             new_block_ids_to_zero=None,
             kv_cache_block_copies=None,
         )
@@ -77,6 +79,7 @@ def read_step(output: Any) -> ScheduledStep:
         num_tokens=output.total_num_scheduled_tokens,
         requests=tuple(_requests(output)),
         finished=output.finished_req_ids,
+        preempted=output.preempted_req_ids or frozenset(),
         adapters=adapters,
         blocks_to_zero=output.new_block_ids_to_zero or (),
         blocks_to_copy=output.kv_cache_block_copies or (),

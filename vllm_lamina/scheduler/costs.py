@@ -44,6 +44,11 @@ class StepCosts:
         """Enough steps were observed to decide by them."""
         return self._steps >= ENOUGH_STEPS
 
+    @property
+    def well_known(self) -> bool:
+        """Enough for a decision that cannot be taken back."""
+        return self._steps >= 2 * ENOUGH_STEPS
+
     def model_seconds(self, requests: float) -> float:
         """The model worker's part of a step of so many requests."""
         mean_n, mean_t = self._n / self._weight, self._t / self._weight

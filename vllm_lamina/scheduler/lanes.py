@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from vllm_lamina.compat.outputs import StepTimes
@@ -27,49 +27,45 @@ class Lane:
     """LoRA adapters that the step in flight needs."""
 
 
-@dataclass(frozen=True)
-class Share:
-    """What a lane should hold of the requests that can run at once: a part of their load, or of their number."""
-
-    load: float
-    requests: float
-    load_of_others: int
-    """What the other lanes hold."""
-
-    def is_reached(self, tokens: Sequence[int]) -> bool:
-        """Whether a lane holds its share, by the context tokens of each of its requests."""
-        load = sum(map(request_load, tokens))
-        if load <= self.load_of_others:
-            return False  # whatever is still admitted, the lighter lane may take
-        return load >= self.load or len(tokens) >= self.requests
-
-
 class Lanes:
     """Assigns running requests to lanes and keeps the lanes' loads together.
 
-    A request is a member of at most one lane, and never leaves a lane whose step is in flight. Load is counted in
-    tokens: a request's context, which its attention reads, and `TOKENS_PER_REQUEST`. Where two halves would take longer
-    than one batch, by what the steps so far have cost, one lane has them all.
+    A request is a member of at most one lane, and never leaves a lane whose step is in flight. Where requests may move,
+    those of idle lanes do, as soon as the loads differ by too much. Where they may not, what the model worker keeps for
+    a request is in one lane: that is its home from its first step on until it is gone, also while it is preempted or a
+    session that waits for input. Balance then comes by admission alone: a new request enters the lane that lacks it.
+
+    Load is counted in tokens: a request's context, which its attention reads, and `TOKENS_PER_REQUEST`. Where two
+    halves would take longer than one batch, by what the steps so far have cost, one lane has them all, or gets all that
+    are new while the other drains.
 
     Parameters
     ----------
     num_lanes
         Number of batches in flight.
+    may_move
+        Whether a request may run in any lane.
     always
         Use all lanes, whatever steps cost.
     """
 
-    def __init__(self, num_lanes: int, always: bool = False) -> None:
+    def __init__(self, num_lanes: int, *, may_move: bool, always: bool = False) -> None:
         self.lanes = [Lane() for _ in range(num_lanes)]
         self.costs = StepCosts()
+        self._may_move = may_move
         self._always = always
+        self._home: dict[str, int] = {}
+        """The lane of each request that may run in no other."""
         self._in_use = 1
         """Lanes in use; the others are being emptied, or empty."""
+        self._open: Sequence[int] = (0,)
+        """Those that new requests may enter."""
         self._loads: Mapping[str, int] = {}
+        self._num_shares = 1
         self._share_of_load, self._share_of_requests = 0.0, 0.0
         self._last = num_lanes - 1
 
-    def plan(self, running: Mapping[str, int], next_to_run: Iterable[int]) -> None:
+    def plan(self, running: Mapping[str, int], next_to_run: Iterable[int], known: Container[str]) -> None:
         """Divide the running requests among the lanes, before a step is scheduled.
 
         Parameters
@@ -78,52 +74,105 @@ class Lanes:
             Context tokens of each running request.
         next_to_run
             Those of each waiting one that may run soon.
+        known
+            Every request that is not gone.
         """
         self.keep_only(running)
+        self._home = {
+            name: index for name, index in self._home.items() if name in known or self.lanes[index].in_flight
+        }
         if len(self.lanes) == 1:
             return
         self._loads = {name: request_load(tokens) for name, tokens in running.items()}
         expected = [*running.values(), *next_to_run]
         self._in_use = self._choose_number(expected)
-        if self._in_use == 1:
-            self.gather()
+        if self._may_move:
+            if self._in_use == 1:
+                self.gather()
+            else:
+                self.spread(self._loads)
+        if self._in_use > 1:
+            self._open = range(len(self.lanes))
         else:
-            self.spread(self._loads)
-        self._share_of_load = sum(map(request_load, expected)) / self._in_use
-        self._share_of_requests = len(expected) / self._in_use
+            totals = self._totals(self._loads)
+            self._open = (0 if self._may_move else totals.index(max(totals)),)
+        self._num_shares = self._choose_shares(expected)
+        self._share_of_load = sum(map(request_load, expected)) / self._num_shares
+        self._share_of_requests = len(expected) / self._num_shares
 
     def _choose_number(self, expected: Sequence[int]) -> int:
         """How many lanes to use for requests of so many context tokens."""
-        if len(expected) < 2 or not (self._always or self.costs.known):
+        if len(expected) < 2:
             return 1
         if self._always:
             return len(self.lanes)
+        if not (self.costs.known if self._may_move else self.costs.well_known):
+            return 1
         gain = self.costs.gain_of_two(len(expected), sum(expected))
         if gain > 1 + MARGIN:
             return len(self.lanes)
         return 1 if gain < 1 - MARGIN else self._in_use
 
+    def _choose_shares(self, expected: Sequence[int]) -> int:
+        """Of how many shares a lane gets one.
+
+        Who enters a lane stays there, where requests may not move. So as long as nothing is known one lane shows what
+        steps cost, with a quarter of the requests and then a half, for costs are fitted to steps of several sizes. The
+        others wait for these few steps, once in an engine's life.
+        """
+        if self._may_move or self._always or self.costs.well_known or len(expected) < 2:
+            return self._in_use
+        return len(self.lanes) if self.costs.known else 2 * len(self.lanes)
+
     def members(self, index: int | None) -> Set[str]:
         """The requests of a lane; none of no lane."""
         return self.lanes[index].members if index is not None else frozenset()
 
-    def share(self, index: int | None) -> Share | None:
-        """What a lane should hold; None where it may hold everything."""
-        if self._in_use == 1 or index is None:
-            return None
-        load_of_others = sum(self._loads.values()) - self.load(index, self._loads)
-        return Share(self._share_of_load, self._share_of_requests, load_of_others)
+    def home(self, name: str) -> int | None:
+        """The lane that a request runs in or not at all; None where any will do."""
+        return self._home.get(name)
 
-    def next_idle(self, may_admit: bool) -> int | None:
+    def is_full(self, index: int, tokens: Sequence[int], next_tokens: int) -> bool:
+        """Whether a new request must not enter a lane now.
+
+        Parameters
+        ----------
+        index
+            The lane.
+        tokens
+            Context tokens of each of its requests, those that it has just admitted included.
+        next_tokens
+            Context tokens of the new one.
+        """
+        if index not in self._open:
+            return True
+        if self._num_shares == 1:
+            return False
+        load = sum(map(request_load, tokens))
+        if load <= sum(self._loads.values()) - self.load(index, self._loads):
+            return False  # whatever is still admitted, the lighter lane may take
+        # It comes nearer to its share by the new request if that is by a half within it.
+        return (
+            load + request_load(next_tokens) / 2 > self._share_of_load
+            or len(tokens) >= self._share_of_requests
+        )
+
+    def next_idle(self, next_to_admit: str | None) -> int | None:
         """The lane to schedule next: of those that are idle and have something to do the one whose turn is longest ago.
 
         It has had its turn then, even if nothing of it can be scheduled, for want of blocks say: else the other lane,
-        which could give some back, would never come. An empty lane has something to do if a waiting request may enter.
+        which could give some back, would never come. An empty lane has something to do if the request that is to be
+        admitted next may enter.
         """
+        if next_to_admit is None:
+            may_admit: Sequence[int] = ()
+        else:
+            home = self.home(next_to_admit)
+            may_admit = self._open if home is None else (home,)
         candidates = [
             index
             for index, lane in enumerate(self.lanes)
-            if not lane.in_flight and (lane.members or (may_admit and index < self._in_use))
+            if not lane.in_flight and (lane.members or index in may_admit)
         ]
         if not candidates:
             return None
@@ -137,6 +186,8 @@ class Lanes:
         for request_id in scheduled:
             if request_id not in lane.members:
                 self.assign(request_id, index)
+            home = self._home.setdefault(request_id, index)
+            assert home == index, f"request {request_id} of lane {home} was scheduled in lane {index}"
         lane.in_flight = True
         lane.adapters = adapters
 
@@ -144,6 +195,8 @@ class Lanes:
         """The output of the lane's step has arrived."""
         self.lanes[index].in_flight = False
         self.lanes[index].adapters = set()
+        if self._may_move:
+            self._home = {name: home for name, home in self._home.items() if home != index}
 
     def learn(self, scheduled: Mapping[str, int], tokens_of: Callable[[str], int], times: StepTimes) -> None:
         """A step has ended that took so long; ``tokens_of`` says how many context tokens a request has now."""

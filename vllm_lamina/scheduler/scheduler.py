@@ -37,7 +37,11 @@ class LaminaScheduler(SchedulerPort):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.engine_metrics = EngineMetrics()
-        self.lanes = Lanes(self.num_batches, always=self.lamina_config.stagger == ALWAYS)
+        self.lanes = Lanes(
+            self.num_batches,
+            may_move=self.requests_may_move,
+            always=self.lamina_config.stagger == ALWAYS,
+        )
         self.ledger = StepLedger(self.kv_blocks.block_size)
         self.placement = self._place_blocks()
         self._incomplete_since: float | None = None
@@ -57,15 +61,17 @@ class LaminaScheduler(SchedulerPort):
         if self._recovery_is_due and not self.ledger.in_flight:
             self._recover()
         running = self.running_tokens()
-        self.lanes.plan(running, self._next_to_run(running))
-        lane = None if self._recovery_is_due else self.lanes.next_idle(self.may_admit)
-        share = self.lanes.share(lane)
+        self.lanes.plan(running, self._next_to_run(running), self.known)
+        adapters_in_flight = self.lanes.adapters_in_flight()
+        lane = None
+        if not self._recovery_is_due:
+            lane = self.lanes.next_idle(self.next_to_admit(adapters_in_flight))
         output = self.schedule_lane(
             lane,
             self.lanes.members(lane),
             throttle_prefills,
-            is_full=share.is_reached if share is not None else None,
-            adapters_in_flight=self.lanes.adapters_in_flight(),
+            admission=self.lanes,
+            adapters_in_flight=adapters_in_flight,
         )
         scheduled = scheduled_tokens(output)
         if scheduled:
@@ -93,7 +99,7 @@ class LaminaScheduler(SchedulerPort):
 
     def _next_to_run(self, running: Mapping[str, int]) -> Iterator[int]:
         """Tokens of waiting requests that may run soon beside the others, if they share blocks as much as those do."""
-        room = self.max_running - len(running)
+        room = self.num_admissible
         block_size, free_blocks = self.kv_blocks.block_size, self.kv_blocks.num_free
         free: float = free_blocks * block_size
         used = (self.placement.num_usable_blocks - free_blocks) * block_size

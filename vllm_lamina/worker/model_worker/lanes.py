@@ -7,7 +7,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,8 @@ class Lane:
     def __init__(self, index: int, runner: LaneRunner, exchange: Exchange, has_thread: bool) -> None:
         self.index = index
         self.runner = runner
-        self.finished_req_ids: set[str] = set()
-        """Requests that have finished since the lane's last step, and that its runner may still know."""
+        self.to_forget: set[str] = set()
+        """Requests that are over, whose last step was this lane's; its runner forgets them with its next step."""
         self._exchange = exchange
         self._client = exchange.client
         self._execute_seconds = 0.0
@@ -55,24 +55,17 @@ class Lane:
             self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
             self._thread.start()
 
-    def execute(
-        self, step: ScheduledStep, requests: Mapping[str, PlannedRequest], joining: Mapping[str, Lane]
-    ) -> None:
-        """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`.
-
-        ``joining`` are requests of the step that another lane has run so far.
-        """
+    def execute(self, step: ScheduledStep, requests: Mapping[str, PlannedRequest]) -> None:
+        """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
         self._client.join_turn(self.index)
         plan = StepPlan(requests, self.runner.order)
-        output = step.for_runner(self.finished_req_ids.difference(joining))
-        self.finished_req_ids = set()
+        output = step.for_runner(self.to_forget)
+        self.to_forget = set()
 
         def execute() -> Any:
             begin = time.perf_counter()
             try:
-                for name, lane in joining.items():
-                    self.runner.take_over(name, lane.runner)
                 with self._exchange.running(self.index, plan):
                     return self.runner.execute(output)
             except StepFailed:
@@ -155,6 +148,7 @@ class Lanes:
         ]
         self._planner = StepPlanner()
         self._answers = answers
+        self._shared_places = runners[0].shared_places
         self._last = self._lanes[0]
         self._lane_of: dict[str, Lane] = {}
         """The lane that ran a request's last step."""
@@ -165,22 +159,38 @@ class Lanes:
     def execute(self, step: ScheduledStep) -> None:
         """Begin a step on its lane; where there are several, returns at once."""
         requests = self._planner.plan(step)
-        for lane in self._lanes:
-            lane.finished_req_ids |= step.finished
-        for name in step.finished:
-            self._lane_of.pop(name, None)
+        over = step.finished if self._shared_places is None else step.finished | step.preempted
+        for name in over:
+            if (last := self._lane_of.pop(name, None)) is not None:
+                last.to_forget.add(name)
         if step.num_tokens == 0:
             return
         lane = self._last = self._lanes[step.lane]
         for adapter in step.adapters:
             self.finish_steps()
             lane.runner.load_adapter(adapter)
-        joining = {}
+        if self._shared_places is not None:
+            new = {request.name for request in step.requests if request.is_new}
+            self._make_places(lane, new, self._shared_places)
         for request in step.requests:
-            if not request.is_new and (other := self._lane_of[request.name]) is not lane:
-                joining[request.name] = other
             self._lane_of[request.name] = lane
-        lane.execute(step, requests, joining)
+        lane.execute(step, requests)
+
+    def _make_places(self, lane: Lane, new: Set[str], num_places: int) -> None:
+        """Let the lane forget what is over in other lanes too, if its new requests need these names or places.
+
+        Not sooner: a step in flight has its requests' places until it is over. All ranks do the same, whatever is over
+        on each, for they go by what was scheduled.
+        """
+        others = [other for other in self._lanes if other is not lane]
+        num_held = sum(len(other.to_forget) for other in others)
+        if len(self._lane_of) + num_held + len(new) > num_places or any(
+            not other.to_forget.isdisjoint(new) for other in others
+        ):
+            self.finish_steps()
+            for other in others:
+                lane.to_forget |= other.to_forget
+                other.to_forget = set()
 
     def sample(self, grammar_output: Any) -> Future[Any]:
         """What the step begun last samples: vLLM's output, when it is there."""

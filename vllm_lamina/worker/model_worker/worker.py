@@ -28,7 +28,7 @@ from vllm_lamina.compat.kv_cache import (
 )
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
-from vllm_lamina.compat.runner_v1 import lane_runners
+from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for

@@ -1,0 +1,127 @@
+"""What the runner port for vLLM's V2 model runner relies on."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+
+from engines import ENGINE_DEFAULTS, ENGINE_ENV
+from models import ModelZoo
+from runners import V2, environment
+from vllm.v1.worker.gpu.async_utils import AsyncOutput
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
+from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner, sort_batch_req_ids
+from vllm.v1.worker.gpu.states import RequestState
+
+
+def parameters(function: object) -> list[str]:
+    return [*inspect.signature(function).parameters]  # type: ignore[arg-type]
+
+
+def test_the_order_of_a_batch_is_known_before_it_is_prepared() -> None:
+    """Relies on vLLM ordering a batch by this function alone, decodes first."""
+    assert "sort_batch_req_ids(" in inspect.getsource(GPUModelRunner.gather_batch_req_state)
+    assert sort_batch_req_ids({"a": 7, "b": 1, "c": 3}, {}, 1) == ["b", "c", "a"]
+
+
+def test_requests_are_forgotten_and_known_by_their_names() -> None:
+    """Relies on finished requests going first, on a new one taking the place of an older one of its name, and on places
+    being as many as requests may run.
+    """
+    source = inspect.getsource(GPUModelRunner.execute_model)
+    assert source.index("self.finish_requests(") < source.index("self.add_requests(")
+    assert "self._remove_request(req_id)" in inspect.getsource(GPUModelRunner.add_requests)
+    assert "self.free_indices = list(range(max_num_reqs))" in inspect.getsource(RequestState.__init__)
+
+
+def test_a_step_that_ran_can_go_without_sampling() -> None:
+    """Relies on token counts moving on when something is sampled, and on ``execute_model_state`` being overwritten."""
+    assert "self.postprocess_sampled(" in inspect.getsource(GPUModelRunner.sample_tokens)
+    assert "postprocess" not in inspect.getsource(GPUModelRunner.execute_model)
+    assert callable(AsyncOutput.get_output)
+
+
+def test_a_lane_can_have_buffers_of_its_own() -> None:
+    """Relies on these arguments."""
+    assert parameters(InputBuffers)[:3] == ["max_num_reqs", "max_num_tokens", "device"]
+    assert parameters(init_attn_backend)[:3] == ["kv_cache_config", "vllm_config", "device"]
+    made = ["vllm_config", "device", "cudagraph_mode", "decode_query_len", "lora_capture_cases"]
+    assert parameters(CudaGraphManager)[:5] == made
+
+
+SHARED = {
+    "req_states": "what is known of requests, a row each",
+    "block_tables.block_tables": "their KV blocks, a row each",
+    "block_tables.num_blocks": "a row each",
+    "block_tables.dcp_sharded": "constant",
+    "sampler": "parameters of requests, a row each; and what one sampling needs, which is over with it",
+    "rejection_sampler": "the same",
+    "prompt_logprobs_worker": "a row each",
+    "structured_outputs_worker": "what one sampling needs",
+    "lora_state": "a row each",
+    "draft_tokens_handler": "nothing without speculation",
+    "model": "weights",
+    "model_state.model": "weights",
+    "model_state.vllm_config": "weights, by vLLM's list of layers",
+    "attn_groups": "constants of vLLM's configuration",
+    "compilation_config": "weights, by vLLM's list of layers",
+    "vllm_config": "the same",
+    "cudagraph_manager": "the same; it has nothing captured",
+}
+"""What lanes share of their runners, and why they may: lanes take turns, and in a step a lane writes its rows only."""
+
+PROGRAM = """
+import json, sys, torch
+from vllm import LLM
+
+options = json.loads(sys.argv[1])
+llm = LLM(**options, executor="lamina", lamina_memory="64MiB", lamina_stagger="always")
+worker = llm.llm_engine.model_executor.driver_worker.worker
+first, second = (lane.runner._runner for lane in worker.lanes._lanes)
+
+def tensors(root):
+    found, seen, todo = {}, set(), [(name, value) for name, value in vars(root).items()]
+    while todo:
+        path, value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if value.numel() > 1:
+                found[path] = value.data_ptr()
+        elif isinstance(value, dict):
+            todo += [(f"{path}.{key}", item) for key, item in value.items()]
+        elif isinstance(value, (list, tuple)):
+            todo += [(f"{path}.{i}", item) for i, item in enumerate(value)]
+        elif hasattr(value, "__dict__") and not isinstance(value, type) and not callable(value):
+            todo += [(f"{path}.{name}", item) for name, item in vars(value).items()]
+    return found
+
+mine, its = tensors(first), tensors(second)
+llm.llm_engine.engine_core.shutdown()
+shared = sorted(path for path, place in its.items() if place in mine.values())
+print("FOUND " + json.dumps([shared, sorted(its.keys() - set(shared))]))
+"""
+
+
+def test_lanes_share_requests_and_weights_alone(model_zoo: ModelZoo) -> None:
+    """Fails when vLLM's runner has a further tensor that is neither known to be shared nor a lane's own."""
+    options = json.dumps(ENGINE_DEFAULTS | {"model": model_zoo("llama")})
+    finished = subprocess.run(
+        [sys.executable, "-c", PROGRAM, options],
+        env=os.environ | ENGINE_ENV | environment(V2),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    lines = [line for line in finished.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, finished.stderr[-3000:]
+    shared, own = json.loads(lines[0].removeprefix("FOUND "))
+    unknown = [path for path in shared if not path.startswith(tuple(SHARED))]
+    assert not unknown
+    assert {"input_buffers.input_ids", "block_tables.slot_mappings"} <= set(own)

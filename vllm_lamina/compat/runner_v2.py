@@ -1,0 +1,94 @@
+"""The runner port for vLLM's V2 model runner, which keeps requests' states in one place and gathers a batch each step.
+
+So a lane is the buffers of a step, and all lanes share what is known of the requests, the sampler and the adapters: a
+request leaves nothing behind when another lane runs it. Lanes take turns, and in a step a runner writes to its own
+requests' states alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.gpu.attn_utils import init_attn_backend
+from vllm.v1.worker.gpu.input_batch import InputBuffers
+from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
+
+from vllm_lamina.compat.lora import share_adapters
+
+
+class LaneRunnerV2:
+    """See `LaneRunner`."""
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._order: Sequence[str] = ()
+        self.shared_places: int | None = runner.max_num_reqs
+
+    def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
+        self._order = sort_batch_req_ids(
+            output.num_scheduled_tokens, output.scheduled_spec_decode_tokens, self._runner.decode_query_len
+        )
+        executed: ModelRunnerOutput | None = self._runner.execute_model(output)
+        return executed
+
+    def sample(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+        sampled: ModelRunnerOutput = self._runner.sample_tokens(grammar_output).get_output()
+        return sampled
+
+    def forget_step(self) -> None:
+        # Token counts and tokens move on when something is sampled; requests and blocks that the step added stay.
+        self._runner.execute_model_state = None
+
+    def order(self) -> Sequence[str]:
+        return self._order
+
+    def load_adapter(self, lora_request: Any) -> None:
+        self._runner.add_lora(lora_request)
+
+
+def lane_runners(
+    first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
+) -> list[LaneRunnerV2]:
+    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others with all but its buffers."""
+    runners = [first]
+    while len(runners) < num_lanes:
+        with set_current_vllm_config(config):
+            runner = _with_own_buffers(first, config, kv_cache_config)
+        if config.lora_config is not None:
+            share_adapters(first, runner)
+        runners.append(runner)
+    for lane, runner in enumerate(runners):
+        for group in itertools.chain.from_iterable(runner.attn_groups):
+            group.get_metadata_builder().lane = lane
+    return [LaneRunnerV2(runner) for runner in runners]
+
+
+def _with_own_buffers(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
+    runner = copy.copy(first)
+    runner.input_buffers = InputBuffers(first.max_num_reqs, first.max_num_tokens, first.device)
+    # The requests' block tables are shared; what is gathered of them for a step is not.
+    tables = runner.block_tables = copy.copy(first.block_tables)
+    tables.input_block_tables = [torch.zeros_like(table) for table in tables.input_block_tables]
+    tables.slot_mappings = torch.zeros_like(tables.slot_mappings)
+    tables.init_block_table_layout_tensors()
+    runner.attn_groups = init_attn_backend(copy.deepcopy(kv_cache_config), config, first.device)[0]
+    state = runner.model_state = copy.copy(first.model_state)
+    if state.prompt_embeds_state is not None:
+        state.inputs_embeds = torch.zeros_like(state.inputs_embeds)
+    if state.rope_state is not None:
+        state.rope_state = copy.copy(state.rope_state)
+        state.rope_state.positions = torch.zeros_like(state.rope_state.positions)
+    # A graph holds the addresses of the buffers with which it was captured. Nothing is captured for this lane.
+    graphs = first.cudagraph_manager
+    runner.cudagraph_manager = type(graphs)(
+        config, first.device, graphs.cudagraph_mode, graphs.decode_query_len, graphs.lora_capture_cases
+    )
+    return runner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,8 +11,12 @@ import torch
 from models import ModelZoo
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cpu import CpuPlatform
+from vllm.platforms.interface import Platform
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from vllm_lamina.compat.config import settle_block_size
 from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import Geometry
@@ -35,6 +40,24 @@ def test_layers_add_their_scales(config: VllmConfig) -> None:
     assert geometry_of(config) == Geometry(3, 32, 8, 2, 32, "float32", (1.0, 1.0, 1.0))
     found = geometry_of_layers(config, dict.fromkeys(LAYERS, SPEC))
     assert found == Geometry(3, 32, 8, 2, 32, "float32", (0.1, 0.2, 0.1 * 3))
+
+
+@pytest.mark.parametrize("platform", [CpuPlatform, Platform])
+@pytest.mark.parametrize(("given", "settled"), [({}, 128), ({"block_size": 64}, 64)])
+def test_workers_keep_the_block_size_that_was_settled(
+    platform: type[Platform],
+    given: dict[str, int],
+    settled: int,
+    model_zoo: ModelZoo,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Relies on ``user_specified_block_size``, and on ``update_block_size_for_backend`` being where workers choose."""
+    config = EngineArgs(model_zoo("llama"), dtype="float32", **given).create_engine_config()  # type: ignore[arg-type]
+    settle_block_size(config, 128)
+    of_worker = pickle.loads(pickle.dumps(config))
+    monkeypatch.setattr(platform, "_find_non_ssm_backends", lambda config: [CPUAttentionBackend])
+    platform.update_block_size_for_backend(of_worker)
+    assert of_worker.cache_config.block_size == settled
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
 from vllm_lamina.compat.kv_cache import counted_bytes, layers_of, without_tensors
+from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.compat.step_lane import mark_lane
 from vllm_lamina.errors import UnsupportedError
@@ -75,6 +77,14 @@ def test_a_scheduled_step_says_it_all() -> None:
     assert runners.finished_req_ids == {"e"}
     assert runners.new_block_ids_to_zero is None, "the attention workers zero their blocks"
     assert runners.scheduled_cached_reqs is cached
+
+
+def test_an_output_may_be_had_later() -> None:
+    """Relies on these methods being all that an output of a step which may still run must have."""
+    future: Future[ModelRunnerOutput] = Future()
+    later = LaterOutput(future)  # which has every abstract method
+    future.set_result(NOTHING_TO_DO)
+    assert later.get_output() is NOTHING_TO_DO
 
 
 def test_a_grammar_bitmask_may_be_replaced() -> None:

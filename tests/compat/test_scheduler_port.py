@@ -241,12 +241,12 @@ def test_requests_can_be_preempted_from_outside() -> None:
 
 
 def test_a_request_can_end_with_an_error() -> None:
-    """Relies on ``update_from_output`` ending the requests in ``grammar_compile_error_reqs`` with FINISHED_ERROR, and
+    """Relies on ``update_from_output`` ending the requests in ``encoder_cache_mismatch_reqs`` with FINISHED_ERROR, and
     telling their clients.
     """
-    assert "self.grammar_compile_error_reqs: set[str] = set()" in source_of(Scheduler.__init__)
+    assert "self.encoder_cache_mismatch_reqs: set[str] = set()" in source_of(Scheduler.__init__)
     _, _, ending = source_of(Scheduler.update_from_output).partition(
-        "error_req_ids = set(self.grammar_compile_error_reqs)"
+        "error_req_ids.update(self.encoder_cache_mismatch_reqs)"
     )
     assert "RequestStatus.FINISHED_ERROR" in ending
     assert "finish_reason=request.get_finished_reason()" in ending

@@ -35,6 +35,21 @@ def lanes_share_requests(config: VllmConfig) -> bool:
     return shared
 
 
+def settle_block_size(config: VllmConfig, num_tokens: int) -> bool:
+    """Let KV blocks hold so many tokens, unless the user says how many; True where vLLM's default is another number.
+
+    But for vLLM 0.32 on CPUs, the default is replaced by a model worker once it has loaded the model. The attention
+    workers need the number before.
+    """
+    cache = config.cache_config
+    if cache.user_specified_block_size:
+        return False
+    differs: bool = cache.block_size != num_tokens
+    cache.block_size = num_tokens
+    cache.user_specified_block_size = True
+    return differs
+
+
 @dataclass
 class EngineFacts:
     """What is known of one engine beside vLLM's configuration of it.

@@ -20,6 +20,9 @@ class LaterOutput(AsyncModelRunnerOutput):
     def get_output(self) -> ModelRunnerOutput:
         return self._output.result()
 
+    def get_kv_connector_output(self) -> None:
+        """What a step that failed has transferred all the same; there is no KV connector. vLLM 0.32 does not ask."""
+
 
 class StepTimes(NamedTuple):
     """Seconds of one step: on the model worker without its waiting, and on the attention worker.

@@ -285,8 +285,8 @@ class SchedulerPort(Scheduler):
             batch.difference_update(names)
 
     def end_with_error(self, name: str) -> None:
-        """Let the next `take_output` end this request, and tell its client, as one whose grammar does not compile."""
-        self.grammar_compile_error_reqs.add(name)
+        """Let the next `take_output` end this request, and tell its client, as one that cannot be scheduled."""
+        self.encoder_cache_mismatch_reqs.add(name)
 
     def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
         """Reset the prefix cache; what the model worker's input batches hold is unknown afterwards."""

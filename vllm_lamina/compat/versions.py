@@ -6,7 +6,7 @@ import re
 
 from vllm_lamina.errors import LaminaError
 
-SERIES = ("0.32",)
+SERIES = ("0.32", "0.33")
 """Release series of vLLM (major.minor) whose internals tests/compat checks."""
 
 

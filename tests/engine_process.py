@@ -8,6 +8,7 @@ each with a line holding the process id of the fork, and one with its exit statu
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import adversary
 import runners
 from cores import ATTENTION_CPU
-from jobs import Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+from jobs import Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
 
 # Modules that every fork would otherwise import for itself.
 INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
@@ -103,6 +104,8 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     waiting = sorted(enumerate(phase.requests), key=lambda item: item[1].after_step)
     results = [RequestResult([], []) for _ in phase.requests]
     aborted: set[str] = set()
+    calls = list(phase.calls)
+    tokens_at_calls = []
     step = 0
     while waiting or engine.has_unfinished_requests():
         while waiting and (waiting[0][1].after_step <= step or not engine.has_unfinished_requests()):
@@ -122,8 +125,33 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
             if _abort_is_due(phase.requests[index], results[index]):
                 engine.abort_request([output.request_id])
                 aborted.add(output.request_id)
+        while calls and (
+            _num_tokens(results[0]) >= calls[0].after_tokens or not engine.has_unfinished_requests()
+        ):
+            tokens_at_calls.append([_num_tokens(result) for result in results])
+            _call(llm, calls.pop(0))
     gained = {name: value - before[name] for name, value in _counters(llm).items()}
-    return PhaseResult(phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"])
+    return PhaseResult(
+        phase.name,
+        results,
+        gained["vllm:num_preemptions"],
+        gained["vllm:prefix_cache_hits"],
+        tokens_at_calls,
+    )
+
+
+def _call(llm: Any, call: Call) -> None:
+    module, _, name = call.method.partition(":")
+    if name:
+        function = getattr(importlib.import_module(module), name)
+        llm.apply_model(functools.partial(function, **call.arguments))
+    else:
+        llm.collective_rpc(call.method, kwargs=call.arguments)
+
+
+def _num_tokens(result: RequestResult) -> int:
+    """Output tokens of a request's first sequence."""
+    return len(result.completions[0].token_ids) if result.completions else 0
 
 
 def _sampling_params(params: dict[str, Any]) -> Any:
@@ -161,7 +189,7 @@ def _values(position: dict[int, Any] | None) -> dict[int, float]:
 
 
 def _abort_is_due(request: Request, result: RequestResult) -> bool:
-    return request.abort_after is not None and len(result.completions[0].token_ids) >= request.abort_after
+    return request.abort_after is not None and _num_tokens(result) >= request.abort_after
 
 
 def _counters(llm: Any) -> dict[str, int]:

@@ -27,11 +27,25 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a method of the model workers, or of `apply_model` with a function `module:name`.
+
+    It is made once the first request of its phase has so many output tokens; at the end of the phase if it never has.
+    """
+
+    method: str
+    arguments: dict[str, Any]
+    after_tokens: int
+
+
+@dataclass(frozen=True)
 class Phase:
     """Requests that run together. The next phase begins when all are done, with the prefix cache as they left it."""
 
     name: str
     requests: list[Request]
+    calls: list[Call] = field(default_factory=list)
+    """In the order in which they are made."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,11 @@ class Job:
     def from_json(cls, text: str) -> Self:
         data = json.loads(text)
         phases = [
-            Phase(phase["name"], [Request(**request) for request in phase["requests"]])
+            Phase(
+                phase["name"],
+                [Request(**request) for request in phase["requests"]],
+                [Call(**call) for call in phase["calls"]],
+            )
             for phase in data.pop("phases")
         ]
         return cls(phases=phases, **data)
@@ -86,12 +104,16 @@ class RequestResult:
 
 @dataclass(frozen=True)
 class PhaseResult:
-    """Results in the order of the phase's requests, and what the engine's counters gained in the phase."""
+    """Results in the order of the phase's requests, and what the engine's counters gained in the phase.
+
+    `tokens_at_calls` says for each call how many output tokens each request had.
+    """
 
     name: str
     requests: list[RequestResult]
     preemptions: int
     prefix_cache_hits: int
+    tokens_at_calls: list[list[int]]
 
 
 @dataclass(frozen=True)

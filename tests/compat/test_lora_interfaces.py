@@ -71,16 +71,11 @@ def test_the_scheduler_asks_before_it_admits() -> None:
     assert "_handle_blocked_waiting_request(request)" in inspect.getsource(Scheduler.schedule)
 
 
-def test_adapters_are_loaded_and_unloaded_by_these_methods() -> None:
-    """Relies on these being all by which a worker changes its adapters between steps."""
+def test_adapters_are_pinned_by_this_method() -> None:
+    """Relies on its name and its parameter."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    for method, parameter in (
-        (Worker.add_lora, "lora_request"),
-        (Worker.remove_lora, "lora_id"),
-        (Worker.pin_lora, "lora_id"),
-    ):
-        assert [*inspect.signature(method).parameters] == ["self", parameter]
+    assert [*inspect.signature(Worker.pin_lora).parameters] == ["self", "lora_id"]
 
 
 def test_no_adapter_is_pinned_with_two_lanes() -> None:

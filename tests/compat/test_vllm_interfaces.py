@@ -1,15 +1,23 @@
 """The vLLM interfaces that Lamina relies on; after an upgrade of vLLM these tests fail first and say what moved."""
 
 import inspect
+from types import SimpleNamespace
 
 import pytest
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.versions import SERIES, check_vllm_version
 from vllm_lamina.device.cpu import CpuDevice
 from vllm_lamina.errors import LaminaError
+from vllm_lamina.executor.executors import STEP_METHODS
+from vllm_lamina.worker.model_worker.worker import LaminaCUDAWorker
 
 
 def test_the_installed_version_is_tested() -> None:
@@ -38,7 +46,6 @@ def test_a_backend_can_be_overridden_and_restored() -> None:
 def test_worker_methods_that_are_overridden_exist() -> None:
     """Relies on these methods of vLLM's workers, with these parameters."""
     from vllm.v1.worker.cpu_worker import CPUWorker
-    from vllm.v1.worker.gpu_worker import Worker
 
     assert issubclass(CPUWorker, Worker)
     assert [*inspect.signature(Worker.initialize_from_config).parameters] == ["self", "kv_cache_config"]
@@ -55,3 +62,40 @@ def test_executor_hooks_exist() -> None:
     for cls in (MultiprocExecutor, UniProcExecutor):
         assert [*inspect.signature(cls._init_executor).parameters] == ["self"]
         assert [*inspect.signature(cls.shutdown).parameters] == ["self"]
+
+
+def test_model_workers_are_called_through_collective_rpc() -> None:
+    """Relies on it being all by which executors call their workers, once these run and until they end; on its first two
+    parameters; and on a step being these two methods.
+    """
+    from vllm.v1.executor import multiproc_executor
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    methods = {
+        name: inspect.getsource(f) for name, f in vars(UniProcExecutor).items() if inspect.isfunction(f)
+    }
+    calling = {name for name, source in methods.items() if "self.driver_worker" in source}
+    assert calling == {"_init_executor", "collective_rpc", "shutdown"}
+    assert inspect.getsource(multiproc_executor).count("self.rpc_broadcast_mq.enqueue(") == 1
+    for cls in (multiproc_executor.MultiprocExecutor, UniProcExecutor):
+        assert [*inspect.signature(cls.collective_rpc).parameters][:3] == ["self", "method", "timeout"]
+        assert all(f'"{name}",' in inspect.getsource(getattr(cls, name)) for name in STEP_METHODS)
+
+
+def test_a_gpu_worker_profiles_under_its_configuration() -> None:
+    """Relies on ``profile_run`` of both model runners, which reads ``get_current_vllm_config``."""
+    config, seen = VllmConfig(), []
+    worker = object.__new__(LaminaCUDAWorker)
+    worker.vllm_config = config
+    worker.model_runner = SimpleNamespace(
+        profile_run=lambda: seen.append((get_current_vllm_config(), torch.is_inference_mode_enabled()))
+    )
+    worker._warm_up()
+    assert seen == [(config, True)]
+
+    source = inspect.getsource(Worker.determine_available_memory)
+    assert "torch.inference_mode()" in source
+    assert "set_current_vllm_config(self.vllm_config)" in source
+    for runner in (GPUModelRunner, GPUModelRunnerV2):
+        defaults = [p.default for p in inspect.signature(runner.profile_run).parameters.values()][1:]
+        assert inspect.Parameter.empty not in defaults

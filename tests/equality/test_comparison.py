@@ -11,7 +11,7 @@ ROUNDING = Rounding(logprob_tolerance=0.1, margin=0.3)
 
 def _result(tokens: list[int], logprobs: list[dict[int, float]]) -> JobResult:
     completion = Completion(tokens, logprobs, text="", finish_reason="length")
-    return JobResult("", [PhaseResult("only", [RequestResult([completion], [])], 0, 0)])
+    return JobResult("", [PhaseResult("only", [RequestResult([completion], [])], 0, 0, [])])
 
 
 STOCK = _result([7, 8], [{7: -1.0, 9: -1.2}, {8: -1.0, 9: -4.0}])

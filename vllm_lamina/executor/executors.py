@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -32,6 +32,9 @@ from vllm_lamina.executor.sources.base import AttentionWorkerSource
 from vllm_lamina.support import check_engine_config
 
 logger = init_logger("vllm.lamina")
+
+STEP_METHODS = ("execute_model", "sample_tokens")
+"""The model worker's methods that a step consists of."""
 
 SCHEDULER = "vllm_lamina.scheduler.scheduler.LaminaScheduler"
 
@@ -75,6 +78,18 @@ class _LaminaExecutor(Executor):
             )
             if self.lamina_config.batches > 1 and self.parallel_config.tensor_parallel_size > 1:
                 self._share_turns()
+
+    def collective_rpc(
+        self, method: str | Callable[..., Any], timeout: float | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Call a method of the model workers as vLLM does, with no step in flight unless it is a part of a step.
+
+        Every call of vLLM's and its users' comes through here. Any may write what the lanes' threads read, such as the
+        model's weights: so all steps begun before it are over, and those begun later see all that it did.
+        """
+        if method not in STEP_METHODS:
+            super().collective_rpc("finish_steps", timeout)
+        return super().collective_rpc(method, timeout, *args, **kwargs)
 
     @contextlib.contextmanager
     def _ending_on_failure(self) -> Iterator[None]:

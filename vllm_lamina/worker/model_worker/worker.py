@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+from vllm.config import set_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -166,6 +168,11 @@ class _LaminaWorker(Worker):
         """Sample the tokens of the step begun last."""
         return LaterOutput(self.lanes.sample(grammar_output))
 
+    def finish_steps(self) -> None:
+        """Wait until no step is in flight: before every call beside the steps, see the executor's `collective_rpc`."""
+        if self._lanes is not None:
+            self._lanes.finish_steps()
+
     def lost_attention_workers(self) -> list[int]:
         """Attention workers of this rank that are lost, by their place in the partition."""
         return self.attention_workers.lost
@@ -174,18 +181,7 @@ class _LaminaWorker(Worker):
         self, candidates_by_rank: Sequence[Mapping[int, Sequence[str]]]
     ) -> dict[int, str]:
         """See `AttentionWorkers.replace`; called by the executor when no step is in flight."""
-        self._finish_steps()
         return self.attention_workers.replace(candidates_by_rank[self.rank])
-
-    def add_lora(self, lora_request: Any) -> bool:
-        """Load an adapter, which may take the place of another one, between steps."""
-        self._finish_steps()
-        return bool(super().add_lora(lora_request))
-
-    def remove_lora(self, lora_id: int) -> bool:
-        """Unload an adapter, between steps."""
-        self._finish_steps()
-        return bool(super().remove_lora(lora_id))
 
     def pin_lora(self, lora_id: int) -> bool:
         """Keep an adapter in its slot.
@@ -219,10 +215,6 @@ class _LaminaWorker(Worker):
         restore_attention_backend(self.exchange.device.backend_name)
         super().shutdown()
 
-    def _finish_steps(self) -> None:
-        if self._lanes is not None:
-            self._lanes.finish_steps()
-
     def _warm_up(self) -> None:
         """Compile the model, where the device's worker does so before the KV cache exists."""
 
@@ -244,5 +236,8 @@ class LaminaCPUWorker(_LaminaWorker, CPUWorker):
 class LaminaCUDAWorker(_LaminaWorker):
     """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
 
+    @torch.inference_mode()
     def _warm_up(self) -> None:
-        self.model_runner.profile_run()
+        # vLLM's worker runs this under the same two; what it measures around it is the room for a KV cache.
+        with set_current_vllm_config(self.vllm_config):
+            self.model_runner.profile_run()

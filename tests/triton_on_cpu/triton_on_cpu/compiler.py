@@ -1,27 +1,10 @@
-<<<<<<< HEAD
-"""The compiler that a backend has to name; the interpreter never asks for it."""
-=======
 """The compiler that a backend of Triton has to name; the interpreter never asks for it."""
 
 from typing import Any
->>>>>>> v033
 
 from triton.backends.compiler import BaseBackend
 
 
-<<<<<<< HEAD
-class InterpreterOnly(BaseBackend):
-    @staticmethod
-    def supports_target(target):
-        return target.backend == "cpu"
-
-    def _no(self, *args, **kwargs):
-        raise NotImplementedError("set TRITON_INTERPRET=1: kernels are interpreted here, not compiled")
-
-    hash = parse_options = add_stages = load_dialects = get_module_map = get_codegen_implementation = (
-        pack_metadata
-    ) = _no
-=======
 def _compile(*args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError("set TRITON_INTERPRET=1: kernels are interpreted here, not compiled")
 
@@ -35,4 +18,3 @@ class InterpreterOnly(BaseBackend):
 
     hash = parse_options = add_stages = load_dialects = _compile
     get_module_map = get_codegen_implementation = pack_metadata = _compile
->>>>>>> v033

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runners
 from comparison import assert_same
 from cores import ATTENTION_CPU
 from engines import Engines, JobFailed
@@ -123,6 +124,21 @@ def test_embedded_worker(scene: Scene, stock: JobResult, batches: int, kind: sig
 
     assert_same(stock, scene.run(lose, lamina_batches=batches))
     assert scene.log.count("attention workers complete again") >= 2
+
+
+def test_embedded_worker_with_the_v2_runner(scene: Scene, engines: Engines, job: Job) -> None:
+    """It keeps the requests' states in one place for both lanes: what failed stands there where it stood."""
+    seeded = Request(prompt(600, seed=3), sampled(12, seed=5))
+    few = [Phase("few", [*requests((1, 33, 129), max_tokens=24), seeded, *requests((300,), max_tokens=24)])]
+    job = replace(job, phases=few, runner=runners.V2)
+
+    def lose() -> None:
+        pid, address = embedded_worker()
+        wait_for_steps(address, 6)
+        os.kill(pid, signal.SIGKILL)
+
+    assert_same(engines.run(job), scene.run(lose, job))
+    assert "attention workers complete again" in scene.log
 
 
 def test_embedded_worker_of_one_rank(scene: Scene, stock: JobResult) -> None:

@@ -8,6 +8,7 @@ each with a line holding the process id of the fork, and one with its exit statu
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 from cores import ATTENTION_CPU
 from jobs import Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+from msgspec.structs import replace
 
 # Modules that every fork would otherwise import for itself.
 INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
@@ -101,11 +103,7 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     while waiting or engine.has_unfinished_requests():
         while waiting and (waiting[0][1].after_step <= step or not engine.has_unfinished_requests()):
             index, request = waiting.pop(0)
-            prompt = {"prompt_token_ids": request.prompt}
-            adapter = adapters(request.adapter) if request.adapter is not None else None
-            engine.add_request(
-                f"{phase.name}-{index}", prompt, _sampling_params(request.params), lora_request=adapter
-            )
+            _add(engine, f"{phase.name}-{index}", request, adapters)
         outputs = engine.step()
         step += 1
         for output in outputs:
@@ -118,6 +116,33 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
                 aborted.add(output.request_id)
     gained = {name: value - before[name] for name, value in _counters(llm).items()}
     return PhaseResult(phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"])
+
+
+def _add(engine: Any, name: str, request: Request, adapters: Adapters) -> None:
+    prompt = {"prompt_token_ids": request.prompt}
+    if not request.more:
+        adapter = adapters(request.adapter) if request.adapter is not None else None
+        engine.add_request(name, prompt, _sampling_params(request.params), lora_request=adapter)
+        return
+    # The offline engine has no interface for sessions; this is what the server's does. The last input only ends it.
+    process = functools.partial(
+        engine.input_processor.process_inputs, supported_tasks=engine.get_supported_tasks()
+    )
+    session = None
+    for tokens in (request.prompt, *request.more, None):
+        chunk = process(
+            name,
+            {"prompt_token_ids": tokens or [0]},
+            _sampling_params(request.params),
+            resumable=tokens is not None,
+        )
+        if session is None:
+            engine.input_processor.assign_request_id(chunk)
+            session = chunk
+        chunk.request_id, chunk.external_req_id = session.request_id, session.external_req_id
+        engine.output_processor.add_request(chunk, None, None, 0)
+        # Both sides make their prompt longer, in a server each a list of its own.
+        engine.engine_core.add_request(replace(chunk, prompt_token_ids=list(chunk.prompt_token_ids)))
 
 
 def _sampling_params(params: dict[str, Any]) -> Any:

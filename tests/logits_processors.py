@@ -1,4 +1,4 @@
-"""A logits processor of a user's own, as vLLM loads it by its name: ``logits_processors:NoRepeats``."""
+"""Logits processors of a user's own, as vLLM loads them by their names: ``logits_processors:NoRepeats``."""
 
 from __future__ import annotations
 
@@ -27,3 +27,26 @@ class NoRepeats(AdapterLogitsProcessor):
             return logits
 
         return forbid
+
+
+class EveryNth(AdapterLogitsProcessor):
+    """Lets a request give one token at every call whose number `extra_args["every"]` divides: it counts them itself."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: Any) -> Any:
+        every = (params.extra_args or {}).get("every")
+        if every is None:
+            return None
+        calls = 0
+
+        def choose(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls % every == 0:
+                logits[:] = float("-inf")
+                logits[50] = 0.0
+            return logits
+
+        return choose

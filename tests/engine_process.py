@@ -8,10 +8,10 @@ each with a line holding the process id of the fork, and one with its exit statu
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,9 @@ from msgspec.structs import replace
 
 # Modules that every fork would otherwise import for itself.
 INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+
+SESSION_STEPS = 15
+"""Engine steps from one input of a session to the next."""
 
 
 def main() -> None:
@@ -96,14 +99,22 @@ def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
 def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     engine = llm.llm_engine
     before = _counters(llm)
-    waiting = sorted(enumerate(phase.requests), key=lambda item: item[1].after_step)
+    waiting = sorted(_inputs(phase), key=lambda item: item[0])
+    sessions: dict[int, Any] = {}
     results = [RequestResult([], []) for _ in phase.requests]
     aborted: set[str] = set()
     step = 0
     while waiting or engine.has_unfinished_requests():
-        while waiting and (waiting[0][1].after_step <= step or not engine.has_unfinished_requests()):
-            index, request = waiting.pop(0)
-            _add(engine, f"{phase.name}-{index}", request, adapters)
+        while waiting and (waiting[0][0] <= step or not engine.has_unfinished_requests()):
+            _, index, tokens = waiting.pop(0)
+            name, request = f"{phase.name}-{index}", phase.requests[index]
+            if request.more:
+                sessions[index] = _add_to_session(engine, name, request, tokens, sessions.get(index))
+                continue
+            adapter = adapters(request.adapter) if request.adapter is not None else None
+            engine.add_request(
+                name, {"prompt_token_ids": tokens}, _sampling_params(request.params), lora_request=adapter
+            )
         outputs = engine.step()
         step += 1
         for output in outputs:
@@ -118,31 +129,31 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     return PhaseResult(phase.name, results, gained["vllm:num_preemptions"], gained["vllm:prefix_cache_hits"])
 
 
-def _add(engine: Any, name: str, request: Request, adapters: Adapters) -> None:
-    prompt = {"prompt_token_ids": request.prompt}
-    if not request.more:
-        adapter = adapters(request.adapter) if request.adapter is not None else None
-        engine.add_request(name, prompt, _sampling_params(request.params), lora_request=adapter)
-        return
-    # The offline engine has no interface for sessions; this is what the server's does. The last input only ends it.
-    process = functools.partial(
-        engine.input_processor.process_inputs, supported_tasks=engine.get_supported_tasks()
+def _inputs(phase: Phase) -> Iterator[tuple[int, int, list[int] | None]]:
+    """When which request gets which tokens, in steps; None ends a session."""
+    for index, request in enumerate(phase.requests):
+        end = (None,) if request.more else ()
+        for number, tokens in enumerate((request.prompt, *request.more, *end)):
+            yield request.after_step + SESSION_STEPS * number, index, tokens
+
+
+def _add_to_session(engine: Any, name: str, request: Request, tokens: list[int] | None, first: Any) -> Any:
+    """What the server does, for the offline engine has no interface for sessions; returns the session's first input."""
+    part = engine.input_processor.process_inputs(
+        name,
+        {"prompt_token_ids": tokens or [0]},
+        _sampling_params(request.params),
+        supported_tasks=engine.get_supported_tasks(),
+        resumable=tokens is not None,
     )
-    session = None
-    for tokens in (request.prompt, *request.more, None):
-        chunk = process(
-            name,
-            {"prompt_token_ids": tokens or [0]},
-            _sampling_params(request.params),
-            resumable=tokens is not None,
-        )
-        if session is None:
-            engine.input_processor.assign_request_id(chunk)
-            session = chunk
-        chunk.request_id, chunk.external_req_id = session.request_id, session.external_req_id
-        engine.output_processor.add_request(chunk, None, None, 0)
-        # Both sides make their prompt longer, in a server each a list of its own.
-        engine.engine_core.add_request(replace(chunk, prompt_token_ids=list(chunk.prompt_token_ids)))
+    if first is None:
+        engine.input_processor.assign_request_id(part)
+        first = part
+    part.request_id, part.external_req_id = first.request_id, first.external_req_id
+    engine.output_processor.add_request(part, None, None, 0)
+    # Both sides make their prompt longer: in a server each has a list of its own.
+    engine.engine_core.add_request(replace(part, prompt_token_ids=list(part.prompt_token_ids)))
+    return first
 
 
 def _sampling_params(params: dict[str, Any]) -> Any:

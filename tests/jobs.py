@@ -15,7 +15,7 @@ class Request:
     `params` are the fields of vLLM's SamplingParams, with those of `structured_outputs` in their place. The request
     arrives once `after_step` engine steps of its phase are done, and is aborted as soon as it has `abort_after` output
     tokens. `adapter` is the directory of its LoRA adapter. With `more` it is a session, whose further inputs these are:
-    it takes one when it has its output tokens.
+    it gives its output tokens after each, and waits between them.
     """
 
     prompt: list[int]

@@ -1,7 +1,8 @@
-"""Requests that go from lane to lane and back again keep their tokens, whatever the lanes' input batches still hold.
+"""Requests keep their tokens while one lane or two are in use by turns, whatever the lanes' input batches still hold.
 
-Whatever a request can ask for is among them: the state behind it moves along. And each step, as the attention workers
-are told of it by the scheduler's output alone, is the one that vLLM's own tensors describe.
+Where requests may move they go from lane to lane and back again; elsewhere they enter either, and come back to it when
+they were preempted. Whatever a request can ask for is among them: no state behind it is lost. And each step, as the
+attention workers are told of it by the scheduler's output alone, is the one that vLLM's own tensors describe.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import StructuredOutputsParams
 from vllm_lamina.attention_backend.metadata import LaminaMetadataBuilder
+from vllm.v1.core.sched.scheduler import Scheduler
 from vllm_lamina.scheduler.lanes import Lanes
+from vllm_lamina.scheduler.scheduler import LaminaScheduler
 
 rng = random.Random(0)
-changes = 0
+changes = preempted = 0
 
 def choose_at_random(self, expected):
     # An adversarial schedule: one lane or two, changing every few steps.
@@ -36,6 +39,14 @@ def choose_at_random(self, expected):
     return chosen
 
 Lanes._choose_number = choose_at_random
+preempt = Scheduler._preempt_request
+
+def preempt_and_count(self, *args, **kwargs):
+    global preempted
+    preempted += isinstance(self, LaminaScheduler)
+    preempt(self, *args, **kwargs)
+
+Scheduler._preempt_request = preempt_and_count
 build = LaminaMetadataBuilder.build
 checked = 0
 
@@ -81,7 +92,7 @@ def generate(**engine):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 found = {"stock": generate(kv_cache_memory_bytes=64 << 20), "lamina": generate(**lamina)}
-print("FOUND " + json.dumps(found | {"changes": changes, "checked": checked}))
+print("FOUND " + json.dumps(found | {"changes": changes, "preempted": preempted, "checked": checked}))
 """
 
 
@@ -93,7 +104,7 @@ def test_lanes_change_at_random(model_zoo: ModelZoo, tmp_path: Path) -> None:
     ]
     # One slot more than adapters: see test_lora.py.
     options = ENGINE_DEFAULTS | {"enable_lora": True, "max_loras": 3}
-    lamina = {"executor": "lamina", "lamina_memory": "64MiB"}
+    lamina = {"executor": "lamina", "lamina_memory": "2MiB"}  # not enough for all
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps([model, adapters, options, lamina])],
         env=os.environ | ENGINE_ENV,
@@ -105,5 +116,6 @@ def test_lanes_change_at_random(model_zoo: ModelZoo, tmp_path: Path) -> None:
     assert lines, finished.stderr[-3000:]
     found = json.loads(lines[0].removeprefix("FOUND "))
     assert found["changes"] > 10
+    assert found["preempted"] > 0
     assert found["checked"] > 300
     assert found["lamina"] == found["stock"]

@@ -12,6 +12,7 @@ import functools
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ import adversary
 import runners
 from cores import ATTENTION_CPU
 from jobs import Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+from msgspec.structs import replace
 
 # Modules that every fork would otherwise import for itself.
 INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
 INHERITED_V2 = ("vllm.v1.worker.cpu.model_runner",)
+
+SESSION_STEPS = 15
+"""Engine steps from one input of a session to the next."""
 
 
 def main() -> None:
@@ -101,19 +106,23 @@ def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:
 def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     engine = llm.llm_engine
     before = _counters(llm)
-    waiting = sorted(enumerate(phase.requests), key=lambda item: item[1].after_step)
+    waiting = sorted(_inputs(phase), key=lambda item: item[0])
+    sessions: dict[int, Any] = {}
     results = [RequestResult([], []) for _ in phase.requests]
     aborted: set[str] = set()
     calls = list(phase.calls)
     tokens_at_calls = []
     step = 0
     while waiting or engine.has_unfinished_requests():
-        while waiting and (waiting[0][1].after_step <= step or not engine.has_unfinished_requests()):
-            index, request = waiting.pop(0)
-            prompt = {"prompt_token_ids": request.prompt}
+        while waiting and (waiting[0][0] <= step or not engine.has_unfinished_requests()):
+            _, index, tokens = waiting.pop(0)
+            name, request = f"{phase.name}-{index}", phase.requests[index]
+            if request.more:
+                sessions[index] = _add_to_session(engine, name, request, tokens, sessions.get(index))
+                continue
             adapter = adapters(request.adapter) if request.adapter is not None else None
             engine.add_request(
-                f"{phase.name}-{index}", prompt, _sampling_params(request.params), lora_request=adapter
+                name, {"prompt_token_ids": tokens}, _sampling_params(request.params), lora_request=adapter
             )
         outputs = engine.step()
         step += 1
@@ -152,6 +161,33 @@ def _call(llm: Any, call: Call) -> None:
 def _num_tokens(result: RequestResult) -> int:
     """Output tokens of a request's first sequence."""
     return len(result.completions[0].token_ids) if result.completions else 0
+
+
+def _inputs(phase: Phase) -> Iterator[tuple[int, int, list[int] | None]]:
+    """When which request gets which tokens, in steps; None ends a session."""
+    for index, request in enumerate(phase.requests):
+        end = (None,) if request.more else ()
+        for number, tokens in enumerate((request.prompt, *request.more, *end)):
+            yield request.after_step + SESSION_STEPS * number, index, tokens
+
+
+def _add_to_session(engine: Any, name: str, request: Request, tokens: list[int] | None, first: Any) -> Any:
+    """What the server does, for the offline engine has no interface for sessions; returns the session's first input."""
+    part = engine.input_processor.process_inputs(
+        name,
+        {"prompt_token_ids": tokens or [0]},
+        _sampling_params(request.params),
+        supported_tasks=engine.get_supported_tasks(),
+        resumable=tokens is not None,
+    )
+    if first is None:
+        engine.input_processor.assign_request_id(part)
+        first = part
+    part.request_id, part.external_req_id = first.request_id, first.external_req_id
+    engine.output_processor.add_request(part, None, None, 0)
+    # Both sides make their prompt longer: in a server each has a list of its own.
+    engine.engine_core.add_request(replace(part, prompt_token_ids=list(part.prompt_token_ids)))
+    return first
 
 
 def _sampling_params(params: dict[str, Any]) -> Any:

@@ -16,7 +16,8 @@ class Request:
 
     `params` are the fields of vLLM's SamplingParams, with those of `structured_outputs` in their place. The request
     arrives once `after_step` engine steps of its phase are done, and is aborted as soon as it has `abort_after` output
-    tokens. `adapter` is the directory of its LoRA adapter.
+    tokens. `adapter` is the directory of its LoRA adapter. With `more` it is a session, whose further inputs these are:
+    it gives its output tokens after each, and waits between them.
     """
 
     prompt: list[int]
@@ -24,6 +25,7 @@ class Request:
     after_step: int = 0
     abort_after: int | None = None
     adapter: str | None = None
+    more: tuple[list[int], ...] = ()
 
 
 @dataclass(frozen=True)

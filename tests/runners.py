@@ -12,7 +12,9 @@ DEFAULT = V2 if os.environ.get(SWITCH) == "1" else V1
 """The runner of all tests that do not name one."""
 
 
-LOGITS_PROCESSOR = {V1: "logits_processors:NoRepeatsV1", V2: "logits_processors:NoRepeatsV2"}
+def logits_processor(name: str, runner: str = DEFAULT) -> str:
+    """One of `logits_processors.py`, by the name that vLLM's option takes."""
+    return f"logits_processors:{name}{runner.upper()}"
 
 
 def environment(runner: str) -> dict[str, str]:

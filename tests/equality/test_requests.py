@@ -89,7 +89,7 @@ AFTER_ABORTS = Phase("after aborts", requests((500, 20, 310, 129), seed=160))
 @pytest.fixture(scope="module")
 def results(engines: Engines, model_zoo: ModelZoo) -> tuple[JobResult, JobResult]:
     phases = [*PHASES, ABORTS, AFTER_ABORTS]
-    engine = {"max_model_len": 8192, "logits_processors": [runners.LOGITS_PROCESSOR[runners.DEFAULT]]}
+    engine = {"max_model_len": 8192, "logits_processors": [runners.logits_processor("NoRepeats")]}
     return engines.pair(Job(model_zoo("llama"), phases, engine))
 
 

@@ -101,7 +101,7 @@ def jobs(
         "max_model_len": 512,
         "enable_lora": bool(adapters),
         "max_loras": len(adapters) + 1,
-        "logits_processors": [runners.LOGITS_PROCESSOR[runner]],
+        "logits_processors": [runners.logits_processor("NoRepeats", runner)],
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
     stock = Job(model, [phase], engine, runner=runner)

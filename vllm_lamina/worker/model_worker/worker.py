@@ -236,8 +236,7 @@ class LaminaCPUWorker(_LaminaWorker, CPUWorker):
 class LaminaCUDAWorker(_LaminaWorker):
     """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
 
-    @torch.inference_mode()
     def _warm_up(self) -> None:
-        # vLLM's worker runs this under the same two; what it measures around it is the room for a KV cache.
-        with set_current_vllm_config(self.vllm_config):
+        # As vLLM's worker runs it; what that measures beside is the room for a KV cache.
+        with torch.inference_mode(), set_current_vllm_config(self.vllm_config):
             self.model_runner.profile_run()

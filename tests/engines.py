@@ -43,21 +43,24 @@ class JobFailed(AssertionError):
 class Engines:
     """Runs each distinct job once; `directory` keeps jobs, results and logs. Use as a context manager.
 
-    `prefix` before a command runs it elsewhere, such as on another host.
+    `prefix` before a command runs it elsewhere, such as on another host. Those that are made `beside` others share
+    their processes.
     """
 
-    def __init__(self, directory: Path, prefix: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, prefix: tuple[str, ...] = (), beside: Engines | None = None) -> None:
         self._directory = directory
         self._prefix = prefix
         self._results: dict[str, JobResult] = {}
-        self._processes: dict[str, subprocess.Popen[str]] = {}
+        self._processes: dict[str, subprocess.Popen[str]] = {} if beside is None else beside._processes
         """Of each model runner: the process that runs its jobs."""
+        self._owns_processes = beside is None
 
     def __enter__(self) -> Engines:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stop()
+        if self._owns_processes:
+            self._stop()
 
     def run(self, job: Job, deadline: float = 180.0) -> JobResult:
         """The result of the job, with `ENGINE_DEFAULTS` filled in. Raises JobFailed, with the end of the log."""

@@ -105,9 +105,9 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, job: Job) -> Iterator[Scene]:
-    with Engines(tmp_path) as engines, ExitStack() as stack:
-        yield Scene(tmp_path, job, engines, stack)
+def scene(tmp_path: Path, job: Job, engines: Engines) -> Iterator[Scene]:
+    with Engines(tmp_path, beside=engines) as its_engines, ExitStack() as stack:
+        yield Scene(tmp_path, job, its_engines, stack)
 
 
 @pytest.mark.parametrize(("batches", "kind"), [(2, signal.SIGKILL), (1, signal.SIGSTOP)])

@@ -1,15 +1,19 @@
-"""What vLLM's kernels need of Triton's interpreter to run in it, and in seconds."""
+"""What vLLM's kernels need of Triton's interpreter to run in it, and to run in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
 
 
-def register():
+def register() -> None:
     """vLLM calls it in each of its processes, as a general plugin."""
-    import dataclasses
-
-    import numpy as np
     from triton.runtime import interpreter
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    def boolean(mask):
+    def boolean(mask: Any) -> Any:
         if mask is None or mask.data.dtype == np.bool_:
             return mask
         return interpreter.TensorHandle(mask.data.astype(np.bool_), mask.dtype)
@@ -24,5 +28,5 @@ def register():
     # A third of the time goes into asking whether each sum overflows.
     options = interpreter.interpreter_builder.options
     interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    # Its kernel of top-k and top-p uses what the interpreter lacks; its way without Triton gives the same.
+    # vLLM's kernel of top-k and top-p uses what the interpreter lacks; its way without Triton gives the same.
     topk_topp_sampler.HAS_TRITON = False

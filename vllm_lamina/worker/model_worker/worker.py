@@ -237,6 +237,6 @@ class LaminaCUDAWorker(_LaminaWorker):
     """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
 
     def _warm_up(self) -> None:
-        # As vLLM's worker runs it; what that measures beside is the room for a KV cache.
+        # vLLM's worker runs this under the same two; what it measures around it is the room for a KV cache.
         with torch.inference_mode(), set_current_vllm_config(self.vllm_config):
             self.model_runner.profile_run()

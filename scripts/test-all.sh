@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Runs the tests on every vLLM and model runner that is supported, one after the other; prints what became of each.
+# Arguments go to pytest. The logs are in results/tests/.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+logs=results/tests status=0 table=()
+mkdir -p "$logs"
+for vllm in 0.32 0.33; do
+  for runner in v1 v2; do
+    log="$logs/vllm-$vllm-$runner.log"
+    echo "test-all: vLLM $vllm, $runner; see $log"
+    begin=$SECONDS
+    scripts/test.sh --vllm "$vllm" --runner "$runner" "$@" >"$log" 2>&1 || status=$?
+    outcome=$(tail -n 1 "$log" | sed 's/^=* *//; s/ *=*$//')
+    table+=("| $vllm | ${runner^^} | $(date +%F) | $outcome | $(((SECONDS - begin + 59) / 60)) min |")
+  done
+done
+printf '%s\n' '| vLLM | Runner | Date | Result | Took |' '| --- | --- | --- | --- | --- |' "${table[@]}"
+exit "$status"

@@ -114,7 +114,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "quantised KV cache (FP8 and others)",
-        "remove --kv-cache-dtype",
+        "remove --kv-cache-dtype; where it is the model that says so, set it to the model's dtype",
         lambda c: c.cache_config.cache_dtype not in ("auto", *DTYPES),
         lambda o: o.kv_cache_dtype not in ("auto", *DTYPES),
     ),
@@ -169,6 +169,11 @@ REFUSALS: tuple[Refusal, ...] = (
             or c.parallel_config.prefill_context_parallel_size > 1
         ),
     ),
+    Refusal(
+        "vLLM's V1 model runner on GPUs",
+        "unset VLLM_USE_V2_MODEL_RUNNER; if it is not set, vLLM's log says what its V2 runner lacks",
+        lambda c: c.device_config.device_type == "cuda" and not c.use_v2_model_runner,
+    ),
 )
 
 
@@ -199,7 +204,7 @@ def check_layer(options: LayerOptions) -> None:
 
 
 def _message(refusal: Refusal, subject: str) -> str:
-    return f"Lamina does not support {refusal.feature}, which {subject} needs: {refusal.advice}."
+    return f"Lamina does not support {refusal.feature}, which {subject} asks for: {refusal.advice}."
 
 
 def support_table() -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runners
 from comparison import FLOAT32_TOLERANCE, assert_close, first_divergence
 from engines import Engines
 from jobs import Call, Completion, Job, Phase, PhaseResult
@@ -52,7 +53,7 @@ def phase(tokens: int, method: str, there: dict[str, Any], back: dict[str, Any])
 @pytest.fixture(scope="module")
 def stock(engines: Engines, model_zoo: ModelZoo) -> dict[int, PhaseResult]:
     """What stock vLLM generates if the weights change after so many tokens."""
-    counts = range(AFTER_TOKENS - 4, AFTER_TOKENS + 4)
+    counts = range(AFTER_TOKENS - 3, AFTER_TOKENS + 4)
     phases = [phase(k, "write_weights", {"factor": FACTOR}, {"factor": 1 / FACTOR}) for k in counts]
     results = engines.run(job(model_zoo, phases)).phases
     for k, result in zip(counts, results, strict=True):
@@ -83,9 +84,14 @@ def assert_no_step_is_mixed(stock: dict[int, PhaseResult], lamina: PhaseResult) 
     assert in_flight, "no step was in flight"
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(("runner", "ranks"), [(runners.DEFAULT, 1), (runners.DEFAULT, 2), (runners.V2, 1)])
 def test_every_step_has_the_weights_before_or_after(
-    engines: Engines, model_zoo: ModelZoo, scaled: Path, stock: dict[int, PhaseResult], ranks: int
+    engines: Engines,
+    model_zoo: ModelZoo,
+    scaled: Path,
+    stock: dict[int, PhaseResult],
+    runner: str,
+    ranks: int,
 ) -> None:
     factors = {"factor": FACTOR}, {"factor": 1 / FACTOR}
     paths = {"weights_path": str(scaled)}, {"weights_path": model_zoo("four_kv_heads")}
@@ -95,7 +101,7 @@ def test_every_step_has_the_weights_before_or_after(
         phase(AFTER_TOKENS, "weights:scale_slowly", *factors),
         phase(AFTER_TOKENS, "reload_weights", *paths),
     ]
-    lamina = replace(job(model_zoo, phases), executor="lamina")
+    lamina = replace(job(model_zoo, phases), executor="lamina", runner=runner)
     if ranks > 1:
         engine = lamina.engine | {"tensor_parallel_size": ranks}
         environment = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}

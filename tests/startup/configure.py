@@ -3,7 +3,8 @@
     configure.py CASES RESULTS
 
 Importing vLLM takes much longer than configuring an engine, so one process does it for all cases. A case is an object
-with either `arguments`, keyword arguments of EngineArgs, or `command`, the arguments of the program `vllm`.
+with either `arguments`, keyword arguments of EngineArgs, or `command`, the arguments of the program `vllm`; and with
+`environment`, where it is another than the program's.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import logging
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -27,19 +30,53 @@ def main(cases: str, results: str) -> None:
 
 
 def outcome(case: dict[str, Any]) -> dict[str, Any]:
-    """What became of one engine: its two fields that select Lamina, or the kind and text of the error."""
+    """What became of one engine: its two fields that select Lamina, and what else vLLM or Lamina chose, or the kind and
+    text of the error; and what was logged.
+    """
     printed = io.StringIO()
+    handler = Records()
+    logger = logging.getLogger("vllm")
+    logger.addHandler(handler)
     try:
-        with contextlib.redirect_stderr(printed):
+        with contextlib.redirect_stderr(printed), patch.dict(os.environ, case.get("environment", {})):
             engine = from_command(case["command"]) if "command" in case else EngineArgs(**case["arguments"])
-            engine.create_engine_config()
+            config = engine.create_engine_config()
+            chosen = chosen_in(config)
     except SystemExit:
         return {"error": "SystemExit", "message": printed.getvalue()}
     except Exception as error:  # whatever it is: the test compares its kind and text
         return {"error": type(error).__name__, "message": str(error)}
+    finally:
+        logger.removeHandler(handler)
     return {
         "backend": str(engine.distributed_executor_backend),
         "additional_config": engine.additional_config,
+        "chosen": chosen,
+        "log": handler.lines,
+    }
+
+
+class Records(logging.Handler):
+    """Keeps the lines that are logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+def chosen_in(config: Any) -> dict[str, Any]:
+    """What a user who gives nothing leaves to vLLM and Lamina."""
+    backend = config.attention_config.backend
+    return {
+        "device": config.device_config.device_type,
+        "V2": config.use_v2_model_runner,
+        "block size": config.cache_config.block_size,
+        "attention backend": backend and backend.name,
+        "scheduler": config.scheduler_config.scheduler_cls,
+        "asynchronous": config.scheduler_config.async_scheduling,
     }
 
 

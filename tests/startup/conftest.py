@@ -16,14 +16,14 @@ Outcomes = dict[str, dict[str, Any]]
 
 
 @pytest.fixture(scope="session")
-def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, Any]], Outcomes]:
-    """`configure({name: case})` is what became of each case; see `configure.py`."""
+def configure(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Outcomes]:
+    """`configure({name: case}, NAME="value")` is what became of each case; see `configure.py`."""
 
-    def outcomes(cases: dict[str, Any]) -> Outcomes:
+    def outcomes(cases: dict[str, Any], by: str = "configure.py", **env: str) -> Outcomes:
         directory = tmp_path_factory.mktemp("configure")
         given, results, log = (directory / name for name in ("cases.json", "results.json", "log"))
         given.write_text(json.dumps(list(cases.values())))
-        finished = run(program("configure.py", str(given), str(results)), log)
+        finished = run(program(by, str(given), str(results)), log, **env)
         assert finished.status == 0, tail(log)
         return dict(zip(cases, json.loads(results.read_text()), strict=True))
 

@@ -183,6 +183,7 @@ def _wrap_create(engine_args: Any) -> None:
         if selected:
             check_vllm_version()
             LaminaConfig.from_additional_config(self.additional_config)
+            _refuse_what_lamina_chooses(self)
             _let_children_import_as_we_do()
         config = create_engine_config(self, *args, **kwargs)
         if selected:
@@ -190,6 +191,23 @@ def _wrap_create(engine_args: Any) -> None:
         return config
 
     engine_args.create_engine_config = create_and_check
+
+
+def _refuse_what_lamina_chooses(engine: Any) -> None:
+    """Refuse what a user chose of vLLM's that Lamina replaces; in the configuration it could be vLLM's own choice."""
+    attention = engine.attention_config
+    for flag, given, own in (
+        ("--attention-backend", _unless_auto(engine.attention_backend), "attention backend"),
+        ("--attention-config", attention.backend or attention.backend_per_kind or None, "attention backend"),
+        ("--worker-cls", _unless_auto(engine.worker_cls), "model worker"),
+        ("--async-scheduling", engine.async_scheduling or None, "steps in flight (--lamina-batches)"),
+    ):
+        if given is not None:
+            raise ConfigError(f"--executor lamina has its own {own}; remove {flag} (given: {given})")
+
+
+def _unless_auto(value: Any) -> Any:
+    return None if str(value).lower() == "auto" else value
 
 
 def _let_children_import_as_we_do() -> None:

@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from vllm_lamina.errors import ConfigError
 
 
 class _TwoBatchesConfig(VllmConfig):
@@ -47,6 +50,32 @@ def settle_block_size(config: VllmConfig, num_tokens: int) -> bool:
     differs: bool = cache.block_size != num_tokens
     cache.block_size = num_tokens
     cache.user_specified_block_size = True
+    return differs
+
+
+def settle_attention_backend(config: VllmConfig, name: str) -> bool:
+    """Let vLLM take this member of its enumeration of backends; True where it would not have."""
+    attention, backend = config.attention_config, AttentionBackendEnum[name]
+    differs: bool = attention.backend is not backend
+    attention.backend = backend
+    return differs
+
+
+def settle_scheduler(config: VllmConfig, name: str) -> bool:
+    """Let the engine schedule with this class; True where it would not have.
+
+    Raises
+    ------
+    ConfigError
+        It was given another one.
+    """
+    scheduler = config.scheduler_config
+    differs: bool = scheduler.scheduler_cls != name
+    if differs and scheduler.scheduler_cls is not None:
+        raise ConfigError(
+            f"--executor lamina has its own scheduler; remove --scheduler-cls {scheduler.scheduler_cls}"
+        )
+    scheduler.scheduler_cls = name
     return differs
 
 

@@ -16,6 +16,9 @@ class Device(ABC):
     backend_name: str
     """The member of vLLM's ``AttentionBackendEnum`` in whose place Lamina's attention backend runs."""
 
+    backend_is_asked_for: bool
+    """Whether vLLM takes that member only where the configuration names it."""
+
     @abstractmethod
     def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         """Host memory that holds the values of ``tensor``: [tokens, heads, head_size], each token's row contiguous."""

@@ -12,6 +12,7 @@ class CpuDevice(Device):
 
     worker_cls = "vllm_lamina.worker.model_worker.worker.LaminaCPUWorker"
     backend_name = "CPU_ATTN"
+    backend_is_asked_for = False
 
     def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor if tensor[0].is_contiguous() else tensor.contiguous()

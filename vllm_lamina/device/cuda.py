@@ -16,6 +16,7 @@ class CudaDevice(Device):
 
     worker_cls = "vllm_lamina.worker.model_worker.worker.LaminaCUDAWorker"
     backend_name = "CUSTOM"
+    backend_is_asked_for = True
 
     def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

@@ -26,6 +26,7 @@ from vllm_lamina.device import device_for
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.cpus import CpuPlacement, place
 from vllm_lamina.executor.parent import end_with_parent
+from vllm_lamina.executor.preflight import settle
 from vllm_lamina.executor.recovery import Recovery
 from vllm_lamina.executor.sources import source_for
 from vllm_lamina.executor.sources.base import AttentionWorkerSource
@@ -36,8 +37,6 @@ logger = init_logger("vllm.lamina")
 STEP_METHODS = ("execute_model", "sample_tokens")
 """The model worker's methods that a step consists of."""
 
-SCHEDULER = "vllm_lamina.scheduler.scheduler.LaminaScheduler"
-
 
 class _LaminaExecutor(Executor):
     """Starts the attention workers with the model workers, and ends them with the engine."""
@@ -47,6 +46,7 @@ class _LaminaExecutor(Executor):
 
     def _init_executor(self) -> None:
         check_vllm_version()
+        settle(self.vllm_config)
         check_engine_config(self.vllm_config)
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
         device_type = self.vllm_config.device_config.device_type
@@ -61,7 +61,7 @@ class _LaminaExecutor(Executor):
             model_on_cpu=device_type == "cpu",
             num_ranks=self.parallel_config.tensor_parallel_size,
         )
-        self._select_scheduler(self.lamina_config.batches)
+        with_batches_in_flight(self.vllm_config, self.lamina_config.batches)
         with self._ending_on_failure():
             self._init_model_workers(self.placement)
             addresses = source.start(self.placement)
@@ -123,12 +123,6 @@ class _LaminaExecutor(Executor):
             assert self._recovery is not None
             self._recovery.goes_on_without_some = placement is not None
             facts_of(self.vllm_config).recovery = self._recovery
-
-    def _select_scheduler(self, num_batches: int) -> None:
-        if self.scheduler_config.scheduler_cls is not None:
-            raise ConfigError("--executor lamina needs Lamina's own scheduler; remove --scheduler-cls")
-        self.scheduler_config.scheduler_cls = SCHEDULER
-        with_batches_in_flight(self.vllm_config, num_batches)
 
     def _tell_attention_workers(self, addresses: Sequence[Sequence[str]]) -> None:
         facts_of(self.vllm_config).attention_workers = addresses

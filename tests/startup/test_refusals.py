@@ -30,7 +30,6 @@ MODELS = {
 # Arguments of the engine: feature and advice in the message.
 FEATURES: dict[str, tuple[dict[str, Any], str, str]] = {
     "fp8": ({"kv_cache_dtype": "fp8"}, "quantised KV cache", "remove --kv-cache-dtype"),
-    "other dtype": ({"kv_cache_dtype": "bfloat16"}, "other than the model's", "remove --kv-cache-dtype"),
     "speculative": (
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         "speculative decoding",
@@ -52,6 +51,11 @@ OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "pipeline": (
         {"executor": "lamina", "pipeline_parallel_size": 2},
         "Pipeline Parallelism without .* is not supported",
+    ),
+    # And from 0.33 on here.
+    "other dtype": (
+        {"executor": "lamina", "kv_cache_dtype": "bfloat16", "enforce_eager": True},
+        "a KV cache dtype other than the model's.*: remove --kv-cache-dtype|set `--kv-cache-dtype` to `auto`",
     ),
     "memory": (
         {"executor": "lamina", "lamina_memory": "1MiB", "max_model_len": 8192},

@@ -1,4 +1,4 @@
-"""A user's logits processors, as vLLM loads them by name; each for both model runners: ``logits_processors:NoRepeatsV1``.
+"""A user's logits processors, each for both model runners, as vLLM loads them: ``logits_processors:NoRepeatsV1``.
 
 `NoRepeats` forbids the last `extra_args["no_repeats"]` output tokens of a request, and makes every second of the tokens
 from a number on, that of its output tokens, less likely: it depends on the state of the request. `EveryNth` lets a

@@ -8,10 +8,12 @@ import inspect
 import pickle
 import re
 import textwrap
+from collections import deque
 from pathlib import Path
 
 import pytest
 from vllm.config import VllmConfig
+from vllm.sampling_params import SamplingParams
 from vllm.v1.core import block_pool
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_coordinator import KVCacheCoordinator
@@ -20,6 +22,7 @@ from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched import scheduler
 from vllm.v1.core.sched.interface import SchedulerInterface
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy, create_request_queue
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.engine.core import EngineCore
@@ -120,22 +123,54 @@ def test_running_requests_can_be_hidden_while_a_step_is_scheduled() -> None:
 
 
 def test_admission_can_be_bounded() -> None:
-    """Relies on ``max_num_active_reqs`` being read before each admission and nowhere else, and on
-    ``_handle_blocked_waiting_request`` being asked about each request.
+    """Relies on ``max_num_active_reqs`` being read before each admission and nowhere else, when the next request is at
+    the head of its queue, and on ``_handle_blocked_waiting_request`` being asked about each request.
     """
     source = source_of(scheduler)
     assert source.count("self.max_num_active_reqs") == 2, "it is set, and read once"
     assert "self.max_num_active_reqs = (" in source_of(Scheduler.__init__)
     _, _, loop = source_of(Scheduler.schedule).partition("while token_budget > 0:")
-    bounded, asked, admitted = (
+    bounded, peeked, asked, admitted = (
         loop.index(text)
         for text in (
             "if num_running >= self.max_num_active_reqs:",
+            "request = request_queue.peek_request()",
             "self._handle_blocked_waiting_request(request)",
             "self.running.append(request)",
         )
     )
-    assert bounded < asked < admitted
+    assert bounded < peeked < asked < admitted
+    assert "if not request_queue" in loop[:bounded]
+
+
+def test_a_waiting_request_can_be_passed_over() -> None:
+    """Relies on one that may not be scheduled being put back where it was, once the others had their chance."""
+    for policy in (SchedulingPolicy.FCFS, SchedulingPolicy.PRIORITY):
+        queue = create_request_queue(policy)
+        requests = [Request(f"r{i}", [1], SamplingParams(), None, arrival_time=float(i)) for i in range(4)]
+        for request in requests:
+            queue.add_request(request)
+        passed: deque[Request] = deque()
+        passed.appendleft(queue.pop_request())
+        passed.appendleft(queue.pop_request())
+        queue.prepend_requests(passed)
+        assert [queue.pop_request() for _ in requests] == requests
+    loop = source_of(Scheduler.schedule)
+    assert "step_skipped_waiting.appendleft(request_to_skip)" in loop
+    assert "self.waiting.prepend_requests(step_skipped_waiting)" in loop
+
+
+def test_sessions_that_wait_for_input_are_known() -> None:
+    """Relies on their status, and on ``num_waiting_for_streaming_input``, which counts against what may run."""
+    assert "self.num_waiting_for_streaming_input += 1" in source_of(Scheduler._handle_stopped_request)
+    assert "RequestStatus.WAITING_FOR_STREAMING_REQ" in source_of(Scheduler._handle_stopped_request)
+    assert "len(self.running) + self.num_waiting_for_streaming_input" in source_of(Scheduler.schedule)
+
+
+def test_blocks_that_are_kept_from_waiting_requests_are_known() -> None:
+    """Relies on ``KVCacheManager.watermark_blocks``."""
+    assert "self.watermark_blocks = int(" in source_of(KVCacheManager.__init__)
+    assert "watermark_blocks = self.watermark_blocks" in source_of(KVCacheManager.allocate_slots)
 
 
 def test_waiting_requests_are_in_two_queues() -> None:

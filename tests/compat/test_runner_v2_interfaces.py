@@ -78,8 +78,8 @@ llm = LLM(**options, executor="lamina", lamina_memory="64MiB", lamina_stagger="a
 worker = llm.llm_engine.model_executor.driver_worker.worker
 first, second = (lane.runner._runner for lane in worker.lanes._lanes)
 
-def tensors(root):
-    found, seen, todo = {}, set(), [(name, value) for name, value in vars(root).items()]
+def tensors(attributes):
+    found, seen, todo = {}, set(), list(attributes.items())
     while todo:
         path, value = todo.pop()
         if id(value) in seen:
@@ -96,7 +96,7 @@ def tensors(root):
             todo += [(f"{path}.{name}", item) for name, item in vars(value).items()]
     return found
 
-mine, its = tensors(first), tensors(second)
+mine, its = tensors(vars(first)), tensors(vars(first) | vars(second))
 llm.llm_engine.engine_core.shutdown()
 shared = sorted(path for path, place in its.items() if place in mine.values())
 print("FOUND " + json.dumps([shared, sorted(its.keys() - set(shared))]))

@@ -57,7 +57,7 @@ class LaneRunnerV2:
 def lane_runners(
     first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> list[LaneRunnerV2]:
-    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others with all but its buffers."""
+    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others that are it but for buffers."""
     runners = [first]
     while len(runners) < num_lanes:
         with set_current_vllm_config(config):
@@ -72,7 +72,14 @@ def lane_runners(
 
 
 def _with_own_buffers(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
-    runner = copy.copy(first)
+    class Lane(type(first)):  # type: ignore[misc]
+        """The first runner wherever it has nothing of its own, now and when something of it is replaced."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(first, name)
+
+    runner = object.__new__(Lane)
+    runner.execute_model_state = None
     runner.input_buffers = InputBuffers(first.max_num_reqs, first.max_num_tokens, first.device)
     # The requests' block tables are shared; what is gathered of them for a step is not.
     tables = runner.block_tables = copy.copy(first.block_tables)

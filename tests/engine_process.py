@@ -110,6 +110,8 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
     sessions: dict[int, Any] = {}
     results = [RequestResult([], []) for _ in phase.requests]
     aborted: set[str] = set()
+    abort_at: dict[str, int] = {}
+    """The engine step after which a request is to be aborted."""
     calls = list(phase.calls)
     tokens_at_calls = []
     step = 0
@@ -132,8 +134,11 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
             index = int(output.request_id.rpartition("-")[2])
             _record(results[index], output)
             if _abort_is_due(phase.requests[index], results[index]):
-                engine.abort_request([output.request_id])
-                aborted.add(output.request_id)
+                abort_at.setdefault(output.request_id, step + phase.requests[index].abort_delay)
+        for name in [name for name, its_step in abort_at.items() if its_step <= step]:
+            engine.abort_request([name])
+            aborted.add(name)
+            del abort_at[name]
         while calls and (
             _num_tokens(results[0]) >= calls[0].after_tokens or not engine.has_unfinished_requests()
         ):

@@ -15,15 +15,17 @@ class Request:
     """One request of a phase.
 
     `params` are the fields of vLLM's SamplingParams, with those of `structured_outputs` in their place. The request
-    arrives once `after_step` engine steps of its phase are done, and is aborted as soon as it has `abort_after` output
-    tokens. `adapter` is the directory of its LoRA adapter. With `more` it is a session, whose further inputs these are:
-    it gives its output tokens after each, and waits between them.
+    arrives once `after_step` engine steps of its phase are done. It is aborted `abort_delay` engine steps after it has
+    `abort_after` output tokens: at once its lane is idle, a step later it is in flight. `adapter` is the directory of
+    its LoRA adapter. With `more` it is a session, whose further inputs these are: it gives its output tokens after
+    each, and waits between them.
     """
 
     prompt: list[int]
     params: dict[str, Any]
     after_step: int = 0
     abort_after: int | None = None
+    abort_delay: int = 0
     adapter: str | None = None
     more: tuple[list[int], ...] = ()
 

@@ -78,7 +78,8 @@ def requests(rng: random.Random, number: int, max_tokens: int, adapters: list[st
                 else prompt(length, rng.randrange(99)),
                 params(rng, max_tokens),
                 after_step=rng.randrange(2 * number),
-                abort_after=rng.randint(1, max_tokens) if rng.random() < 0.15 else None,
+                abort_after=rng.randint(1, max_tokens) if rng.random() < 0.25 else None,
+                abort_delay=rng.randint(0, 2),
                 adapter=rng.choice([None, *adapters]),
             )
         )

@@ -21,7 +21,7 @@ def adapters(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> l
         (runners.DEFAULT, 1, 60, 24),
         (runners.DEFAULT, 2, 60, 24),
         # Few and short: Triton's interpreter takes a hundredth of a second for each token.
-        (runners.V2, 3, 14, 8),
+        (runners.V2, 2, 14, 8),
     ],
 )
 def test_equal_to_stock(

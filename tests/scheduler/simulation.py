@@ -189,8 +189,8 @@ class Simulation:
         for one, other in zip(scheduler.lanes.lanes, scheduler.lanes.lanes[1:], strict=False):
             assert not one.members & other.members, "a request is in two lanes"
         self._check_adapters([*(step.output for step in self.queue), output])
-        self._check_lane(output)
         self._check_order(output)
+        self._check_lane(output)
         written = {
             block
             for request_id, count in output.num_scheduled_tokens.items()
@@ -213,7 +213,7 @@ class Simulation:
     def _check_order(self, output: SchedulerOutput) -> None:
         """A new request takes no blocks from those that were preempted, for which it would have to wait otherwise."""
         scheduler = self.scheduler
-        is_new = any(self._requests[new.req_id].num_preemptions == 0 for new in output.scheduled_new_reqs)
+        is_new = any(name not in self.lane_of for name in output.num_scheduled_tokens)
         if is_new and scheduler.scheduler_config.policy == "fcfs":
             lacking = sum(-(-r.num_tokens // BLOCK_SIZE) for r in scheduler.waiting if r.num_preemptions)
             assert lacking <= scheduler.kv_blocks.num_free, "a new request has overtaken a preempted one"

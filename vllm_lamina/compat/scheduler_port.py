@@ -204,9 +204,10 @@ class SchedulerPort(Scheduler):
         if self._lane is None:
             return 0
         request = (self.kv_holding_waiting or self.waiting).peek_request()
-        lacking = self._blocks_of_passed + self._blocks_lacking(request)
-        if self._num_passed and lacking > self.kv_blocks.num_admissible:
-            return 0
+        if self._num_passed:
+            lacking = self._blocks_of_passed + self._blocks_lacking(request)
+            if lacking > self.kv_blocks.num_admissible:
+                return 0
         if self._admission.home(request.request_id) is None and self._admission.is_full(
             self._lane, [r.num_tokens for r in self.running], request.num_tokens
         ):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,10 @@ ROOT = Path(__file__).parent.parent
 
 TAKES_MINUTES = ("clean_install", "every_partition", "killed_server_on_ray", "long_chaos")
 """Markers of tests that run only where they are asked for."""
+
+
+def pytest_report_header() -> str:
+    return f"vLLM {version('vllm')}, model runner V{2 if os.environ.get('VLLM_USE_V2_MODEL_RUNNER') == '1' else 1}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

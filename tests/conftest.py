@@ -15,7 +15,7 @@ from models import ModelZoo
 
 ROOT = Path(__file__).parent.parent
 
-TAKES_MINUTES = ("clean_install", "every_partition", "killed_server_on_ray", "long_chaos")
+TAKES_MINUTES = ("clean_install", "every_partition", "killed_server_on_ray", "long_chaos", "slow")
 """Markers of tests that run only where they are asked for."""
 
 

@@ -94,11 +94,13 @@ def test_blocks_are_kept_from_step_to_step() -> None:
     planner = StepPlanner()
 
     def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> dict[str, list[int]]:
-        scheduled = ScheduledStep(0, 1, requests, set(finished), (), (), (), None)
+        scheduled = ScheduledStep(0, 1, requests, set(finished), set(), (), (), (), None)
         return {name: part.block_ids.tolist() for name, part in planner.plan(scheduled).items()}
 
     first = planner.plan(
-        ScheduledStep(0, 40, [ScheduledRequest("a", 0, 40, [3, 4], True, True)], set(), (), (), (), None)
+        ScheduledStep(
+            0, 40, [ScheduledRequest("a", 0, 40, [3, 4], True, True)], set(), set(), (), (), (), None
+        )
     )
     assert step(ScheduledRequest("a", 40, 1, [], False, False)) == {"a": [3, 4]}
     assert step(ScheduledRequest("a", 64, 1, [9], False, False)) == {"a": [3, 4, 9]}

@@ -25,7 +25,9 @@ def questions(engines: Engines, model_zoo: ModelZoo) -> list[Question]:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("layout", "seed"), [("embedded", 1), ("sequence@hosts", 2)])
+@pytest.mark.parametrize(
+    ("layout", "seed"), [pytest.param("embedded", 1, marks=pytest.mark.slow), ("sequence@hosts", 2)]
+)
 def test_short_run(
     model_zoo: ModelZoo, questions: list[Question], tmp_path: Path, layout: str, seed: int
 ) -> None:

@@ -16,7 +16,7 @@ from models import ModelZoo
 from workloads import greedy, prompt
 
 
-@pytest.mark.parametrize("runner", sorted({runners.DEFAULT, runners.V2}))
+@pytest.mark.parametrize("runner", [pytest.param(runners.V1, marks=pytest.mark.slow), runners.V2])
 def test_two_places(engines: Engines, model_zoo: ModelZoo, runner: str) -> None:
     requests = [
         Request(prompt(10 + i, seed=i), greedy(12, presence_penalty=1.0), abort_after=2, abort_delay=i % 3)

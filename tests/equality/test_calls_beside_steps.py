@@ -84,7 +84,14 @@ def assert_no_step_is_mixed(stock: dict[int, PhaseResult], lamina: PhaseResult) 
     assert in_flight, "no step was in flight"
 
 
-@pytest.mark.parametrize(("runner", "ranks"), [(runners.DEFAULT, 1), (runners.DEFAULT, 2), (runners.V2, 1)])
+@pytest.mark.parametrize(
+    ("runner", "ranks"),
+    [
+        (runners.DEFAULT, 1),
+        pytest.param(runners.DEFAULT, 2, marks=pytest.mark.slow),
+        pytest.param(runners.V2, 1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_step_has_the_weights_before_or_after(
     engines: Engines,
     model_zoo: ModelZoo,

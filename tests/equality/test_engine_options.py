@@ -19,7 +19,6 @@ from workloads import EDGE_LENGTHS, greedy, prompt, requests, sampled
         # Chunked prefill: prompts are cut into chunks no longer than the budget, mixed with decodes.
         ("llama", {"max_num_batched_tokens": 64}),
         ("qwen3", {"max_num_batched_tokens": 100, "block_size": 64}),
-        ("llama", {"block_size": 32}),
         ("llama", {"enable_prefix_caching": False, "max_num_seqs": 3}),
     ],
     ids=lambda value: value if isinstance(value, str) else ",".join(value),

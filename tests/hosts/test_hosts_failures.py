@@ -150,6 +150,7 @@ def test_errors_at_start(model_zoo: ModelZoo, four_hosts: list[Host], secret: Pa
         assert says["wrong secret"] in last_line
 
 
+@pytest.mark.slow
 def test_one_of_three_workers_is_killed(
     model_zoo: ModelZoo, four_hosts: list[Host], secret: Path, tmp_path: Path
 ) -> None:

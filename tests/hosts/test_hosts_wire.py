@@ -78,7 +78,7 @@ def per_decode_step(engines: Engines, model: str, serving: Host, options: dict[s
     return Traffic(frames, num_bytes)
 
 
-@pytest.mark.parametrize(("mtu", "num_workers"), [(1500, 1), (9000, 3)])
+@pytest.mark.parametrize(("mtu", "num_workers"), [pytest.param(1500, 1, marks=pytest.mark.slow), (9000, 3)])
 def test_decode_step(model: str, secret: Path, tmp_path: Path, mtu: int, num_workers: int) -> None:
     """One worker, and three that divide by head, which sends the same and has three times the headers."""
     formula = (2 + 2 / GROUP) * ELEMENT * WIDTH * BATCH * LAYERS

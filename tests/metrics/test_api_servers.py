@@ -12,6 +12,7 @@ REQUESTS = 8
 LAYERS = SUPPORTED["llama"].config["num_hidden_layers"]
 
 
+@pytest.mark.slow
 def test_nothing_is_counted_twice(model_zoo: ModelZoo, tmp_path: Path) -> None:
     """Requests at the same time reach both servers; each token is fed once, whichever server is told of its step."""
     with serving_with_a_worker(model_zoo("llama"), tmp_path, "--api-server-count", "2") as serving:

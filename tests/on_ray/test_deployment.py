@@ -84,6 +84,7 @@ def test_workers_are_on_different_nodes_and_end_with_the_engine(ray_cluster: Ray
         assert not secret_file(ray_cluster).exists()
 
 
+@pytest.mark.slow
 def test_what_dies_comes_back_at_its_address(ray_cluster: RayCluster) -> None:
     """A killed attention worker, by its actor; a killed actor, by the engine; a killed engine finds all as it was."""
 
@@ -116,6 +117,7 @@ def test_what_dies_comes_back_at_its_address(ray_cluster: RayCluster) -> None:
     wait_for(lambda: is_clean(ray_cluster))
 
 
+@pytest.mark.slow
 def test_one_engine_and_one_shape(ray_cluster: RayCluster) -> None:
     with ray_cluster.deployed() as engine:
         with (

@@ -202,7 +202,9 @@ def test_spare_takes_its_place(scene: Scene, stock: JobResult, partition: str, t
     assert f"the attention worker at {small.address} cannot take the lost one's place" in scene.log
 
 
-@pytest.mark.parametrize(("partition", "batches"), [("sequence", 1), ("request", 2)])
+@pytest.mark.parametrize(
+    ("partition", "batches"), [pytest.param("sequence", 1, marks=pytest.mark.slow), ("request", 2)]
+)
 def test_goes_on_without(scene: Scene, engines: Engines, long_job: Job, partition: str, batches: int) -> None:
     """With two of three workers; the third joins again later, without a pause."""
     workers = [scene.start() for _ in range(3)]

@@ -62,8 +62,11 @@ def left_in_shared_memory(inodes: set[int]) -> set[str]:
 
 @pytest.mark.parametrize(
     ("victim", "signal_number"),
-    [("vllm serve", signal.SIGINT), ("vllm serve", signal.SIGKILL), ("VLLM::EngineCore", signal.SIGKILL)],
-    ids=["SIGINT", "SIGKILL", "SIGKILL of the engine core"],
+    [
+        pytest.param("vllm serve", signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
+        pytest.param("vllm serve", signal.SIGKILL, id="SIGKILL"),
+        pytest.param("VLLM::EngineCore", signal.SIGKILL, id="SIGKILL of the engine core"),
+    ],
 )
 def test_nothing_is_left(
     model_zoo: ModelZoo, tmp_path: Path, victim: str, signal_number: signal.Signals

@@ -26,6 +26,7 @@ def free_address() -> str:
         return f"127.0.0.1:{probe.getsockname()[1]}"
 
 
+@pytest.mark.slow
 def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any], log: Path) -> None:
     address = free_address()
     engine = {"executor": "lamina", "lamina_workers": address}

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import pytest
 from generating import lose_while_generating
 from models import ModelZoo
 from network import Host, addresses, workers_on

@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 from models import SUPPORTED, ModelZoo
 from serving import MAX_TOKENS, PROMPT_LEN, serving_with_a_worker
 

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 from in_turn import IN_PROCESS, InTurn
 from programs import console, running, tail, wait_for
 

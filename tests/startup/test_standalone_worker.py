@@ -46,6 +46,7 @@ def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any],
     assert log.read_text().count("engine left") == 2
 
 
+@pytest.mark.slow
 def test_engines_on_two_workers(in_turn: InTurn, stock: dict[str, Any], tmp_path: Path) -> None:
     """One engine lets the workers hold half of the heads each, the next one half of the blocks."""
     with ExitStack() as stack:

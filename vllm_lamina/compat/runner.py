@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
@@ -43,10 +44,16 @@ def lane_runners(
     first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
 ) -> Sequence[LaneRunner]:
     """Runners of so many lanes: ``first``, whose KV cache is initialised, and others with its model."""
+    port: Any
     if config.use_v2_model_runner:
-        from vllm_lamina.compat import runner_v2
+        from vllm_lamina.compat import runner_v2 as port
+    else:
+        from vllm_lamina.compat import runner_v1 as port
 
-        return runner_v2.lane_runners(first, num_lanes, config, kv_cache_config)
-    from vllm_lamina.compat import runner_v1
-
-    return runner_v1.lane_runners(first, num_lanes, config, kv_cache_config)
+    runners = [first]
+    with set_current_vllm_config(config):
+        runners += [port.further_runner(first, config, kv_cache_config) for _ in range(1, num_lanes)]
+    for lane, runner in enumerate(runners):
+        for group in itertools.chain.from_iterable(runner.attn_groups):
+            group.get_metadata_builder().lane = lane
+    return [port.Runner(runner) for runner in runners]

@@ -5,11 +5,10 @@ So each lane has a model runner of its own, with the model of the first.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
@@ -18,7 +17,7 @@ from vllm_lamina.compat.lora import share_adapters
 from vllm_lamina.compat.random_states import keep_random_states
 
 
-class LaneRunnerV1:
+class Runner:
     """See `LaneRunner`."""
 
     shared_places: int | None = None
@@ -47,20 +46,11 @@ class LaneRunnerV1:
         self._runner.add_lora(lora_request)
 
 
-def lane_runners(
-    first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> list[LaneRunnerV1]:
-    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others with its model."""
-    runners = [first]
-    while len(runners) < num_lanes:
-        with set_current_vllm_config(config):
-            runner = type(first)(config, first.device)
-            runner.model = first.model
-            if config.lora_config is not None:
-                share_adapters(first, runner)
-            runner.initialize_kv_cache(kv_cache_config)
-        runners.append(runner)
-    for lane, runner in enumerate(runners):
-        for group in itertools.chain.from_iterable(runner.attn_groups):
-            group.get_metadata_builder().lane = lane
-    return [LaneRunnerV1(runner) for runner in runners]
+def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
+    """A model runner with the first one's model and adapters; all else is its own."""
+    runner = type(first)(config, first.device)
+    runner.model = first.model
+    if config.lora_config is not None:
+        share_adapters(first, runner)
+    runner.initialize_kv_cache(kv_cache_config)
+    return runner

@@ -8,12 +8,11 @@ requests' states alone.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
@@ -24,7 +23,7 @@ from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 from vllm_lamina.compat.lora import share_adapters
 
 
-class LaneRunnerV2:
+class Runner:
     """See `LaneRunner`."""
 
     def __init__(self, runner: Any) -> None:
@@ -54,24 +53,9 @@ class LaneRunnerV2:
         self._runner.add_lora(lora_request)
 
 
-def lane_runners(
-    first: Any, num_lanes: int, config: VllmConfig, kv_cache_config: KVCacheConfig
-) -> list[LaneRunnerV2]:
-    """Runners of so many lanes: ``first``, whose KV cache is initialised, and others that are it but for buffers."""
-    runners = [first]
-    while len(runners) < num_lanes:
-        with set_current_vllm_config(config):
-            runner = _with_own_buffers(first, config, kv_cache_config)
-        if config.lora_config is not None:
-            share_adapters(first, runner)
-        runners.append(runner)
-    for lane, runner in enumerate(runners):
-        for group in itertools.chain.from_iterable(runner.attn_groups):
-            group.get_metadata_builder().lane = lane
-    return [LaneRunnerV2(runner) for runner in runners]
+def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
+    """What is the first runner but for the buffers of a step."""
 
-
-def _with_own_buffers(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
     class Lane(type(first)):  # type: ignore[misc]
         """The first runner wherever it has nothing of its own, now and when something of it is replaced."""
 
@@ -98,4 +82,6 @@ def _with_own_buffers(first: Any, config: VllmConfig, kv_cache_config: KVCacheCo
     runner.cudagraph_manager = type(graphs)(
         config, first.device, graphs.cudagraph_mode, graphs.decode_query_len, graphs.lora_capture_cases
     )
+    if config.lora_config is not None:
+        share_adapters(first, runner)
     return runner

@@ -150,7 +150,7 @@ class UcxChannel(Channel):
         How long a wait polls before it sleeps; 0 where threads outnumber CPUs.
     network_devices
         What the channel may use, as in ``UCX_NET_DEVICES``, which takes precedence; "" for all. See
-        `transport.ucx.network_devices`.
+        `transport.ucx.network_of`.
     prefer_ipv6
         Whether UCX takes a device's first IPv6 address, not its first IPv4 address, where it has both.
 

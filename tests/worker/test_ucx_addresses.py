@@ -18,7 +18,7 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed, WorkerRefused
 from vllm_lamina.transport.secret import write_secret
 from vllm_lamina.transport.ucx import TOKEN_BYTES, load_ucx
-from vllm_lamina.wire.messages import Configure, Configured, Network, OpenUcx, UcxOpened
+from vllm_lamina.wire.messages import Configure, Configured, Goodbye, Leave, Network, OpenUcx, UcxOpened
 
 ENGINE = Path(__file__).parent / "engine_end.py"
 
@@ -90,12 +90,12 @@ def test_further_addresses(tmp_path: Path, secret: Path) -> None:
             worker_process(tmp_path / "log", f"[::]:{PORT}", *arguments, prefix=there.prefix) as worker,
             engine_on(here, secret) as engine,
         ):
-            for source in (0, 100, 200):
+            for source in (0, 100):
                 here.ip("route", "replace", subnet, "dev", INTERFACE, "src", address_of(here, source))
-                for target in (address_of(there), address_of(there, 100), address_of(there, 200)):
+                for target in (address_of(there, 100), address_of(there, 200), "[fd00:250::65]"):
                     assert ask(engine, f"{target}:{PORT}") == "right", (source, target)
                     leave(engine)
-            for target in (address_of(there, 100), "[fd00:250::1]", "[fd00:250::65]"):
+            for target in (address_of(there, 100), "[fd00:250::1]"):
                 assert ask(engine, f"{target}:{PORT}") == "right", target
                 [port] = listening_ports(worker.process.pid) - {PORT}
                 ends = ["fd00:250::1", "fd00:250::65"] if ":" in target else [there.address]
@@ -123,9 +123,9 @@ def test_an_address_of_ucx_without_a_way_is_named(tmp_path: Path, secret: Path) 
             assert connection.stats().connected, "the worker goes on answering"
 
 
-@pytest.fixture
-def local_worker(tmp_path: Path) -> Iterator[Worker]:
-    with worker_process(tmp_path / "log", f"127.0.0.2:{free_port()}") as worker:
+@pytest.fixture(scope="module")
+def local_worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    with worker_process(tmp_path_factory.mktemp("worker") / "log", f"127.0.0.2:{free_port()}") as worker:
         yield worker
 
 
@@ -144,6 +144,7 @@ def test_a_worker_does_not_wait_for_an_engine_that_it_cannot_reach(local_worker:
         connection._control.request(open_ucx, UcxOpened)
         assert connection.stats().connected
         assert time.monotonic() - begin < 5.0
+        connection._control.request(Leave(configured.token), Goodbye)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.9", "memory-1", ""])

@@ -89,9 +89,8 @@ def network_of(host: str) -> Network:
     found = [(name, ipaddress.ip_address(address)) for name, address in _native.interface_addresses()]
     if devices := os.environ.get(DEVICES_VARIABLE, ""):
         interfaces, all_interfaces = set(devices.split(",")), {name for name, _ in found}
-        if (
-            not interfaces <= all_interfaces
-        ):  # there are RDMA devices among them, or "all", "^eth0", "eth[0-3]"
+        # There may be RDMA devices among them, or "all", "^eth0", "eth[0-3]".
+        if not interfaces <= all_interfaces:
             interfaces = all_interfaces
     else:
         interface = _interface_with(control, found)

@@ -1,6 +1,6 @@
-"""Children of ours import the package that their parent did: ``python -P .../vllm_lamina/run_module.py MODULE ...``.
+"""Child processes import the package that their parent did: ``python -P .../vllm_lamina/run_module.py MODULE ...``.
 
-Another ``vllm_lamina`` may lie in the working directory, or be installed where the parent found this one there.
+There may be two: one that is installed, and sources in the working directory, where the parent looked first or did not.
 """
 
 import importlib.util

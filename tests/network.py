@@ -64,6 +64,10 @@ class Host(LonelyHost):
     limit: tuple[str, ...]
     """The queueing discipline of both ends, as `tc` takes it."""
 
+    def ip(self, *arguments: str) -> None:
+        """Run `ip` there, such as "address", "add"."""
+        _ip("-n", self.namespace, *arguments)
+
     def cut_link(self) -> None:
         """Pull the cable: nobody is told."""
         _ip("-n", self.namespace, "link", "set", INTERFACE, "down")

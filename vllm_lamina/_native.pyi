@@ -150,7 +150,9 @@ class UcxChannel(Channel):
         How long a wait polls before it sleeps; 0 where threads outnumber CPUs.
     network_devices
         What the channel may use, as in ``UCX_NET_DEVICES``, which takes precedence; "" for all. See
-        `transport.ucx.network_devices`.
+        `transport.ucx.network_of`.
+    prefer_ipv6
+        Whether UCX takes a device's first IPv6 address, not its first IPv4 address, where it has both.
 
     Raises
     ------
@@ -159,7 +161,12 @@ class UcxChannel(Channel):
     """
 
     def __init__(
-        self, token: bytes, ring_bytes: int, spin_us: int = 100, network_devices: str = ""
+        self,
+        token: bytes,
+        ring_bytes: int,
+        spin_us: int = 100,
+        network_devices: str = "",
+        prefer_ipv6: bool = False,
     ) -> None: ...
     @property
     def address(self) -> bytes:

@@ -1,9 +1,12 @@
 """What this machine, and the cgroup around this process, have to offer."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 POOL_RESERVE_BYTES = 256 << 20
 """Left free beside a pool of KV blocks: for the channel's rings, the worker itself and the rest of the machine."""
+
+SYSTEM_CPUS = Path("/sys/devices/system/cpu")
 
 
 def memory_for_pool() -> int:
@@ -52,6 +55,20 @@ def _cached_files(stat: Path, prefix: str) -> int:
     rows = (line.split() for line in _read(stat).splitlines())
     names = (f"{prefix}inactive_file", f"{prefix}active_file")
     return sum(int(row[1]) for row in rows if len(row) == 2 and row[0] in names)
+
+
+def cores_of(cpus: Iterable[int], system: Path = SYSTEM_CPUS) -> list[tuple[int, ...]]:
+    """Return the CPUs in their order, those that are hyperthreads of one core together.
+
+    Where the system does not say, as in some containers, each is a core of its own.
+    """
+    cores: dict[str, list[int]] = {}
+    for cpu in cpus:
+        topology = system / f"cpu{cpu}" / "topology"
+        # The latter is the name before Linux 5.3.
+        siblings = _read(topology / "core_cpus_list") or _read(topology / "thread_siblings_list")
+        cores.setdefault(siblings.strip() or str(cpu), []).append(cpu)
+    return [tuple(core) for core in cores.values()]
 
 
 def transparent_hugepages() -> str:

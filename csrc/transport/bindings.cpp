@@ -89,12 +89,12 @@ void bind_transport(nb::module_& m) {
       .def(
           "__init__",
           [](UcxChannel* self, nb::bytes token, size_t ring_bytes, int spin_us,
-             const std::string& network_devices) {
+             const std::string& network_devices, bool prefer_ipv6) {
             const auto bytes = span_of(token);
             nb::gil_scoped_release released;
-            new (self) UcxChannel(bytes, ring_bytes, spin_us, network_devices);
+            new (self) UcxChannel(bytes, ring_bytes, spin_us, network_devices, prefer_ipv6);
           },
-          "token"_a, "ring_bytes"_a, "spin_us"_a = 100, "network_devices"_a = "")
+          "token"_a, "ring_bytes"_a, "spin_us"_a = 100, "network_devices"_a = "", "prefer_ipv6"_a = false)
       .def_prop_ro("address", [](const UcxChannel& channel) { return bytes_of(channel.address()); })
       .def("admit", &UcxChannel::admit, "hosts"_a)
       .def(

@@ -28,8 +28,11 @@ constexpr milliseconds kLinger{500};
 
 enum class MessageType : uint32_t { kHello = 1, kFrame, kCredit, kWantCredit, kGoodbye };
 
-UcxWorker::Settings settings(const std::string& network_devices) {
+UcxWorker::Settings settings(const std::string& network_devices, bool prefer_ipv6) {
   UcxWorker::Settings settings;
+  // Else UCX waits in connect(), for two minutes where packets are dropped, and the control thread with it.
+  settings.emplace_back("TCP_CONN_NB", "y");
+  if (prefer_ipv6) settings.emplace_back("TCP_AF_PRIO", "inet6,inet");
   // UCX 1.22 would copy pieces of this size once more on the sending side.
   settings.emplace_back("ZCOPY_THRESH", "8192");
   if (!network_devices.empty()) settings.emplace_back("NET_DEVICES", network_devices);
@@ -78,9 +81,9 @@ struct UcxChannel::Sending {
 };
 
 UcxChannel::UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int spin_us,
-                       const std::string& network_devices)
+                       const std::string& network_devices, bool prefer_ipv6)
     : ucx_(UcxLibrary::loaded()),
-      worker_(ucx_, settings(network_devices)),
+      worker_(ucx_, settings(network_devices, prefer_ipv6)),
       address_(worker_.address()),
       ring_bytes_(round_up(std::max<size_t>(ring_bytes, 1), 4096)),
       progress_(ucx_, worker_, std::chrono::microseconds(spin_us), [this] { work(); }),

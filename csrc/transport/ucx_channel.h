@@ -35,9 +35,10 @@ class UcxChannel final : public Channel {
   // Each ring holds `ring_bytes` of frames, the same at both ends; pages are taken as frames touch them, or at
   // once where RDMA registers them. Polls `spin_us` before it sleeps; use 0 where threads outnumber CPUs.
   // `network_devices` (UCX_NET_DEVICES, such as "eth0" or "eth0,mlx5_0:1"; empty: all) are the devices over
-  // which the peer may connect. Throws ChannelError if UCX cannot use these.
+  // which the peer may connect; over TCP at the first IPv4 address of each, or the first IPv6 address where it has none
+  // or IPv6 is preferred. Throws ChannelError if UCX cannot use these.
   UcxChannel(std::span<const std::byte> token, size_t ring_bytes, int spin_us,
-             const std::string& network_devices);
+             const std::string& network_devices, bool prefer_ipv6);
   ~UcxChannel() override;
   UcxChannel(const UcxChannel&) = delete;
   UcxChannel& operator=(const UcxChannel&) = delete;

@@ -209,7 +209,8 @@ std::vector<std::pair<std::string, std::string>> interface_addresses() {
     char host[NI_MAXHOST];
     const auto length = static_cast<socklen_t>(family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6));
     if (getnameinfo(entry->ifa_addr, length, host, sizeof host, nullptr, 0, NI_NUMERICHOST) == 0) {
-      found.emplace_back(entry->ifa_name, host);
+      const std::string name(entry->ifa_name);
+      found.emplace_back(name.substr(0, name.find(':')), host);  // "eth0:1": an address of eth0 with a label
     }
   }
   freeifaddrs(first);

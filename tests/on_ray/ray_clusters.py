@@ -34,6 +34,7 @@ class RayCluster:
     hosts: tuple[Host, ...]
     address: str
     home: Path
+    """Engines stand here, beside a package that is called like one they need and cannot be imported."""
     status: subprocess.Popen[str]
     """Runs `status.py`: a new process for each look would take most of the tests' time."""
 
@@ -90,6 +91,7 @@ class RayCluster:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | ENVIRONMENT | {"XDG_CACHE_HOME": str(self.home)},
+            cwd=self.home,
         ) as process:
             try:
                 yield Deployed(process)
@@ -140,6 +142,7 @@ def wait_for(condition: Callable[[], object], deadline: float = DEADLINE) -> Non
 def cluster_on_one_host(directory: Path) -> Iterator[RayCluster]:
     """Three nodes on a host whose only address is 127.0.0.1. Skips where there is no Ray, or no network namespace."""
     needs_ray()
+    _mislead(directory)
     log = directory / "cluster.log"
     with lonely_host() as host, log.open("w") as errors:
         command = [*host.prefix, sys.executable, str(CLUSTER), str(NODES), str(GIBIBYTES)]
@@ -166,6 +169,7 @@ def cluster_on_one_host(directory: Path) -> Iterator[RayCluster]:
 def cluster_across_hosts(count: int, directory: Path) -> Iterator[RayCluster]:
     """One node on each of that many hosts, started as a user does."""
     needs_ray()
+    _mislead(directory)
     with hosts(count) as found, ExitStack() as stack:
         address = f"{found[0].address}:6379"
         for index, host in enumerate(found):
@@ -204,6 +208,10 @@ def _end(node: subprocess.Popen[bytes], host: Host) -> None:
     node.terminate()
     node.wait(DEADLINE)
     wait_for(lambda: not host.processes())
+
+
+def _mislead(directory: Path) -> None:
+    (directory / "zmq.py").write_text("raise ImportError('zmq of the working directory')\n")
 
 
 def needs_ray() -> None:

@@ -1,5 +1,6 @@
 """Calibration finds the constants that made the measurements, and its file is one the planner reads."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from vllm_lamina.planner.calibrate import (
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.devices import read_catalogue
 from vllm_lamina.planner.models import Model, model_from_config
+from vllm_lamina.units import parse_cpus
 
 TRUTH = StepFit(8e11, 1.4e10, 2e-3, 4e-4, 3e-4, 0.0)
 
@@ -95,6 +97,8 @@ def test_file_is_a_catalogue(tmp_path: Path) -> None:
 
 def test_cpus_of_both_workers() -> None:
     assert split_cpus("0-3;4,5") == ("0-3", "4,5")
+    model, worker = split_cpus(None)
+    assert {*parse_cpus(model), *parse_cpus(worker)} == os.sched_getaffinity(0)
     with pytest.raises(ConfigError, match="both workers"):
         split_cpus("0-3")
     with pytest.raises(ValueError, match="not a list of CPUs"):

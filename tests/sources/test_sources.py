@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -51,15 +52,19 @@ def test_embedded_workers_live_with_the_source() -> None:
     source.close()
 
 
-def test_the_pool_of_embedded_workers() -> None:
+def test_the_pool_of_embedded_workers(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As asked of Lamina, or of vLLM, or a part of what is free once the model is loaded."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with pytest.raises(ConfigError, match="1000 TiB is more than this host has"):
         EmbeddedSource(LaminaConfig(memory="1000TiB"), 1).check(GEOMETRY, 1024)
     source = EmbeddedSource(LaminaConfig(), 1, kv_cache_memory_bytes=48 * MIB)
     assert source.check(GEOMETRY, 1024) == []
     try:
-        [[address]] = source.start(CpuPlacement(None, (LAST_CPU,), shared=True))
+        [[address]] = source.start(CpuPlacement(None, (LAST_CPU,), shared=False, shared_cores=((0, 1),)))
         assert pool_at(address) == 48 * MIB
+        assert "hyperthreads of the same cores (CPUs 0-1) serve different workers" in caplog.text
     finally:
         source.close()
 

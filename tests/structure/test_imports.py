@@ -135,6 +135,12 @@ def test_only_compat_touches_internals_of_vllm() -> None:
             assert found <= EXTENSION_POINTS.keys(), f"{module} imports {found - EXTENSION_POINTS.keys()}"
 
 
+def test_children_are_started_by_run_module() -> None:
+    """Or they may import another package than their parent did."""
+    starting = {module for module, path in modules().items() if "[sys.executable" in path.read_text()}
+    assert starting == {f"{PACKAGE}.run_module"}
+
+
 NATIVE_ORDER = ["worker/attention_worker", "worker/model_worker", "wire", "transport", "kernel", "base"]
 """Folders of csrc, from the top; the two workers stand beside each other."""
 

@@ -18,8 +18,11 @@ from vllm_lamina.transport.errors import (
     WorkerUnreachable,
 )
 from vllm_lamina.wire.messages import (
+    MAX_HOSTS,
     PROTOCOL_VERSION,
     Configure,
+    Network,
+    OpenUcx,
     Refused,
     Welcome,
     decode_request,
@@ -73,6 +76,23 @@ def test_numbers_are_checked_on_arrival(field: str) -> None:
     message = msgspec.to_builtins(Configure(GEOMETRY, 4, 0))
     message["geometry"][field] = -1
     with pytest.raises(msgspec.ValidationError, match=field):
+        decode_request(msgspec.msgpack.encode(message))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "reason"),
+    [
+        (["memory-1"], "'memory-1' does not appear to be an IPv4 or IPv6 address"),
+        (["10.0.0.0/8"], "does not appear to be"),
+        (["10.0.0.1"] * (MAX_HOSTS + 1), f"length <= {MAX_HOSTS}"),
+    ],
+)
+def test_hosts_to_admit_are_addresses_and_few(hosts: list[str], reason: str) -> None:
+    request = OpenUcx(b"", b"", 1, b"", Network("eth0", ("10.0.0.1", "fd00::1")))
+    message = msgspec.msgpack.decode(encode(request))
+    assert isinstance(decode_request(msgspec.msgpack.encode(message)), OpenUcx)
+    message["network"]["hosts"] = hosts
+    with pytest.raises(msgspec.ValidationError, match=reason):
         decode_request(msgspec.msgpack.encode(message))
 
 

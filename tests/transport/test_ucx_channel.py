@@ -21,6 +21,7 @@ from lamina_benchmarks import UcxPingPong
 from network import listening_ports
 from worker_processes import wait_until
 
+from vllm_lamina import _native
 from vllm_lamina._native import (
     ChannelClosed,
     ChannelError,
@@ -36,10 +37,10 @@ from vllm_lamina.transport.ucx import (
     TOKEN_BYTES,
     describe_ucx,
     load_ucx,
-    network_devices,
-    source_hosts,
+    network_of,
     wheel_library,
 )
+from vllm_lamina.wire.messages import MAX_HOSTS, Network
 
 HERE = Path(__file__).parent
 TOKEN = bytes(range(TOKEN_BYTES))
@@ -335,15 +336,57 @@ def test_ports_of_ucx_are_closed_to_strangers_over_ipv6(monkeypatch: pytest.Monk
     assert answers(port, loopback, loopback)
 
 
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert network_devices(LOOPBACK) == network_devices("127.0.0.2") == "lo"
-    assert LOOPBACK in source_hosts("127.0.0.2")
-    everything = {address for _, address in interface_addresses()}
-    monkeypatch.setenv(DEVICES_VARIABLE, "eth7")
-    assert set(source_hosts(LOOPBACK)) == everything
-    monkeypatch.delenv(DEVICES_VARIABLE)
-    with pytest.raises(UcxUnavailable, match=r"192\.0\.2\.1"):
-        network_devices("192.0.2.1")
+ADDRESSES = [
+    ("lo", "127.0.0.1"),
+    ("eth0", "10.0.0.1"),
+    ("eth0", "10.0.0.2"),
+    ("eth1", "10.1.0.1"),
+    ("lo", "::1"),
+    ("eth0", "fd00::1"),
+    ("eth0", "fd00::2"),
+    ("eth0", "fe80::1%eth0"),
+]
+
+
+@pytest.mark.parametrize(
+    ("host", "chosen", "network"),
+    [
+        ("127.0.0.2", "", Network("lo", ("127.0.0.1", "::1", "127.0.0.2"))),
+        ("10.0.0.2", "", Network("eth0", ("10.0.0.1", "fd00::1", "10.0.0.2", "fd00::2"))),
+        ("fd00::2", "", Network("eth0", ("fd00::1", "10.0.0.1", "fd00::2", "10.0.0.2"))),
+        ("10.1.0.1", "", Network("eth1", ("10.1.0.1",))),
+        ("10.9.9.9", "lo,eth1", Network("lo,eth1", ("127.0.0.1", "10.1.0.1", "::1", "10.9.9.9"))),
+        (
+            "10.1.0.1",
+            "mlx5_0:1",
+            Network(
+                "mlx5_0:1",
+                ("127.0.0.1", "10.0.0.1", "10.1.0.1", "::1", "fd00::1", "10.0.0.2", "fd00::2"),
+            ),
+        ),
+    ],
+)
+def test_network_of_an_address(
+    monkeypatch: pytest.MonkeyPatch, host: str, chosen: str, network: Network
+) -> None:
+    """What UCX takes of an interface comes first: one address of each family, that of the control connection."""
+    monkeypatch.setenv(DEVICES_VARIABLE, chosen)
+    monkeypatch.setattr(_native, "interface_addresses", lambda: ADDRESSES)
+    assert network_of(host) == network
+
+
+def test_a_network_of_many_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    many = [("eth0", f"10.0.0.{number}") for number in range(1, 60)] + [("eth0", "fd00::1")]
+    monkeypatch.setattr(_native, "interface_addresses", lambda: many)
+    hosts = network_of("10.0.0.50").hosts
+    assert len(hosts) == MAX_HOSTS
+    assert hosts[:3] == ("10.0.0.1", "fd00::1", "10.0.0.2")
+    assert hosts[-1] == "10.0.0.50"
+
+
+def test_devices_that_are_not_there() -> None:
+    with pytest.raises(UcxUnavailable, match=r"192\.0\.2\.1 on the host .* name another address"):
+        network_of("192.0.2.1")
     load_ucx()
     with pytest.raises(ChannelError, match="no transport over the network device no-such-device"):
         UcxChannel(TOKEN, RING_BYTES, 0, "no-such-device")

@@ -9,7 +9,7 @@ import sys
 from channel_pairs import echo_until_closed, ping_pong
 
 from vllm_lamina._native import UcxChannel
-from vllm_lamina.transport.ucx import load_ucx, network_devices
+from vllm_lamina.transport.ucx import load_ucx, network_of
 
 RING_BYTES = 64 << 20
 SIZES = [64, 4096, 1 << 20, 32 << 20]
@@ -18,7 +18,7 @@ SIZES = [64, 4096, 1 << 20, 32 << 20]
 def main() -> None:
     load_ucx()
     token = bytes.fromhex(sys.stdin.readline())
-    channel = UcxChannel(token, RING_BYTES, 50, network_devices(sys.argv[1]))
+    channel = UcxChannel(token, RING_BYTES, 50, network_of(sys.argv[1]).devices)
     channel.admit([sys.argv[2]])
     print(channel.address.hex(), flush=True)
     channel.connect(bytes.fromhex(sys.stdin.readline()))

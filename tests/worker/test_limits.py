@@ -27,6 +27,7 @@ from vllm_lamina.wire.messages import (
     Goodbye,
     Heartbeat,
     Leave,
+    Network,
     OpenUcx,
     Refused,
     StatsRequest,
@@ -37,6 +38,7 @@ from vllm_lamina.wire.messages import (
 
 GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
+NETWORK = Network("lo", ("127.0.0.1",))
 
 
 @pytest.fixture
@@ -82,9 +84,7 @@ def test_what_others_on_this_host_can_do(local_worker: Worker) -> None:
         for token in (b"", bytes(32), b"x" * 32, bytes(50_000)):
             assert isinstance(ask(stranger, Heartbeat(token)), Refused)
             assert isinstance(ask(stranger, Leave(token)), Goodbye)
-            assert isinstance(
-                ask(stranger, OpenUcx(token, bytes(16), 1 << 16, b"", "127.0.0.1", ())), Refused
-            )
+            assert isinstance(ask(stranger, OpenUcx(token, bytes(16), 1 << 16, b"", NETWORK)), Refused)
         refused = ask(stranger, Configure(GEOMETRY, NUM_BLOCKS, 0))
         assert isinstance(refused, Refused)
         assert "serves another engine" in refused.reason
@@ -183,9 +183,11 @@ def test_malformed_ucx_addresses(local_worker: Worker, address: bytes) -> None:
         AttentionWorkerConnection.connect(local_worker.address) as engine,
         stranger_of(local_worker) as stranger,
     ):
-        configured = engine._control.request(Configure(GEOMETRY, NUM_BLOCKS, 0, transport="ucx"), Configured)
-        refused = ask(stranger, OpenUcx(configured.token, bytes(16), 1 << 16, address, "127.0.0.1", ()))
+        request = Configure(GEOMETRY, NUM_BLOCKS, 0, transport="ucx", host="127.0.0.1")
+        configured = engine._control.request(request, Configured)
+        refused = ask(stranger, OpenUcx(configured.token, bytes(16), 1 << 16, address, NETWORK))
         assert isinstance(refused, Refused)
+        assert "UCX" in refused.reason
         assert isinstance(ask(stranger, Leave(configured.token)), Goodbye)
         engine.configure(GEOMETRY, NUM_BLOCKS)
         check_served(engine)

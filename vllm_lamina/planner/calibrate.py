@@ -15,7 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from vllm_lamina.config import AUTO
 from vllm_lamina.errors import ConfigError
+from vllm_lamina.executor.cpus import place
 from vllm_lamina.planner.devices import Array
 from vllm_lamina.planner.engine_steps import Case, Measurement, measure_steps
 from vllm_lamina.planner.models import Model, model_from_config
@@ -119,9 +121,9 @@ def calibrate(output: Path, cpus: str | None = None, say: Callable[[str], None] 
 def split_cpus(cpus: str | None) -> tuple[str, str]:
     """Read ``0;1``, or halve the CPUs this process may use; a `ConfigError` says what cannot be read."""
     if cpus is None:
-        allowed = sorted(os.sched_getaffinity(0))
-        middle = -(-len(allowed) // 2)
-        return format_cpus(allowed[:middle]), format_cpus(allowed[middle:] or allowed)
+        halves = place(allowed=os.sched_getaffinity(0), worker_cpus=AUTO, bind=AUTO, model_on_cpu=True)
+        assert halves.model_cpus is not None
+        return format_cpus(halves.model_cpus[0]), format_cpus(halves.worker_cpus[0])
     model, separator, worker = cpus.partition(";")
     if not separator:
         raise ConfigError(f"--cpus {cpus!r} must name both workers' CPUs, such as '0;1' or '0-7;8-15'")

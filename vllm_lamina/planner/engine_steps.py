@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_lamina import run_module
 from vllm_lamina.errors import LaminaError
 from vllm_lamina.units import parse_cpus
 
@@ -97,7 +98,7 @@ def measure_steps(
     with tempfile.TemporaryDirectory() as directory:
         paths = [Path(directory, name) for name in ("request.json", "result.json", "log")]
         paths[0].write_text(json.dumps(request))
-        command = [sys.executable, "-P", "-m", "vllm_lamina.planner.engine_steps", *map(str, paths[:2])]
+        command = [*run_module.command("vllm_lamina.planner.engine_steps"), *map(str, paths[:2])]
         with paths[2].open("w") as log:
             try:
                 status = subprocess.run(

@@ -63,7 +63,9 @@ def connected(address: str, give_up: Callable[[str], NoReturn]) -> Iterator[None
     timer.start()
     try:
         _check_something_listens(address)
-        ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        # Ray lets its processes look first for what they import in the directory that this one is in.
+        with contextlib.chdir("/"):
+            ray.init(address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
     except (
         Exception
     ) as error:  # OSError, RuntimeError, RayError, those of gRPC: Ray has no kind of its own for it

@@ -11,7 +11,7 @@ import time
 from types import TracebackType
 
 import vllm_lamina
-from vllm_lamina._native import Channel, ChannelError, ShmChannel, ShmEnd, UcxChannel, create_shm_memory
+from vllm_lamina._native import Channel, ChannelError, ShmChannel, ShmEnd, create_shm_memory
 from vllm_lamina.config import TransportOption
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.address import ControlAddress
@@ -20,7 +20,14 @@ from vllm_lamina.transport.errors import ConnectionFailed, ProtocolMismatch, Wor
 from vllm_lamina.transport.heartbeat import HeartbeatThread
 from vllm_lamina.transport.host_identity import host_identity
 from vllm_lamina.transport.secret import ControlKeys
-from vllm_lamina.transport.ucx import TOKEN_BYTES, describe_ucx, load_ucx, network_devices, source_hosts
+from vllm_lamina.transport.ucx import (
+    TOKEN_BYTES,
+    describe_ucx,
+    load_ucx,
+    network_of,
+    new_channel,
+    what_to_check,
+)
 from vllm_lamina.wire.messages import (
     PROTOCOL_VERSION,
     BlockBytesReply,
@@ -30,6 +37,7 @@ from vllm_lamina.wire.messages import (
     Goodbye,
     Hello,
     Leave,
+    Network,
     OpenUcx,
     StatsRequest,
     Trace,
@@ -217,13 +225,16 @@ class AttentionWorkerConnection:
         """
         chosen = self._choose_transport(transport)
         engine = f"pid {os.getpid()} on {platform.node()}"
+        host = self._address.host if chosen == "ucx" else ""
         configured = self._control.request(
-            Configure(geometry, num_blocks, worker_spin_us, chosen, engine, replaces), Configured
+            Configure(geometry, num_blocks, worker_spin_us, chosen, host, engine, replaces), Configured
         )
         default = LOCAL_HEARTBEAT_TIMEOUT if self._is_on_this_host else REMOTE_HEARTBEAT_TIMEOUT
         self._keep_lease(configured.token, heartbeat_timeout or default)
-        open_channel = self._open_shm_channel if chosen == "shm" else self._open_ucx_channel
-        channel = open_channel(configured.token, ring_bytes, spin_us)
+        if configured.network is None:
+            channel = self._open_shm_channel(configured.token, ring_bytes, spin_us)
+        else:
+            channel = self._open_ucx_channel(configured.token, configured.network, ring_bytes, spin_us)
         with self._lock:
             self._channel = channel
             if not self.alive:
@@ -282,24 +293,26 @@ class AttentionWorkerConnection:
         finally:
             os.close(memory_fd)
 
-    def _open_ucx_channel(self, token: bytes, ring_bytes: int, spin_us: int) -> Channel:
+    def _open_ucx_channel(self, token: bytes, there: Network, ring_bytes: int, spin_us: int) -> Channel:
         info = load_ucx()
         channel_token = secrets.token_bytes(TOKEN_BYTES)
         try:
-            here, there = self._address.local_host(), self._address.host
-            channel = UcxChannel(channel_token, ring_bytes, spin_us, network_devices(here))
-            channel.admit([there])
+            here = network_of(self._address.local_host())
+        except OSError as error:
+            raise WorkerUnreachable(
+                f"there is no way to the attention worker at {self.address} any more ({error})"
+            ) from error
+        try:
+            channel = new_channel(channel_token, ring_bytes, spin_us, here, there)
             opened = self._control.request(
-                OpenUcx(token, channel_token, ring_bytes, channel.address, there, source_hosts(here)),
-                UcxOpened,
+                OpenUcx(token, channel_token, ring_bytes, channel.address, here), UcxOpened
             )
-            channel.admit([there, *opened.hosts])
             channel.connect(opened.address)
             channel.wait_connected(self._timeout)
-        except (ChannelError, OSError) as error:
-            raise WorkerUnreachable(
-                f"the data channel to the attention worker at {self.address} could not be opened over UCX ({error}); "
-                "does a firewall close the ports that UCX chooses (UCX_TCP_PORT_RANGE), or does NAT change addresses?"
+        except (ChannelError, WorkerRefused, WorkerUnreachable) as error:
+            raise (WorkerRefused if isinstance(error, WorkerRefused) else WorkerUnreachable)(
+                f"the data channel to the attention worker at {self.address} could not be opened over UCX ({error}): "
+                f"{what_to_check(here, there)}"
             ) from error
         logger.info("Lamina: attention worker at %s: %s.", self.address, describe_ucx(info, channel))
         return channel

@@ -3,11 +3,17 @@
 import importlib.util
 import ipaddress
 import os
+import platform
+from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 
 from vllm_lamina import _native
 from vllm_lamina._native import ChannelError, UcxChannel, UcxInfo
 from vllm_lamina.transport.errors import UcxUnavailable
+from vllm_lamina.wire.messages import MAX_HOSTS, Network
+
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 TOKEN_BYTES = 16
 """Length of the random token that both ends of a `UcxChannel` share."""
@@ -61,11 +67,11 @@ def wheel_library() -> str | None:
     return None
 
 
-def network_devices(host: str) -> str:
-    """Return the devices, as in ``UCX_NET_DEVICES``, behind an IP address of this host.
+def network_of(host: str) -> Network:
+    """Return what a channel uses of this host: the network interface that has an address, and its RDMA ports.
 
-    These are the network interface that has the address and its RDMA ports, so that a channel uses the network
-    of a control connection.
+    So a channel uses the network of a control connection. It need not use its address: over TCP, UCX takes the first
+    that the interface has of a family. Where ``UCX_NET_DEVICES`` chooses other devices, it is these.
 
     Parameters
     ----------
@@ -76,37 +82,62 @@ def network_devices(host: str) -> str:
     ------
     UcxUnavailable
         No interface that is up has the address.
+    ValueError
+        It is not an address.
     """
-    interface = _interface_with(host)
-    # A network function's InfiniBand devices, each with its ports.
-    ports = Path("/sys/class/net", interface, "device/infiniband").glob("*/ports/*")
-    return ",".join([interface, *sorted(f"{port.parent.parent.name}:{port.name}" for port in ports)])
+    control = ipaddress.ip_address(host)
+    found = [(name, ipaddress.ip_address(address)) for name, address in _native.interface_addresses()]
+    if devices := os.environ.get(DEVICES_VARIABLE, ""):
+        interfaces, all_interfaces = set(devices.split(",")), {name for name, _ in found}
+        # There may be RDMA devices among them, or "all", "^eth0", "eth[0-3]".
+        if not interfaces <= all_interfaces:
+            interfaces = all_interfaces
+    else:
+        interface = _interface_with(control, found)
+        interfaces = {interface}
+        # A network function's InfiniBand devices, each with its ports.
+        ports = Path("/sys/class/net", interface, "device/infiniband").glob("*/ports/*")
+        devices = ",".join([interface, *sorted(f"{port.parent.parent.name}:{port.name}" for port in ports)])
+    counts: Counter[tuple[str, int]] = Counter()
+    ranked = []
+    for name, address in found:
+        family = address.version
+        # UCX cannot use link-local IPv6 addresses: they mean nothing without an interface.
+        if name in interfaces and not (family == 6 and address.is_link_local):
+            ranked.append((counts[name, family], family != control.version, str(address)))
+            counts[name, family] += 1
+    hosts = [address for *_, address in sorted(ranked, key=itemgetter(0, 1))]
+    return Network(devices, tuple(dict.fromkeys([*hosts[: MAX_HOSTS - 1], str(control)])))
 
 
-def source_hosts(host: str) -> tuple[str, ...]:
-    """Return the numeric IP addresses from which a channel over `network_devices` of the same address may connect.
-
-    These are the interface's, or where ``UCX_NET_DEVICES`` chooses others, all that this host has.
-
-    Raises
-    ------
-    UcxUnavailable
-        No interface that is up has the address.
-    """
-    chosen = None if DEVICES_VARIABLE in os.environ else _interface_with(host)
-    return tuple(
-        address for interface, address in _native.interface_addresses() if chosen in (None, interface)
+def _interface_with(host: IPAddress, found: list[tuple[str, IPAddress]]) -> str:
+    for name, address in found:
+        if address == host:
+            return name
+    if host.is_loopback:
+        return "lo"
+    raise UcxUnavailable(
+        f"no network interface that is up has the address {host} on the host {platform.node()}: name another address "
+        f"of that host, or, if NAT makes this one, let {DEVICES_VARIABLE} name the devices there"
     )
 
 
-def _interface_with(host: str) -> str:
-    wanted = ipaddress.ip_address(host)
-    for interface, address in _native.interface_addresses():
-        if ipaddress.ip_address(address) == wanted:
-            return interface
-    if wanted.is_loopback:
-        return "lo"
-    raise UcxUnavailable(f"no network interface of this host that is up has the address {host}")
+def new_channel(token: bytes, ring_bytes: int, spin_us: int, here: Network, there: Network) -> UcxChannel:
+    """Return one end of a channel, which admits the other; see `UcxChannel`. Raises ChannelError."""
+    prefer_ipv6 = ":" in here.hosts[0]
+    channel = UcxChannel(token, ring_bytes, spin_us, here.devices, prefer_ipv6)
+    channel.admit(list(there.hosts))
+    return channel
+
+
+def what_to_check(here: Network, there: Network) -> str:
+    """Say what a channel that cannot be opened was to connect, and what may stand in its way."""
+    return (
+        f"UCX was to connect {here.devices} here ({', '.join(here.hosts)}) with {there.devices} there "
+        f"({', '.join(there.hosts)}), by the first address of each. Can these reach each other, does a firewall close "
+        "the ports that UCX chooses (UCX_TCP_PORT_RANGE), does NAT change addresses? "
+        f"{DEVICES_VARIABLE}, on either side, names other devices"
+    )
 
 
 def describe_ucx(info: UcxInfo, channel: UcxChannel | None = None) -> str:

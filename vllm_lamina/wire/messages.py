@@ -1,12 +1,13 @@
 """Control messages between a model worker and an attention worker: tagged structs, in msgpack."""
 
+import ipaddress
 from typing import Annotated, Literal
 
 import msgspec
 
 from vllm_lamina.kv_cache.geometry import Geometry, Positive
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raised whenever a message below changes its meaning; both sides must have the same."""
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
@@ -14,8 +15,28 @@ SpinMicroseconds = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 RingBytes = Annotated[int, msgspec.Meta(gt=0, lt=2**40)]
 LogText = Annotated[str, msgspec.Meta(max_length=200, pattern=r"^[ -~]*$")]
 Transport = Literal["shm", "ucx"]
-Hosts = Annotated[tuple[Annotated[str, msgspec.Meta(max_length=64)], ...], msgspec.Meta(max_length=256)]
-"""Numeric IP addresses."""
+Host = Annotated[str, msgspec.Meta(max_length=64)]
+"""A numeric IP address."""
+MAX_HOSTS = 32
+
+
+class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What one end of a `UcxChannel` uses of its host.
+
+    Attributes
+    ----------
+    devices
+        As in ``UCX_NET_DEVICES``; for messages that people read.
+    hosts
+        From which it may connect: addresses of the devices, those that UCX takes before the others.
+    """
+
+    devices: Annotated[str, msgspec.Meta(max_length=4096)]
+    hosts: Annotated[tuple[Host, ...], msgspec.Meta(max_length=MAX_HOSTS)]
+
+    def __post_init__(self) -> None:
+        for host in self.hosts:
+            ipaddress.ip_address(host)
 
 
 class Hello(msgspec.Struct, frozen=True, tag="hello"):
@@ -83,6 +104,8 @@ class Configure(msgspec.Struct, frozen=True, tag="configure", forbid_unknown_fie
         How long the worker polls for a frame before it sleeps.
     transport
         Of the data channel.
+    host
+        At which the engine reaches the worker: a channel over UCX uses that network.
     engine
         Who asks, for the worker's log.
     replaces
@@ -93,6 +116,7 @@ class Configure(msgspec.Struct, frozen=True, tag="configure", forbid_unknown_fie
     num_blocks: Positive
     spin_us: SpinMicroseconds
     transport: Transport = "shm"
+    host: Host = ""
     engine: LogText = "an unnamed engine"
     replaces: bytes = b""
 
@@ -106,11 +130,14 @@ class Configured(msgspec.Struct, frozen=True, tag="configured", forbid_unknown_f
         Names the engine: opens the data channel, once, within a few seconds, and goes with every `Heartbeat`.
     isa
         Kernel variant in use.
+    network
+        Of the worker's end of a channel over UCX.
     """
 
     used_bytes: int
     token: bytes
     isa: str
+    network: Network | None = None
 
 
 class OpenUcx(msgspec.Struct, frozen=True, tag="open_ucx", forbid_unknown_fields=True):
@@ -120,27 +147,21 @@ class OpenUcx(msgspec.Struct, frozen=True, tag="open_ucx", forbid_unknown_fields
     ----------
     token
         Of `Configured`.
-    channel_token, ring_bytes, address
-        Of the engine's end.
-    host
-        Numeric address at which the engine reaches the worker: the channel uses that network.
-    hosts
-        From which the engine's end may connect.
+    channel_token, ring_bytes, address, network
+        Of the engine's end, which admits the worker's.
     """
 
     token: bytes
     channel_token: bytes
     ring_bytes: RingBytes
     address: bytes
-    host: str
-    hosts: Hosts
+    network: Network
 
 
 class UcxOpened(msgspec.Struct, frozen=True, tag="ucx_opened", forbid_unknown_fields=True):
-    """The worker serves its end of the channel, which has this address and may connect from these hosts."""
+    """The worker serves its end of the channel, which has this address."""
 
     address: bytes
-    hosts: Hosts
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag="heartbeat", forbid_unknown_fields=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import secrets
@@ -103,6 +104,12 @@ class EmbeddedSource(AttentionWorkerSource):
                 "Lamina: attention workers (CPUs %s) and model workers share CPUs; both will be slower. Choose "
                 "disjoint ones with --lamina-worker-cpus and VLLM_CPU_OMP_THREADS_BIND.",
                 format_cpus({cpu for cpus in placement.worker_cpus for cpu in cpus}),
+            )
+        elif placement.shared_cores:
+            logger.warning(
+                "Lamina: hyperthreads of the same cores (CPUs %s) serve different workers, which will be slower. Give "
+                "each worker whole cores with --lamina-worker-cpus and VLLM_CPU_OMP_THREADS_BIND.",
+                format_cpus(itertools.chain(*placement.shared_cores)),
             )
         self._cpus = placement.worker_cpus
         self._pool_bytes = self._memory_bytes() // self.num_ranks

@@ -11,6 +11,7 @@ import select
 import subprocess
 import sys
 
+from vllm_lamina import run_module
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.cpus import CpuPlacement
@@ -162,7 +163,7 @@ class _Up:
 
 
 def _command(action: str, options: LaminaConfig, *arguments: str) -> list[str]:
-    command = [sys.executable, "-P", "-m", "vllm_lamina.cli", "ray", action, options.ray_name]
+    command = [*run_module.command("vllm_lamina.cli"), "ray", action, options.ray_name]
     return [*command, "--address", options.ray, *arguments]
 
 

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from vllm_lamina import run_module
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed, WorkerUnreachable
 
@@ -42,8 +43,7 @@ class ChildAttentionWorker:
     ) -> None:
         self.address = address
         self._secret_file = secret_file
-        # Nothing is imported from the directory that a user happens to be in.
-        command = [sys.executable, "-P", "-m", "vllm_lamina.worker.attention_worker"]
+        command = run_module.command("vllm_lamina.worker.attention_worker")
         command += ["--listen", address, "--parent-pid", str(os.getpid()), *options]
         command += ["--secret-file", secret_file] if secret_file else []
         self._process = subprocess.Popen(

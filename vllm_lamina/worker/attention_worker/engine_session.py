@@ -14,10 +14,9 @@ from vllm_lamina._native import (
     ChannelError,
     ShmChannel,
     ShmEnd,
-    UcxChannel,
 )
 from vllm_lamina.transport.connection import DATA_CHANNEL_OPEN
-from vllm_lamina.transport.ucx import describe_ucx, load_ucx, network_devices, source_hosts
+from vllm_lamina.transport.ucx import describe_ucx, load_ucx, network_of, new_channel
 from vllm_lamina.wire.messages import Configure, OpenUcx, Trace, UcxOpened, WorkerStats
 
 OPEN_DEADLINE_SECONDS = 10.0
@@ -44,6 +43,8 @@ class EngineSession:
         The system refuses the pool's memory.
     RuntimeError
         The system refuses the kernel's threads.
+    UcxUnavailable
+        No network interface has the address at which the engine reaches this host.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class EngineSession:
         self.token = secrets.token_bytes(32)
         self.num_blocks = request.num_blocks
         self._spin_us = request.spin_us
+        self.network = network_of(request.host) if request.transport == "ucx" else None
         self._worker = AttentionWorker(
             request.geometry.to_native(), request.num_blocks, num_threads, cpus, request.spin_us
         )
@@ -134,6 +136,8 @@ class EngineSession:
         """
         if self._channel is not None:
             raise ChannelError("the engine has a data channel already")
+        if self.network is None:
+            raise ChannelError("the engine has asked for a channel in shared memory")
         # UCX itself ends the process for a version that it does not know.
         if (
             len(request.address) < MIN_UCX_ADDRESS_BYTES
@@ -141,14 +145,13 @@ class EngineSession:
         ):
             raise ChannelError("the engine's UCX address is malformed")
         info = load_ucx()
-        channel = UcxChannel(
-            request.channel_token, request.ring_bytes, self._spin_us, network_devices(request.host)
+        channel = new_channel(
+            request.channel_token, request.ring_bytes, self._spin_us, self.network, request.network
         )
-        channel.admit(list(request.hosts))
         channel.connect(request.address)
         self._worker.serve(channel)
         self._channel = channel
-        return UcxOpened(channel.address, source_hosts(request.host)), describe_ucx(info, channel)
+        return UcxOpened(channel.address), describe_ucx(info, channel)
 
     def open(self, data_socket: socket.socket) -> bool:
         """Take the channel's memory from a connection to the data socket, and serve it.

@@ -268,11 +268,12 @@ class AttentionWorkerProcess:
                 self._options.cpus,
                 lease_seconds=self._options.lease_seconds,
             )
-        except (ValueError, MemoryError) as error:
+        except (ConnectionFailed, ValueError, MemoryError) as error:
             return Refused(str(error) or "the system refuses the pool's memory")
         except RuntimeError as error:  # a thread that the system refuses
             return Refused(f"the system refuses the kernel's threads: {error}; raise ulimit -u")
-        return Configured(self._session.used_bytes, self._session.token, self._session.isa)
+        session = self._session
+        return Configured(session.used_bytes, session.token, session.isa, session.network)
 
     def _open_ucx(self, request: OpenUcx) -> UcxOpened | Refused:
         if self._session is None or not self._session.is_of(request.token):

@@ -50,6 +50,7 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
                 other=tuple(name for name, value in other.items() if value is not None),
             )
         )
+        self.attend_locally = Exchange.current().device.local_attention(head_size, self.scale)
 
     def forward(
         self,
@@ -99,31 +100,26 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
 
         # While the attention worker stores k, v and attends over the context, the chunks attend among themselves here.
         call.post()
-        local = [
-            device.causal_attention(
-                query[chunk.start : chunk.end],
-                key[chunk.start : chunk.end],
-                value[chunk.start : chunk.end],
-                self.scale,
-            )
-            for chunk in step.prefill_chunks
-        ]
+        prefill = slice(step.prefill_chunks[0].start, num_tokens)
+        local_out, local_lse = self.attend_locally(query[prefill], key[prefill], value[prefill], step.chunks)
         context_out = torch.empty(step.num_context_rows, self.num_heads, self.head_size, dtype=q.dtype)
         context_lse = torch.empty(step.num_context_rows, self.num_heads, dtype=torch.float32)
         if not call.collect(context_out, context_lse):
             return output.zero_()
         # Before the chunks' rows are written: it covers the decodes' rows only where the output had to be staged.
         device.put_output(out, output[:num_tokens])
-        for chunk, (chunk_out, chunk_lse) in zip(step.prefill_chunks, local, strict=True):
-            if chunk.context_start is not None:
-                rows = slice(chunk.context_start, chunk.context_start + chunk.end - chunk.start)
-                chunk_out = merge_by_lse(
-                    chunk_out,
-                    chunk_lse,
-                    context_out[rows].to(output.device),
-                    context_lse[rows].to(output.device),
-                )
-            output[chunk.start : chunk.end] = chunk_out
+        for chunk in step.prefill_chunks:
+            if chunk.context_start is None:
+                continue
+            rows = slice(chunk.start - prefill.start, chunk.end - prefill.start)
+            context = slice(chunk.context_start, chunk.context_start + chunk.end - chunk.start)
+            local_out[rows] = merge_by_lse(
+                local_out[rows],
+                local_lse[rows],
+                context_out[context].to(output.device),
+                context_lse[context].to(output.device),
+            )
+        output[prefill] = local_out
         return output
 
 

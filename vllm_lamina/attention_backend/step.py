@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_lamina.device.base import Chunks
+
 if TYPE_CHECKING:
     from vllm_lamina._native import AttentionClient
 
@@ -66,6 +68,10 @@ class Step:
         Query tokens of all requests.
     num_decodes
         Requests at the head of the batch with one query token and context.
+    prefill_chunks
+        The rest of the batch; the rows of all follow one another, up to its end.
+    chunks
+        The same as the local attention takes them: its rows are counted from the first chunk's first.
     num_context_rows
         Query tokens of prefill chunks that have context.
     """
@@ -89,6 +95,7 @@ class Step:
         chunks = range(self.num_decodes, len(parts))
         self.num_context_rows = sum(parts[i].query_len for i in chunks if parts[i].context_len)
         self.prefill_chunks = tuple(_prefill_chunks(parts[self.num_decodes :], int(starts[self.num_decodes])))
+        self.chunks = Chunks(self.query_lens[self.num_decodes :])
         self._is_sent = False
 
     def send_once(self, client: AttentionClient, lane: int, timeout: float) -> None:

@@ -153,6 +153,8 @@ class StreamedEngine(Engine):
                 if not len(q_tokens):
                     continue
                 address = ctypes.c_uint64.from_address(self.words["replies"] + 8 * w).value
+                if address == 0:  # the step failed
+                    return
                 shape = (len(q_tokens), share.num_heads, geometry.head_size)
                 out = to_float64(array_at(address, shape, self.dtype).copy())
                 lse_at = address + -(-int(np.prod(shape)) * self.dtype.itemsize // 64) * 64
@@ -208,9 +210,9 @@ class StreamedEngine(Engine):
         super().step(num_decodes, requests, padding, skip)
 
     def finish(self) -> str | None:
-        """Wait for the stream, end the step and check it. Why it failed, if it did."""
+        """Wait until the step is over and check it. Why it failed, if it did."""
+        failure = self.exchange.finish_step(self.lane)
         self.stream.synchronize()
-        failure = self.exchange.end_step(self.lane)
         checks, self.checks = self.checks, []
         if failure is None:
             for check in checks:

@@ -216,7 +216,7 @@ def test_a_step_that_is_given_up(setup: Setup) -> None:
     first.exchange.announce(0)
     second.exchange.announce(1)
     second.enqueue_step(0, [Request(0, 20, [1])])
-    assert setup.exchange.end_step(0) is None
+    assert setup.exchange.finish_step(0) is None
     assert second.finish() is None
     first.exchange.announce(0)
     first.enqueue_step(0, [Request(0, 20, [0])])

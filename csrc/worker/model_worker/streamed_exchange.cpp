@@ -131,6 +131,7 @@ AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const S
   const AttentionClient::StepRows rows = client_.begin_step(lane_id, step, deadline);
   Words& words = words_[lane_id];
   for (auto* word : {&words.packed, &words.taken, &words.replied, &words.free}) word->store(0, std::memory_order_relaxed);
+  for (auto& reply : words.replies) reply.store(0, std::memory_order_relaxed);
   const Entry entry(*this);
   if (lane.ordinal == 0) throw std::logic_error("a step begins that was not announced");
   lane.posted = lane.replied = lane.free = 0;
@@ -141,6 +142,9 @@ AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const S
   lane.num_owed = 0;
   for (size_t w = 0; w < workers_.size(); ++w) lane.num_owed += split.part(w).num_rows > 0;
   lane.begun = true;
+  for (uint32_t w = 0; w < workers_.size(); ++w) {
+    if (workers_[w].held_by == lane_id) let_go(w);  // of a step that failed
+  }
   if (client_.failure(lane_id)) {
     fail(lane_id, *client_.failure(lane_id));
   } else {
@@ -151,15 +155,15 @@ AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const S
   return rows;
 }
 
-std::optional<std::string> StreamedExchange::end_step(uint32_t lane_id) {
+std::optional<std::string> StreamedExchange::finish_step(uint32_t lane_id, Deadline deadline) {
   Lane& lane = lanes_.at(lane_id);
   Entry entry(*this);
-  // What is packed last may be answered nothing, so that the stream did not wait until it was sent.
-  sent_.wait(entry.lock, [&] {
-    return !lane.begun || lane.failure || lane.posted >= words_[lane_id].packed.load(std::memory_order_acquire);
-  });
-  for (uint32_t w = 0; w < workers_.size(); ++w) {
-    if (workers_[w].held_by == lane_id) let_go(w);
+  const auto is_over = [&] {
+    const int32_t layers = client_.partition().geometry().num_layers();
+    return !lane.begun || lane.failure || (lane.posted == layers && (lane.num_owed == 0 || lane.replied == layers));
+  };
+  if (!progress_.wait_until(entry.lock, deadline, is_over)) {
+    throw ChannelTimeout("the device did not come to the end of the step in time");
   }
   lane.ordinal = 0;
   lane.begun = false;
@@ -178,7 +182,7 @@ void StreamedExchange::fail(uint32_t lane_id, const std::string& why) {
   if (!lane.failure) lane.failure = why;
   publish(words_[lane_id].free, kPoison);
   publish(words_[lane_id].replied, kPoison);
-  sent_.notify_all();
+  progress_.notify_all();
 }
 
 void StreamedExchange::let_go(uint32_t w) {
@@ -223,7 +227,7 @@ void StreamedExchange::post_layer(uint32_t lane_id) {
   }
   if (lane.num_owed > 0 && lane.replied == lane.posted) lane.since = Clock::now();
   ++lane.posted;
-  sent_.notify_all();
+  progress_.notify_all();
 }
 
 bool StreamedExchange::serve_lane(uint32_t lane_id) {
@@ -297,6 +301,7 @@ void StreamedExchange::replied(uint32_t lane_id) {
   while (free_one(lane_id)) {
   }
   publish(words_[lane_id].replied, lane.replied);
+  progress_.notify_all();
 }
 
 // Fails the steps that a lost worker has a part in.
@@ -340,11 +345,12 @@ void StreamedExchange::run() {
     bool worked;
     {
       std::unique_lock lock(mutex_);
-      const auto any_begun = [&] {
-        return std::ranges::any_of(lanes_, [](const Lane& lane) { return lane.begun && !lane.failure; });
+      const auto has_work = [&] {
+        return std::ranges::any_of(lanes_, [](const Lane& lane) { return lane.begun && !lane.failure; }) ||
+               std::ranges::any_of(workers_, [](const Worker& worker) { return worker.held_by.has_value(); });
       };
-      if (!stopping_ && !any_begun()) {
-        begun_.wait(lock, [&] { return stopping_ || any_begun(); });
+      if (!stopping_ && !has_work()) {
+        begun_.wait(lock, [&] { return stopping_ || has_work(); });
         last_work = Clock::now();
       }
       if (stopping_) return;

@@ -63,13 +63,14 @@ class StreamedExchange {
   // Announces the lane's next step: it comes after all that were announced before.
   void announce(uint32_t lane);
   // Opens the announced step: tells the attention workers, and lets the proxy serve its layers. A worker that is lost
-  // fails the step, which end_step() says. Throws as AttentionClient::begin_step().
+  // fails the step, which finish_step() says. Throws as AttentionClient::begin_step().
   AttentionClient::StepRows begin_step(uint32_t lane, const StepView& step, Deadline deadline);
   // What of the lane's step concerns a worker.
   const WorkerStep& part(uint32_t lane, uint32_t worker) const { return client_.split(lane).part(worker); }
-  // Ends the step, begun or only announced, once all that is packed is sent; no stream runs any of it. Why it failed, if
-  // it did.
-  std::optional<std::string> end_step(uint32_t lane);
+  // Waits until all layers of the step are sent and answered, or it failed: why, if it did. The stream may still read the
+  // last reply; before the lane's next step begins it must have come to the end. A step that was only announced, and
+  // does not begin, is over at once. Throws ChannelTimeout.
+  std::optional<std::string> finish_step(uint32_t lane, Deadline deadline);
   // Lets a step run to its end for nothing.
   void fail_step(uint32_t lane, const std::string& why);
   // Gives a worker's part to whoever serves `channel`; no lane may be in a step. What memories() returns is other memory
@@ -131,7 +132,7 @@ class StreamedExchange {
 
   std::mutex mutex_;  // guards what follows; the proxy holds it for a round
   std::condition_variable begun_;  // a step
-  std::condition_variable sent_;   // a layer, or it failed
+  std::condition_variable progress_;  // of a step
   bool stopping_ = false;
   uint64_t num_announced_ = 0;
   std::vector<Worker> workers_;

@@ -179,16 +179,27 @@ def table() -> dict[str, Any]:
     return json.loads(TABLE.read_text())  # type: ignore[no-any-return]
 
 
+def markdown(kernels: dict[str, dict[str, list[int]]]) -> str:
+    """The table of docs/gpu.md, of what `TABLE` holds."""
+    lines = ["| Kernel | " + " | ".join(f"sm_{target}" for target in TARGETS) + " |"]
+    lines.append("| --- |" + " ---: |" * len(TARGETS))
+    for name, rows in kernels.items():
+        compiled = [Compiled(*row) for row in rows.values()]
+        cells = [
+            f"{row.registers}, {row.spilled_bytes}, {row.shared_bytes}, {row.instructions}"
+            for row in compiled
+        ]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    kernels: dict[str, dict[str, Compiled]] = {}
-    print("| Kernel | Target |", " | ".join(field.replace("_", " ") for field in Compiled._fields), "|")
-    print("| --- | --- |" + " ---: |" * len(Compiled._fields))
+    kernels: dict[str, dict[str, list[int]]] = {}
     for name, target, kernel in compile_all(iter(VARIANTS)):
-        row = kernels.setdefault(name, {})[f"sm_{target}"] = measure(kernel)
-        print(f"| {name} | sm_{target} |", " | ".join(map(str, row)), "|", flush=True)
+        kernels.setdefault(name, {})[f"sm_{target}"] = list(measure(kernel))
+    print(markdown(kernels))
     if "--write" in sys.argv[1:]:
-        lines = [f'    "{name}": {json.dumps(rows)}' for name, rows in kernels.items()]
-        body = ",\n".join(lines)
+        body = ",\n".join(f'    "{name}": {json.dumps(rows)}' for name, rows in kernels.items())
         TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{body}\n  }}\n}}\n')
 
 

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import triton
-from compiled_kernels import REPRESENTATIVE, TARGETS, VARIANTS, Compiled, compile_all, measure, table
+from compiled_kernels import (
+    REPRESENTATIVE,
+    TARGETS,
+    VARIANTS,
+    Compiled,
+    compile_all,
+    markdown,
+    measure,
+    table,
+)
 
 HOW = "python tests/device/compiled_kernels.py --write, and see what changed"
 
@@ -23,10 +33,12 @@ def check(name: str, targets: tuple[int, ...]) -> list[Any]:
     return kernels
 
 
-def test_the_table_holds_every_variant() -> None:
-    assert {name: list(rows) for name, rows in table()["kernels"].items()} == {
+def test_the_table_holds_every_variant_and_so_do_the_docs() -> None:
+    kernels = table()["kernels"]
+    assert {name: list(rows) for name, rows in kernels.items()} == {
         name: [f"sm_{target}" for target in TARGETS] for name in VARIANTS
     }, HOW
+    assert markdown(kernels) in (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
 
 
 @pytest.mark.parametrize("name", REPRESENTATIVE)

@@ -6,22 +6,20 @@ so it shows nothing of races and of the order in which memory is seen.
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from dataclasses import dataclass, field
 
 import pytest
 import torch
+from kernel_cases import BF16, F16, F32, NO_TOKENS, OUTSIDE, Model, Replies, int32, padded, raw
 from kernel_modules import exchange_kernels
 
 from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
 
 kernels = exchange_kernels(interpreted=True)
 
-F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
-NAN, NO_TOKENS = float("nan"), float("-inf")
-OUTSIDE = 10**6
-"""An index that no buffer reaches."""
+NAN = float("nan")
 TOLERANCE = {F32: 2e-6, F16: 1e-3, BF16: 1.6e-2}
 """Relative and absolute; the interpreter truncates to bfloat16 where a GPU rounds."""
 
@@ -31,51 +29,7 @@ def _same_numbers_each_time() -> None:
     torch.manual_seed(0)
 
 
-def int32(*values: int) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def padded(values: list[int], count: int) -> torch.Tensor:
-    return int32(*values, *[OUTSIDE] * (count - len(values)))
-
-
-def raw(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8).flatten()
-
-
 # ------------------------------------------------------------------------------------------------------------- pack
-
-
-@dataclass
-class Model:
-    """Query and KV heads, sizes of k and v."""
-
-    num_heads: int
-    num_kv_heads: int
-    k_size: int
-    v_size: int
-
-    def heads_of(self, kv_heads: list[int]) -> list[Heads]:
-        """What workers have that hold so many KV heads each."""
-        group, first, found = self.num_heads // self.num_kv_heads, 0, []
-        for count in kv_heads:
-            found.append(Heads(first * group, count * group, first, count))
-            first += count
-        return found
-
-    def qkv(self, num_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
-        """Slices of the rows of a fused projection, somewhat longer than they."""
-        shapes = [
-            (self.num_heads, self.k_size),
-            (self.num_kv_heads, self.k_size),
-            (self.num_kv_heads, self.v_size),
-        ]
-        widths = [heads * size for heads, size in shapes]
-        rows = torch.randn(num_tokens, sum(widths) + 16).to(dtype)
-        return [
-            part.unflatten(1, shape)
-            for part, shape in zip(rows.split([*widths, 16], 1), shapes, strict=False)
-        ]
 
 
 PACKED = [
@@ -95,31 +49,37 @@ MANY_PACKED = [
 ]
 
 
+STEPS = {
+    (5, 2): [([4, 5, 0, 2], [8, 1]), ([7], [])],
+    (2, 4): [([3], [3, 0, 6]), ([], [2])],
+}
+"""By padded numbers of q, and of k and v: the tokens of steps."""
+
+
 def check_pack(dtype: torch.dtype, model: Model, kv_heads: list[int]) -> None:
-    """Three steps through the same buffers, as a captured graph has them; of each worker its heads."""
+    """Steps through the same buffers, as a captured graph has them; of each worker its heads."""
     q, k, v = model.qkv(9, dtype)
-    steps = [([4, 5, 0], [8, 1]), ([7], []), ([], [3, 0])]
-    frame = torch.empty(1 << 18, dtype=torch.uint8)
-    payload = frame.data_ptr() + -frame.data_ptr() % 64 + 64
-    q_tokens, kv_tokens = padded([], 4), padded([], 3)
+    frame = torch.empty(1 << 16, dtype=torch.uint8)
+    begin = -frame.data_ptr() % 64 + 64
     descriptor = torch.zeros(len(FrameDescriptor._fields), dtype=torch.int64)
-    for heads in model.heads_of(kv_heads):
+    for heads, ((num_q, num_kv), steps) in itertools.product(model.heads_of(kv_heads), STEPS.items()):
+        q_tokens, kv_tokens = padded([], num_q), padded([], num_kv)
         q_heads = slice(heads.first_q, heads.first_q + heads.num_q)
         own_heads = slice(heads.first_kv, heads.first_kv + heads.num_kv)
+        sizes = (model.k_size, model.v_size)
         for q_rows, kv_rows in steps:
-            q_tokens.copy_(padded(q_rows, 4))
-            kv_tokens.copy_(padded(kv_rows, 3))
-            sizes = (model.k_size, model.v_size)
-            step = FrameDescriptor.of(payload, len(q_rows), len(kv_rows), 0, heads, sizes, dtype)
+            q_tokens.copy_(padded(q_rows, num_q))
+            kv_tokens.copy_(padded(kv_rows, num_kv))
+            step = FrameDescriptor.of(
+                frame.data_ptr() + begin, len(q_rows), len(kv_rows), 0, heads, sizes, dtype
+            )
             step.write(descriptor)
             expected = frame.fill_(0xAB).clone()
-            begin = payload - frame.data_ptr()
             for part, offset in (
                 (q[q_rows, q_heads], 0),
                 (k[kv_rows, own_heads], step.k_offset),
                 (v[kv_rows, own_heads], step.v_offset),
             ):
-                assert offset % 64 == 0
                 expected[begin + offset :][: part.nbytes] = raw(part)
             kernels.pack(q, k, v, q_tokens, kv_tokens, descriptor, heads)
             assert torch.equal(frame, expected)
@@ -149,7 +109,7 @@ def test_a_wait_passes_when_the_word_is_there() -> None:
     word, failed = int32(0), int32(0)
     later = threading.Timer(0.1, kernels.write_word, (word, 3))
     later.start()
-    kernels.wait_word(word, 3, failed, 2**31 - 1)
+    kernels.wait_word(word, 3, failed, 10**5)
     later.join()
     assert (word.item(), failed.item()) == (3, 0)
     for passed in (1, 2, 3):
@@ -173,74 +133,12 @@ def test_poison_lets_every_wait_pass() -> None:
     later = threading.Timer(0.1, word.fill_, (kernels.POISON,))
     later.start()
     for layer in (1, 2, 80):
-        kernels.wait_word(word, layer, failed, 2**31 - 1)
+        kernels.wait_word(word, layer, failed, 10**5)
     later.join()
     assert (word.item(), failed.item()) == (kernels.POISON, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- take
-
-
-@dataclass
-class Replies:
-    """What workers answer, and the tables that say so. Rows are added, then `write` lays them out."""
-
-    dtype: torch.dtype
-    num_tokens: int
-    num_heads: int
-    size: int
-    head_ranges: list[tuple[int, int]]
-    alone: list[list[tuple[int, torch.Tensor]]] = field(default_factory=list)
-    """By worker: tokens that have no other contribution, [heads of the worker, size] each."""
-    merged: list[list[tuple[int, torch.Tensor, torch.Tensor]]] = field(default_factory=list)
-    """By worker: tokens, [heads of the worker, size] and LSE [heads of the worker] each."""
-
-    def __post_init__(self) -> None:
-        self.alone = [[] for _ in self.head_ranges]
-        self.merged = [[] for _ in self.head_ranges]
-        self.memory: list[torch.Tensor] = []
-        self.index = torch.full((len(self.head_ranges), self.num_tokens), -1, dtype=torch.int32)
-        self.descriptors = torch.zeros(len(self.head_ranges), len(FrameDescriptor._fields), dtype=torch.int64)
-        # Each word in a cache line of its own.
-        self.addresses = torch.zeros(len(self.head_ranges), 8, dtype=torch.int64)[:, 0]
-
-    def part(self, worker: int) -> torch.Tensor:
-        return torch.randn(self.head_ranges[worker][1], self.size).to(self.dtype)
-
-    def write(self) -> None:
-        for worker, (first, count) in enumerate(self.head_ranges):
-            alone, merged = self.alone[worker], self.merged[worker]
-            rows = [row[1] for row in (*alone, *merged)]
-            heads = Heads(first, count, 0, 1)
-            step = FrameDescriptor.of(0, len(rows), 0, len(alone), heads, (8, self.size), self.dtype)
-            step.write(self.descriptors[worker])
-            for row, part in enumerate((*alone, *merged)):
-                self.index[worker, part[0]] = row
-            memory = torch.full((step.lse_offset + 4 * count * len(merged) + 256,), 0xFF, dtype=torch.uint8)
-            begin = -memory.data_ptr() % 64
-            if rows:
-                out = raw(torch.stack(rows))
-                memory[begin:][: len(out)] = out
-            if merged:
-                lse = raw(torch.stack([part[2] for part in merged]))
-                memory[begin + step.lse_offset :][: len(lse)] = lse
-            self.memory.append(memory)
-            self.addresses[worker] = memory.data_ptr() + begin
-
-    def expected(self, out: torch.Tensor, local: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
-        """[tokens, heads, size], float32."""
-        shape = (1 + 2 * len(self.head_ranges), self.num_tokens, self.num_heads)
-        parts, lses = torch.zeros(*shape, self.size), torch.full(shape, NO_TOKENS)
-        is_local = local != 0
-        parts[0, is_local], lses[0, is_local] = out[is_local].float(), local_lse[is_local]
-        for worker, (first, count) in enumerate(self.head_ranges):
-            heads = slice(first, first + count)
-            for token, part in self.alone[worker]:
-                parts[1 + worker, token, heads], lses[1 + worker, token, heads] = part.float(), 0.0
-            for token, part, lse in self.merged[worker]:
-                parts[1 + worker, token, heads], lses[1 + worker, token, heads] = part.float(), lse
-        weights = torch.softmax(lses, 0).nan_to_num(0.0)
-        return (weights[..., None] * torch.where(weights[..., None] > 0, parts, 0.0)).sum(0)
 
 
 def check_take(
@@ -292,7 +190,7 @@ TAKEN = [
     (BF16, 12, 80, None, 3),
     (F32, 7, 16, [7], 1),
     (BF16, 6, 32, [4, 2], 2),
-    (F16, 17, 16, [3, 10, 4], 3),
+    (F16, 17, 72, [3, 10, 4], 3),
 ]
 MANY_TAKEN = [
     (dtype, num_heads, size, heads, workers)

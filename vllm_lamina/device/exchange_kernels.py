@@ -158,7 +158,7 @@ def take_kernel(
         is_there = (address != 0) & (row >= 0) & (row < tl.load(descriptor + _NUM_Q))
         here = (head >= first) & (head < tl.where(is_there, first + count, 0))
         place = row * count + (head - first)
-        # By masks, not branches: the reads of all workers, each a journey over the bus, are under way together.
+        # By masks, not branches: so reads of several workers, each a journey over the bus, can be under way together.
         part_at = _at(address, out.dtype) + place[:, None] * SIZE + element[None, :]
         part = tl.load(part_at, mask=live & here[:, None], other=0.0).to(tl.float32)
         lse_at = _at(address + tl.load(descriptor + _LSE_OFFSET), _FLOATS) + place - num_without_lse * count
@@ -262,9 +262,11 @@ def take(
         token has one.
     """
     num_tokens, num_heads, size = out.shape
-    block = min(triton.next_power_of_2(num_heads), 8)
+    padded_size = triton.next_power_of_2(size)
+    # Eight elements a thread: 16 bytes of the shorter dtypes.
+    block = min(triton.next_power_of_2(num_heads), max(1024 // padded_size, 1))
     lse_strides = (0, 0) if local_lse is None else local_lse.stride()
     strides = (out.stride(0), index.stride(0), *lse_strides, replies.stride(0))
-    sizes = (len(index), num_heads, size, triton.next_power_of_2(size), block)
+    sizes = (len(index), num_heads, size, padded_size, block)
     grid = (num_tokens, triton.cdiv(num_heads, block))
     take_kernel[grid](out, local, local_lse, index, head_ranges, descriptors, replies, *strides, *sizes)

@@ -10,7 +10,12 @@ def mark_lane(output: Any, lane: int | None) -> None:
     output.lamina_lane = lane
 
 
+def is_scheduled(output: Any) -> bool:
+    """Whether a scheduler of Lamina's made the step; not where vLLM's worker did, to warm up."""
+    return hasattr(output, "lamina_lane")
+
+
 def lane_of(output: Any) -> int:
-    """The index of the lane whose step this is, which has tokens; 0 where vLLM's worker made it, to warm up."""
-    lane: int = getattr(output, "lamina_lane", 0)
+    """The index of the lane whose step this is, which has tokens."""
+    lane: int = output.lamina_lane
     return lane

@@ -17,7 +17,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from vllm_lamina._native import ChannelClosed, ChannelTimeout
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
-from vllm_lamina.compat.geometry import geometry_of_layers
+from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
     counted_bytes,
@@ -30,8 +30,10 @@ from vllm_lamina.compat.output_thread import output_thread_started, request_outp
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
+from vllm_lamina.compat.step_lane import is_scheduled
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
+from vllm_lamina.device.base import Chunks
 from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
@@ -53,6 +55,8 @@ class _LaminaWorker(Worker):
     _partition: Partition | None = None
     _lanes: Lanes | None = None
     _turn_log: int | None = None
+    _is_scheduled = True
+    """Whether a scheduler made the step begun last."""
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
@@ -151,7 +155,14 @@ class _LaminaWorker(Worker):
         return partition.kind, partition.blocks_per_worker
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
+        """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers.
+
+        One that vLLM's worker made itself, to warm up, is none of a lane's: the first runner runs it, attends nothing,
+        and the attention workers hear nothing of it.
+        """
+        self._is_scheduled = is_scheduled(scheduler_output)
+        if not self._is_scheduled:
+            return super().execute_model(scheduler_output)
         step = read_step(scheduler_output)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
             if step.blocks_to_zero:
@@ -166,6 +177,8 @@ class _LaminaWorker(Worker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of the step begun last."""
+        if not self._is_scheduled:
+            return super().sample_tokens(grammar_output)
         return LaterOutput(self.lanes.sample(grammar_output))
 
     def finish_steps(self) -> None:
@@ -234,9 +247,26 @@ class LaminaCPUWorker(_LaminaWorker, CPUWorker):
 
 
 class LaminaCUDAWorker(_LaminaWorker):
-    """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
+    """The model worker on a CUDA GPU. Written against vLLM 0.32 and 0.33, not run on a GPU yet."""
 
     def _warm_up(self) -> None:
         # vLLM's worker runs this under the same two; what it measures around it is the room for a KV cache.
         with torch.inference_mode(), set_current_vllm_config(self.vllm_config):
-            self.model_runner.profile_run()
+            self.model_runner.profile_run(randomize_inputs=self.randomize_dummy_inputs)
+            self._warm_up_local_attention()
+
+    def _warm_up_local_attention(self) -> None:
+        """Attend chunks of zeros: FlashAttention 4 is compiled when it is first called, for one chunk and for several,
+        for short ones and for long ones.
+        """
+        shape = geometry_of(self.vllm_config)
+        attend = self.exchange.device.local_attention(shape.head_size, shape.head_size**-0.5)
+        longest = min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
+        for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
+            q, k = (
+                torch.zeros(
+                    sum(lengths), heads, shape.head_size, dtype=self.model_config.dtype, device=self.device
+                )
+                for heads in (shape.num_heads, shape.num_kv_heads)
+            )
+            attend(q, k, k, Chunks(lengths))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from vllm_lamina.attention_backend.impl import merge_by_lse
+from vllm_lamina.attention_backend.host_layers import merge_by_lse
 from vllm_lamina.device.base import Chunks
 from vllm_lamina.device.cpu import CpuDevice, causal_attention
 

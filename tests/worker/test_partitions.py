@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator

@@ -34,7 +34,12 @@ class Setup:
         self.stack, self.workers = stack, workers
 
     def open(
-        self, kind: str, shares: list[int], num_lanes: int = 1, transport: str = "auto", seed: int | None = None
+        self,
+        kind: str,
+        shares: list[int],
+        num_lanes: int = 1,
+        transport: str = "auto",
+        seed: int | None = None,
     ) -> list[StreamedEngine]:
         """A lane each, whose streams dawdle at random if there is a seed."""
         kv_heads = shares if kind == "heads" else [GEOMETRY.num_kv_heads] * len(shares)
@@ -52,7 +57,12 @@ class Setup:
         return [self.lane(lane, seed) for lane in range(num_lanes)]
 
     def connect(
-        self, worker: EmbeddedAttentionWorker, share: Geometry, num_blocks: int, transport: str, num_lanes: int
+        self,
+        worker: EmbeddedAttentionWorker,
+        share: Geometry,
+        num_blocks: int,
+        transport: str,
+        num_lanes: int,
     ) -> AttentionWorkerConnection:
         connection = self.stack.enter_context(AttentionWorkerConnection.connect(worker.address))
         aside = StreamedExchange.memory_bytes(share.to_native(), num_lanes, MAX_TOKENS)
@@ -206,7 +216,8 @@ def test_a_worker_that_does_not_answer(setup: Setup) -> None:
     engine.exchange.announce(0)
     engine.enqueue_step(1, [Request(20, 1, [0])])
     failure = engine.finish()
-    assert failure is not None and "did not come in time" in failure
+    assert failure is not None
+    assert "did not come in time" in failure
     assert setup.client.failed_workers == [0]
 
 

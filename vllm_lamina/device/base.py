@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -69,8 +70,49 @@ class LocalAttention(Protocol):
         """
 
 
+class Stream(Protocol):
+    """Work of one lane on the device, done in the order in which it is enqueued. Who enqueues does not wait.
+
+    A *word* is the address of an int32 in memory that was registered: see `Streams.register`.
+    """
+
+    def run(self, launch: Callable[[], None]) -> None:
+        """Enqueue what ``launch`` launches."""
+
+    def write(self, word: int, value: int) -> None:
+        """Enqueue: set a word, once all that came before can be seen by the host."""
+
+    def wait(self, word: int, value: int) -> None:
+        """Enqueue: wait until a word is at least ``value``."""
+
+    def fence(self) -> None:
+        """What the caller does next with tensors comes after what was enqueued."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done."""
+
+
+class Streams(Protocol):
+    """A device that works on its own, beside the host."""
+
+    def pack(self, *args: Any) -> None:
+        """Launch `exchange_kernels.pack`."""
+
+    def take(self, *args: Any) -> None:
+        """Launch `exchange_kernels.take`."""
+
+    def register(self, memories: Sequence[tuple[int, int]]) -> None:
+        """Let the device reach memory of the host: (address, bytes) each. What was registered before is forgotten."""
+
+    def stream(self, lane: int) -> Stream:
+        """The lane's stream."""
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros on the device, and memory of the host from which they can be filled without waiting."""
+
+
 class Device(ABC):
-    """Moves q, k, v and the output between the device and the exchange, and attends prefill chunks locally."""
+    """What the model worker does otherwise from device to device."""
 
     worker_cls: str
     """Qualified name of the model worker's class on this device."""
@@ -81,17 +123,9 @@ class Device(ABC):
     backend_is_asked_for: bool
     """Whether vLLM takes that member only where the configuration names it."""
 
-    @abstractmethod
-    def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Host memory that holds the values of ``tensor``: [tokens, heads, head_size], each token's row contiguous."""
-
-    @abstractmethod
-    def host_output(self, output: torch.Tensor) -> torch.Tensor:
-        """Host memory for the attention output, of the shape and dtype of ``output``, each token's row contiguous."""
-
-    @abstractmethod
-    def put_output(self, host: torch.Tensor, output: torch.Tensor) -> None:
-        """Bring what was written to ``host_output(output)`` into ``output``."""
+    def streams(self) -> Streams | None:
+        """How layers are exchanged without the host; None where the host does all work, in its own memory."""
+        return None
 
     @abstractmethod
     def local_attention(self, head_size: int, scale: float) -> LocalAttention:

@@ -16,15 +16,6 @@ class CpuDevice(Device):
     backend_name = "CPU_ATTN"
     backend_is_asked_for = False
 
-    def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor[0].is_contiguous() else tensor.contiguous()
-
-    def host_output(self, output: torch.Tensor) -> torch.Tensor:
-        return output
-
-    def put_output(self, host: torch.Tensor, output: torch.Tensor) -> None:
-        return None
-
     def local_attention(self, head_size: int, scale: float) -> LocalAttention:
         return partial(causal_attention, scale=scale)
 

@@ -135,6 +135,13 @@ def test_only_compat_touches_internals_of_vllm() -> None:
             assert found <= EXTENSION_POINTS.keys(), f"{module} imports {found - EXTENSION_POINTS.keys()}"
 
 
+def test_only_the_kernels_of_a_gpu_need_triton() -> None:
+    found = {
+        module for module in modules() if any(name.split(".")[0] == "triton" for name in imports(module))
+    }
+    assert found == {f"{PACKAGE}.device.exchange_kernels"}
+
+
 NATIVE_ORDER = ["worker/attention_worker", "worker/model_worker", "wire", "transport", "kernel", "base"]
 """Folders of csrc, from the top; the two workers stand beside each other."""
 

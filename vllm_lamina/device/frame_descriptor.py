@@ -1,4 +1,4 @@
-"""What the kernels of the exchange are told by the host: where a worker's frame is and what it holds; to wait no more."""
+"""What the host tells the kernels of the exchange: where a worker's frame is, what it holds, and to wait no more."""
 
 from __future__ import annotations
 

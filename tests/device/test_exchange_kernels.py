@@ -15,7 +15,7 @@ import torch
 from kernel_cases import BF16, F16, F32, NO_TOKENS, OUTSIDE, Model, Replies, int32, padded, raw
 from kernel_modules import exchange_kernels
 
-from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
+from vllm_lamina.device.frame_descriptor import POISON, FrameDescriptor, Heads
 
 kernels = exchange_kernels(interpreted=True)
 
@@ -44,7 +44,7 @@ MANY_PACKED = [
     (dtype, Model(kv_heads * group, kv_heads, k_size, v_size), kv_heads_of_workers)
     for dtype in (F32, F16, BF16)
     for kv_heads, kv_heads_of_workers in ((1, [1]), (3, [1, 2]), (8, [3, 4, 1]))
-    for group in (1, 4, 7, 8)
+    for group in (1, 4, 7)
     for k_size, v_size in ((64, 64), (96, 96), (192, 128))
 ]
 
@@ -130,12 +130,12 @@ def test_a_wait_that_nobody_answers_ends_and_so_do_later_ones(word: int) -> None
 
 def test_poison_lets_every_wait_pass() -> None:
     word, failed = int32(0), int32(0)
-    later = threading.Timer(0.1, word.fill_, (kernels.POISON,))
+    later = threading.Timer(0.1, word.fill_, (POISON,))
     later.start()
     for layer in (1, 2, 80):
         kernels.wait_word(word, layer, failed, 10**5)
     later.join()
-    assert (word.item(), failed.item()) == (kernels.POISON, 0)
+    assert (word.item(), failed.item()) == (POISON, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- take
@@ -304,10 +304,10 @@ def test_a_layer_over_two_workers(by_heads: bool) -> None:
                 (len(new[worker]), heads.num_kv, 24, step.v_offset),
             )
         ]
-        first = 0 if worker == 0 or by_heads else None
         for row, token in enumerate(rows):
             request, count = request_of[token], held[worker][request_of[token]]
-            place = slice(0, count) if first == 0 else slice(context_lens[request] - count, None)
+            from_begin = by_heads or worker == 0
+            place = slice(count) if from_begin else slice(context_lens[request] - count, None)
             kv_heads = slice(heads.first_kv, heads.first_kv + heads.num_kv)
             cache = [x[place, kv_heads] for x in context[request]]
             if request < 2 and token in new[worker]:

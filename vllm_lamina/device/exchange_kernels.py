@@ -3,7 +3,8 @@
 For CUDA tensors, or for CPU tensors where Triton interprets (``TRITON_INTERPRET=1``). Nothing of it has run on a GPU.
 
 All may be captured in a CUDA graph: arguments are addresses of buffers that stay, constants of the model, and padded
-sizes. What differs from step to step is read from these buffers, which the host fills before the step.
+sizes. What differs from step to step is read from these buffers, which the host fills before the step, and not before
+the last kernel of an earlier step has read them.
 
 Host memory that CUDA knows (pinned, or any mapping passed to ``cudaHostRegister``) is an ordinary CPU tensor here:
 Triton's launcher asks the driver for its address on the device. An address *in* a buffer is the device's.
@@ -16,9 +17,6 @@ import triton
 import triton.language as tl
 
 from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
-
-POISON = 2**31 - 1
-"""Written to a word by the host, it lets every wait for that word pass: no layer has so high a number."""
 
 _FIELDS = tl.constexpr(len(FrameDescriptor._fields))
 _PAYLOAD, _NUM_Q, _NUM_KV, _K_OFFSET, _V_OFFSET, _NUM_ROWS_WITHOUT_LSE, _LSE_OFFSET = (

@@ -1,10 +1,13 @@
-"""What the kernels of the exchange are told of a step: where an attention worker's frame is, and what it holds."""
+"""What the host tells the kernels of the exchange: where a worker's frame is, what it holds, and to wait no more."""
 
 from __future__ import annotations
 
 from typing import NamedTuple, Self
 
 import torch
+
+POISON = 2**31 - 1
+"""Written by the host to a word that a stream waits for, it lets every wait pass: no layer has so high a number."""
 
 ALIGNMENT = 64
 """Bytes: addresses of payloads, and the parts of one, are multiples of it (csrc/wire/frames.h)."""

@@ -429,6 +429,9 @@ class AttentionClient:
     def copy_blocks(self, pairs: Any, timeout: float = 60.0) -> None:
         """Copy blocks in all layers, in order. pairs: [n, 2], int32, (source, destination).
 
+        Raises ValueError for a pair on two workers: KV blocks do not travel between workers.
+        """
+
 class StreamedExchange:
     """What passes between lanes on a device's streams and the attention workers; see csrc, and `StreamedLayers`.
 
@@ -466,15 +469,16 @@ class StreamedExchange:
         self,
         lane: int,
         num_decodes: int,
-        query_lens: NDArray[np.int32],
-        context_lens: NDArray[np.int32],
-        block_table: NDArray[np.int32],
-        slot_mapping: NDArray[np.int64],
+        query_lens: Any,
+        context_lens: Any,
+        block_table: Any,
+        slot_mapping: Any,
         timeout: float = 60.0,
     ) -> tuple[int, int]:
         """As `AttentionClient.begin_step`; the step was announced, and the stream is done with the one before."""
-    def part(self, lane: int, worker: int) -> tuple[NDArray[np.int32], NDArray[np.int32], int]:
-        """Tokens of the step whose q, and whose k and v, the worker gets, and how many rows it answers without LSE."""
+    def part(self, lane: int, worker: int) -> tuple[Any, Any, int]:
+        """Tokens of the step whose q, and whose k and v, the worker gets, int32; and how many rows it answers without
+        LSE."""
     def finish_step(self, lane: int, timeout: float = 60.0) -> str | None:
         """Wait until all layers are sent and answered, or the step failed: why. Raises ChannelTimeout."""
     def fail_step(self, lane: int, why: str) -> None:
@@ -483,7 +487,3 @@ class StreamedExchange:
         """As `AttentionClient.replace_channel`."""
     def set_timeout(self, seconds: float) -> None:
         """How long one reply may take."""
-
-
-        Raises ValueError for a pair on two workers: KV blocks do not travel between workers.
-        """

@@ -72,7 +72,9 @@ SHARED = {
 PROGRAM = """
 import json, sys, types, torch
 from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
 from vllm.v1.worker import gpu_worker
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
 CODE = type, types.FunctionType, types.MethodType, types.ModuleType
@@ -135,6 +137,11 @@ def kernel_warmup(worker):
     first._dummy_run(2, uniform_decode=True)
     run_mixed_prefill_decode_warmup(first, worker.execute_model, worker.sample_tokens, 16)
 
+def run_what_is_captured(manager, create_forward_fn, *_):
+    for mode, *size in ((CUDAGraphMode.PIECEWISE, 16, None), (CUDAGraphMode.FULL, 4, 4, 1)):
+        create_forward_fn(BatchExecutionDescriptor(mode, *size), warmup=False)(CUDAGraphMode.NONE)
+    calls.append("capture")
+
 tokens = [generate()]
 before = state()
 calls.clear()
@@ -145,6 +152,11 @@ worker.vllm_config.kernel_config.enable_jit_warmup = True
 first.scheduler_config.max_num_seqs, most = 2, first.scheduler_config.max_num_seqs
 gpu_worker.Worker.compile_or_warm_up_model(worker)
 first.scheduler_config.max_num_seqs = most
+CudaGraphManager.capture = run_what_is_captured
+first.cudagraph_manager.capture(
+    first.model, first.model_state, first.input_buffers, None, first.block_tables, first.attn_groups,
+    first.kv_cache_config,
+)
 warmed = list(calls)
 after = state()
 tokens.append(generate())
@@ -178,11 +190,12 @@ def test_lanes_share_requests_and_weights_alone(found: list[Any]) -> None:
 
 
 def test_warming_up_leaves_nothing_behind(found: list[Any]) -> None:
-    """Relies on what a GPU worker runs before the first request, beside what is compiled or captured: steps that no
-    scheduler made. Here they come with a prefix cache, which they would spoil, for their KV blocks are those of others.
+    """Relies on what a GPU worker runs before the first request, eagerly here where it captures: with steps that no
+    scheduler made, or without any. Here there is a prefix cache, which they would spoil, for they name its KV blocks.
     """
     *_, warmed, before, after, tokens = found
     assert warmed.count("execute_model") >= 7
     assert warmed.count("sample_tokens") >= 5
+    assert warmed[-1] == "capture"
     assert after == before
     assert tokens[1] == tokens[0]

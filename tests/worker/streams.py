@@ -1,77 +1,17 @@
-"""A stream that a CPU thread executes, and a model worker's lane on it, played by the tests."""
+"""A model worker's lane on a stream, played by the tests."""
 
 from __future__ import annotations
 
 import ctypes
-import queue
-import threading
-import time
 from collections.abc import Callable
 
 import numpy as np
+from cpu_stream import CpuStream
 from engine import Engine, Request, to_dtype, to_float64
 from numpy.typing import NDArray
 
 from vllm_lamina._native import Partition, StreamedExchange
 from vllm_lamina.kv_cache.geometry import Geometry
-
-DEADLINE = 60.0
-
-
-class CpuStream:
-    """Executes what is enqueued, in order, on a thread of its own. `pause` is called before each operation."""
-
-    def __init__(self, pause: Callable[[], None] = lambda: None) -> None:
-        self._pause = pause
-        self._error: BaseException | None = None
-        self._operations: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def enqueue(self, operation: Callable[[], None]) -> None:
-        self._operations.put(operation)
-
-    def write(self, word: int, value: int) -> None:
-        self.enqueue(lambda: _store(word, value))
-
-    def wait(self, word: int, value: int) -> None:
-        """Until the word is at least ``value``."""
-
-        def wait() -> None:
-            end = time.monotonic() + DEADLINE
-            while _load(word) < value:
-                assert time.monotonic() < end, "a stream waits for ever"
-                time.sleep(0)
-
-        self.enqueue(wait)
-
-    def synchronize(self) -> None:
-        """Wait until all that was enqueued is over; its error, if any, is raised here."""
-        over = threading.Event()
-        self.enqueue(over.set)
-        assert over.wait(2 * DEADLINE)
-        if self._error is not None:
-            raise self._error
-
-    def close(self) -> None:
-        self._operations.put(None)
-        self._thread.join(DEADLINE)
-
-    def _run(self) -> None:
-        while (operation := self._operations.get()) is not None:
-            try:
-                self._pause()
-                operation()
-            except BaseException as error:
-                self._error = error
-
-
-def _load(word: int) -> int:
-    return ctypes.c_int32.from_address(word).value
-
-
-def _store(word: int, value: int) -> None:
-    ctypes.c_int32.from_address(word).value = value
 
 
 def array_at(address: int, shape: tuple[int, ...], dtype: np.dtype[np.generic]) -> NDArray[np.generic]:

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from cpu_stream import CpuStream
 from engine import Request
 from random_steps import Workload, ranges
-from streams import CpuStream, StreamedEngine, partition_of
+from streams import StreamedEngine, partition_of
 from worker_processes import pause
 
 from vllm_lamina._native import AttentionClient, FrameTooLarge, StreamedExchange

@@ -73,7 +73,7 @@ PROGRAM = """
 import json, sys, types, torch
 from vllm import LLM, SamplingParams
 from vllm.config import CUDAGraphMode
-from vllm.v1.worker import gpu_worker
+from vllm.v1.worker import cpu_worker, gpu_worker
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
 from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
@@ -150,7 +150,8 @@ gpu_worker.kernel_warmup = kernel_warmup
 worker.vllm_config.kernel_config.enable_jit_warmup = True
 # Places for so many are free; at a start all are.
 first.scheduler_config.max_num_seqs, most = 2, first.scheduler_config.max_num_seqs
-gpu_worker.Worker.compile_or_warm_up_model(worker)
+cpu_worker.CPUWorker.compile_or_warm_up_model = gpu_worker.Worker.compile_or_warm_up_model
+worker.compile_or_warm_up_model()
 first.scheduler_config.max_num_seqs = most
 CudaGraphManager.capture = run_what_is_captured
 first.cudagraph_manager.capture(

@@ -12,6 +12,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
@@ -57,6 +58,8 @@ def test_worker_methods_that_are_overridden_exist() -> None:
     assert [*inspect.signature(CPUWorker.determine_available_memory).parameters] == ["self"]
     assert [*inspect.signature(CPUWorker._should_warm_up_model).parameters] == ["self"]
     assert [*inspect.signature(Worker.get_kv_cache_spec).parameters] == ["self"]
+    assert [*inspect.signature(Worker.compile_or_warm_up_model).parameters] == ["self"]
+    assert "self.execute_model, self.sample_tokens" in inspect.getsource(gpu_worker)
 
 
 def test_executor_hooks_exist() -> None:

@@ -19,7 +19,6 @@ import json, sys
 from vllm import LLM, SamplingParams
 from vllm.v1.core.kv_cache_utils import KVCacheBlockCopy
 from vllm.v1.core.sched.output import SchedulerOutput
-from vllm_lamina.compat.step_lane import mark_lane
 
 llm = LLM(**json.loads(sys.argv[1]))
 worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
@@ -33,7 +32,6 @@ def step(**operations):
     output = SchedulerOutput.make_empty()
     for name, value in operations.items():
         setattr(output, name, value)
-    mark_lane(output, None)
     worker.execute_model(output)
 
 pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool

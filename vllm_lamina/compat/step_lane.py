@@ -10,11 +10,6 @@ def mark_lane(output: Any, lane: int | None) -> None:
     output.lamina_lane = lane
 
 
-def is_scheduled(output: Any) -> bool:
-    """Whether a scheduler of Lamina's made the step; not where vLLM's worker did, to warm up."""
-    return hasattr(output, "lamina_lane")
-
-
 def lane_of(output: Any) -> int:
     """The index of the lane whose step this is, which has tokens."""
     lane: int = output.lamina_lane

@@ -32,7 +32,6 @@ from vllm_lamina.compat.output_thread import output_thread_started, request_outp
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
-from vllm_lamina.compat.step_lane import is_scheduled
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.device.base import Chunks, Streams
@@ -57,8 +56,7 @@ class _LaminaWorker(Worker):
     _partition: Partition | None = None
     _lanes: Lanes | None = None
     _turn_log: int | None = None
-    _is_scheduled = True
-    """Whether a scheduler made the step begun last."""
+    _warms_up = False
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
@@ -149,6 +147,16 @@ class _LaminaWorker(Worker):
             format_bytes(allocated_bytes(self.model_runner)),
         )
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up as vLLM does. The steps that it makes by hand are none of a lane's, and name KV blocks of others: the
+        first runner runs them and attends nothing, and the attention workers hear nothing of them.
+        """
+        self._warms_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warms_up = False
+
     def block_placement(self) -> tuple[str, list[int]] | None:
         """How the scheduler has to place blocks: the partition, and the number of blocks of each worker.
 
@@ -160,13 +168,8 @@ class _LaminaWorker(Worker):
         return partition.kind, partition.blocks_per_worker
 
     def execute_model(self, scheduler_output: Any) -> Any:
-        """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers.
-
-        One that vLLM's worker made itself, to warm up, is none of a lane's: the first runner runs it, attends nothing,
-        and the attention workers hear nothing of it.
-        """
-        self._is_scheduled = is_scheduled(scheduler_output)
-        if not self._is_scheduled:
+        """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
+        if self._warms_up:
             return super().execute_model(scheduler_output)
         step = read_step(scheduler_output)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
@@ -182,7 +185,7 @@ class _LaminaWorker(Worker):
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of the step begun last."""
-        if not self._is_scheduled:
+        if self._warms_up:
             return super().sample_tokens(grammar_output)
         return LaterOutput(self.lanes.sample(grammar_output))
 

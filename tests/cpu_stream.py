@@ -32,7 +32,7 @@ class CpuStream:
         self._pause = pause
         self._error: BaseException | None = None
         self._operations: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def enqueue(self, operation: Callable[[], None]) -> None:
@@ -117,17 +117,7 @@ class _Streams:
     def __init__(self) -> None:
         from vllm_lamina.device import exchange_kernels
 
-        # The interpreter has one grid at a time.
-        self._one_launch = threading.Lock()
-        self._kernels = exchange_kernels
-
-    def pack(self, *args: Any) -> None:
-        with self._one_launch:
-            self._kernels.pack(*args)
-
-    def take(self, *args: Any) -> None:
-        with self._one_launch:
-            self._kernels.take(*args)
+        self.pack, self.take = exchange_kernels.pack, exchange_kernels.take
 
     def register(self, memories: Sequence[tuple[int, int]]) -> None:
         assert all(num_bytes > 0 for _, num_bytes in memories)
@@ -148,6 +138,16 @@ class StreamedCpuDevice(CpuDevice):
 
 def use_streams() -> None:
     """For the engines that this process makes from now on."""
+    from triton.runtime.interpreter import GridExecutor
+
     from vllm_lamina.worker.model_worker import worker
 
+    # The interpreter has one grid at a time, where streams and lanes launch kernels of theirs.
+    launch, one_launch = GridExecutor.__call__, threading.Lock()
+
+    def launch_alone(grid: Any, *args: Any, **kwargs: Any) -> None:
+        with one_launch:
+            launch(grid, *args, **kwargs)
+
+    GridExecutor.__call__ = launch_alone
     worker.device_for = lambda device_type: StreamedCpuDevice()

@@ -13,22 +13,22 @@ from models import ModelZoo
 from runners import V2
 from workloads import greedy, prompt
 
-PREFIX = prompt(90)
+PREFIX = prompt(40)
 
 PHASES = [
     Phase(
         "chunks, a prefix that is filled while it is hit, decodes",
         [
-            Request(prompt(3), greedy(10)),
-            Request([*PREFIX, 5], greedy(9, logprobs=2)),
-            Request([*PREFIX, 9, 7], greedy(9)),
-            Request([*PREFIX, 8, 6, 5], greedy(6), after_step=1),
-            Request(prompt(70, seed=2), greedy(8), after_step=3),
+            Request(prompt(3), greedy(5)),
+            Request([*PREFIX, 5], greedy(4, logprobs=2)),
+            Request([*PREFIX, 9, 7], greedy(4)),
+            Request([*PREFIX, 8, 6, 5], greedy(3), after_step=1),
+            Request(prompt(30, seed=2), greedy(4), after_step=3),
         ],
     ),
     Phase(
         "the prefix is in the cache",
-        [Request([*PREFIX, 4], greedy(6)), Request(prompt(40, seed=3), greedy(6))],
+        [Request([*PREFIX, 4], greedy(3)), Request(prompt(20, seed=3), greedy(3))],
     ),
 ]
 
@@ -48,7 +48,7 @@ ENGINES: dict[str, tuple[dict[str, Any], int]] = {
 )
 def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str) -> None:
     options, num_workers = ENGINES[name]
-    engine = {"max_num_batched_tokens": 64, "block_size": 32, "max_model_len": 256, "max_num_seqs": 8}
+    engine = {"max_num_batched_tokens": 32, "block_size": 32, "max_model_len": 256, "max_num_seqs": 8}
     stock = Job(model_zoo("four_kv_heads"), PHASES, engine, kv_memory_mib=16, runner=V2)
     lamina = replace(
         stock,

@@ -104,6 +104,18 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             layer_types=["full_attention", "full_attention"],
         ),
     ),
+    "prefix_lm": ModelSpec(
+        "HrmTextConfig",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "head_dim": 32,
+            "H_cycles": 1,
+            "L_cycles": 1,
+        },
+    ),
     "sliding_window": ModelSpec(
         "MistralConfig",
         _decoder(

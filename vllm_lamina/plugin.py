@@ -11,12 +11,19 @@ def platform_plugin() -> None:
     """
     from vllm_lamina.compat import arguments
 
-    arguments.install(_prepare)
+    arguments.install(_check, _prepare)
 
 
 def general_plugin() -> None:
     """Offer ``--executor lamina`` where vLLM was told its platform and asked no platform plugin."""
     platform_plugin()
+
+
+def _check(arguments: Any) -> None:
+    """Check ``EngineArgs`` that select Lamina."""
+    from vllm_lamina.support import check_engine_arguments
+
+    check_engine_arguments(arguments)
 
 
 def _prepare(config: Any) -> None:

@@ -27,11 +27,13 @@ def _check(arguments: Any) -> None:
 
 
 def _prepare(config: Any) -> None:
-    """Check a ``VllmConfig`` that selects Lamina, and let its front ends show Lamina's statistics."""
+    """Check a ``VllmConfig`` that selects Lamina, and let its front ends show Lamina's statistics and check requests."""
+    from vllm_lamina.compat.requests import refuse_fatal_requests
     from vllm_lamina.compat.stat_loggers import log_lamina_stats
     from vllm_lamina.executor.preflight import check_before_start
 
     check_before_start(config)
+    refuse_fatal_requests(config)
     log_lamina_stats(config, _stat_logger)
 
 

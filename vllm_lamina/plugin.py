@@ -27,7 +27,7 @@ def _check(arguments: Any) -> None:
 
 
 def _prepare(config: Any) -> None:
-    """Check a ``VllmConfig`` that selects Lamina, and let its front ends show Lamina's statistics and check requests."""
+    """Check a ``VllmConfig`` that selects Lamina; let its front ends check requests and show Lamina's statistics."""
     from vllm_lamina.compat.requests import refuse_fatal_requests
     from vllm_lamina.compat.stat_loggers import log_lamina_stats
     from vllm_lamina.executor.preflight import check_before_start

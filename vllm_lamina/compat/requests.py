@@ -33,8 +33,8 @@ def refuse_fatal_requests(config: VllmConfig) -> None:
             for name in ("prompt_logprobs", "prompt_logprob_token_ids"):
                 if getattr(params, name, None) is not None:
                     raise VLLMValidationError(
-                        f"{name} is not supported where models run on CPUs with --enable-lora: leave it out (in the "
-                        "completions API `echo` with `logprobs` asks for it too), or ask a server without --enable-lora",
+                        f"{name} is not supported where models run on CPUs with --enable-lora: leave it out (`echo` "
+                        "with `logprobs` asks for it too), or ask a server without --enable-lora",
                         parameter=name,
                     )
         return validate(self, params, *args, **kwargs)

@@ -11,8 +11,6 @@ import dataclasses
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
@@ -62,9 +60,17 @@ def check_layers(config: VllmConfig, backend: type) -> None:
     UnsupportedError
         Names the feature, the layer and what it says.
     """
+    # The attention backend imports this module, and they import their backends.
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
     for name, layer in config.compilation_config.static_forward_context.items():
         if isinstance(layer, AttentionLayerBase):
-            said = _said_by_spec(layer.get_kv_cache_spec(config)) | _said_by_layer(layer, backend)
+            said = _said_by_spec(layer.get_kv_cache_spec(config))
+            if type(layer) is Attention:
+                said |= _said_by_layer(layer, backend)
+            else:
+                said["class"] = type(layer).__name__
             if said:
                 refuse_fields(said, f"the attention layer {name}")
 
@@ -102,9 +108,7 @@ def _said_by_spec(spec: Any) -> dict[str, Any]:
 
 
 def _said_by_layer(layer: Any, backend: type) -> dict[str, Any]:
-    """What a layer says that reaches neither its implementation nor its spec."""
-    if type(layer) is not Attention:
-        return {"class": type(layer).__name__}
+    """What an ``Attention`` says that reaches neither its implementation nor its spec."""
     said = {
         name: getattr(layer, name)
         for name, value in LAYER_ATTRIBUTES.items()

@@ -99,6 +99,17 @@ def test_a_prompt_that_is_too_long_is_the_clients_error(server: VllmServer, clie
     get(server, "health")
 
 
+def test_what_would_end_stock_vllm_is_the_clients_error(server: VllmServer, client: OpenAI) -> None:
+    """Log-probabilities of the prompt, of an engine with LoRA on CPUs."""
+    for asked in ({"extra_body": {"prompt_logprobs": 1}}, {"echo": True, "logprobs": 1}):
+        with pytest.raises(
+            openai.BadRequestError, match=r"prompt_logprobs is not supported .* --enable-lora"
+        ):
+            client.completions.create(model=MODEL, prompt="Once upon", max_tokens=2, **asked)
+    assert client.completions.create(model=MODEL, prompt="Once upon", max_tokens=2, logprobs=1).choices
+    get(server, "health")
+
+
 def test_a_client_that_disconnects_frees_its_request(server: VllmServer, client: OpenAI) -> None:
     options = {"model": MODEL, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
     alone = client.completions.create(**options, prompt="Hello", max_tokens=30).choices[0].text

@@ -67,7 +67,7 @@ PHASES = [
         [
             Request(prompt(50, seed=130), greedy(200, stop=["za", "ke"])),
             Request(prompt(51, seed=131), greedy(200, stop=["di", "lo"], include_stop_str_in_output=True)),
-            Request(prompt(52, seed=132), greedy(100, stop_token_ids=list(range(4, 300)), min_tokens=17)),
+            Request(prompt(52, seed=132), greedy(100, stop_token_ids=list(range(4, 130)), min_tokens=17)),
             Request(prompt(53, seed=133), greedy(100, stop_token_ids=list(range(4, 300)))),
             Request(prompt(54, seed=134), greedy(1)),
         ],

@@ -87,8 +87,8 @@ class EngineFacts:
     ----------
     logs_stats
         The front ends take Lamina's statistics out of vLLM's: they must, for vLLM's loggers to take the rest.
-    refuses_prompt_logprobs
-        The front ends refuse requests for log-probabilities of the prompt.
+    checks_requests
+        The front ends refuse requests that would end the engine.
     recovery
         Whom the scheduler asks when an attention worker is lost (`executor.recovery`); None without an executor.
     block_placement
@@ -98,7 +98,7 @@ class EngineFacts:
     """
 
     logs_stats: bool = False
-    refuses_prompt_logprobs: bool = False
+    checks_requests: bool = False
     recovery: Any = None
     block_placement: tuple[str, list[int]] | None = None
     attention_workers: Sequence[Sequence[str]] = ()

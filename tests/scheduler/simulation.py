@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from urgency import UrgencyCheck
 from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.lora.request import LoRARequest
@@ -80,10 +81,15 @@ def make_scheduler(
 
 @dataclass
 class InFlight:
-    """A step that the model worker has not answered, and the blocks it writes."""
+    """A step whose output has not been taken."""
 
     output: SchedulerOutput
     written: set[int]
+    """Blocks that it may still write."""
+    samples: set[str]
+    """Requests of which it computes all tokens, so that it samples the next one."""
+    answer: ModelRunnerOutput | None = None
+    """What the model worker says, once it is over."""
 
 
 @dataclass
@@ -105,12 +111,22 @@ class Simulation:
     times: Callable[[int, int], StepTimes] = lambda requests, context: StepTimes(1.0, 0.01 * context)
     """Seconds of a step by its requests and their context tokens."""
 
+    urgency: UrgencyCheck = field(init=False)
+
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self._shared_prefix = [self.random.randrange(VOCAB_SIZE) for _ in range(4 * BLOCK_SIZE)]
         self._requests: dict[str, Request] = {}
+        if self.scheduler is not None:
+            self.watch(self.scheduler)
+
+    def watch(self, scheduler: LaminaScheduler) -> None:
+        """Drive this scheduler."""
+        self.scheduler = scheduler
+        self.urgency = UrgencyCheck(scheduler)
+        scheduler.engine_facts.finish_steps = self.finish_steps
 
     def add(
         self,
@@ -164,7 +180,7 @@ class Simulation:
     def schedule(self) -> None:
         """Schedule until all batches are in flight or nothing can be scheduled."""
         while len(self.queue) < self.scheduler.num_batches and self.scheduler.has_requests():
-            output = self.scheduler.schedule()
+            output = self.urgency.schedule()
             self.queue.append(self._check(output))
 
     def run_until(self, condition: Callable[[], object]) -> None:
@@ -184,12 +200,10 @@ class Simulation:
         scheduler, config = self.scheduler, self.scheduler.scheduler_config
         in_flight = {r for step in self.queue for r in step.output.num_scheduled_tokens}
         assert not in_flight & set(output.num_scheduled_tokens), "a request is in two batches in flight"
-        assert output.total_num_scheduled_tokens <= config.max_num_batched_tokens
         assert len(scheduler.running) <= config.max_num_seqs
         for one, other in zip(scheduler.lanes.lanes, scheduler.lanes.lanes[1:], strict=False):
             assert not one.members & other.members, "a request is in two lanes"
         self._check_adapters([*(step.output for step in self.queue), output])
-        self._check_order(output)
         self._check_lane(output)
         written = {
             block
@@ -200,7 +214,12 @@ class Simulation:
             assert not step.written & written, "a block is written by two steps in flight"
         if self.queue and self.queue[0].output.num_scheduled_tokens and output.num_scheduled_tokens:
             self.overlapping_steps += 1
-        return InFlight(output, written)
+        samples = {
+            name
+            for name in output.num_scheduled_tokens
+            if scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens
+        }
+        return InFlight(output, written, samples)
 
     def _check_lane(self, output: SchedulerOutput) -> None:
         """Where requests may not move, every step of a request's life is in one lane."""
@@ -209,14 +228,6 @@ class Simulation:
             self.moves += self.lane_of.get(request_id, lane) != lane
             self.lane_of[request_id] = lane
         assert self.scheduler.requests_may_move or not self.moves, "a request has changed lanes"
-
-    def _check_order(self, output: SchedulerOutput) -> None:
-        """A new request takes no blocks from those that were preempted, for which it would have to wait otherwise."""
-        scheduler = self.scheduler
-        is_new = any(name not in self.lane_of for name in output.num_scheduled_tokens)
-        if is_new and scheduler.scheduler_config.policy == "fcfs":
-            lacking = sum(-(-r.num_tokens // BLOCK_SIZE) for r in scheduler.waiting if r.num_preemptions)
-            assert lacking <= scheduler.kv_blocks.num_free, "a new request has overtaken a preempted one"
 
     def _check_adapters(self, in_flight: list[SchedulerOutput]) -> None:
         """The model worker has room for the adapters of all steps in flight, whatever became of their requests."""
@@ -234,15 +245,23 @@ class Simulation:
         end = self.scheduler.requests[request_id].num_computed_tokens
         return {blocks[position // BLOCK_SIZE] for position in range(end - count, end)}
 
+    def finish_steps(self) -> None:
+        """The steps in flight are over before their outputs are taken."""
+        for step in self.queue:
+            if step.answer is None and step.output.num_scheduled_tokens:
+                step.answer = self._model_output(step)
+            step.written.clear()
+
     def answer(self) -> None:
         """Answer the oldest step in flight."""
-        output = self.queue.popleft().output
+        step = self.queue.popleft()
+        output = step.output
         self.preemptions = sum(request.num_preemptions for request in self._requests.values())
         if not output.num_scheduled_tokens:
             answer = EMPTY_MODEL_RUNNER_OUTPUT
         else:
             request_ids = list(output.num_scheduled_tokens)
-            answer = self._model_output(output)
+            answer = step.answer or self._model_output(step)
             if not has_failed(answer):
                 report_times(answer, self.times(len(request_ids), self._context(request_ids)))
         for outputs in self.scheduler.update_from_output(output, answer).values():
@@ -253,21 +272,16 @@ class Simulation:
                     if request_output.finish_reason == FinishReason.ERROR:
                         self.errors.add(request_output.request_id)
 
-    def _model_output(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        request_ids = list(output.num_scheduled_tokens)
+    def _model_output(self, step: InFlight) -> ModelRunnerOutput:
+        request_ids = list(step.output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=request_ids,
             req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
-            sampled_token_ids=[self._sampled(request_id) for request_id in request_ids],
+            sampled_token_ids=[
+                [self.random.randrange(VOCAB_SIZE)] if name in step.samples else [] for name in request_ids
+            ],
         )
 
     def _context(self, request_ids: list[str]) -> int:
         requests = (self.scheduler.requests.get(request_id) for request_id in request_ids)
         return sum(request.num_tokens for request in requests if request is not None)
-
-    def _sampled(self, request_id: str) -> list[int]:
-        """A token, unless the request is in the middle of its prompt or gone."""
-        request = self.scheduler.requests.get(request_id)
-        if request is None or request.num_computed_tokens < request.num_tokens:
-            return []
-        return [self.random.randrange(VOCAB_SIZE)]

@@ -167,6 +167,13 @@ class Simulation:
             self.aborted.add(request_id)
             self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
+    def reset(self, running_too: bool = True) -> None:
+        """Reset the prefix cache, whatever is in flight; it fails where a request runs and is to go on."""
+        runs = bool(self.scheduler.running)
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=running_too) == (
+            running_too or not runs
+        )
+
     def unfinished(self) -> list[str]:
         """Requests that somebody still waits for."""
         return [r for r in self._requests if r not in self.finished and r not in self.aborted]

@@ -190,6 +190,8 @@ def test_workers_lost_at_random(
                 simulation.add(prompt_len, max_tokens, shared_prefix=rng.random() < 0.8)
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
             simulation.abort(rng.choice(waiting))
+        if rng.random() < 0.03:
+            simulation.reset(running_too=rng.random() < 0.5)
         if rng.random() < 0.05:
             simulation.lose(rng.randrange(NUM_WORKERS))
         if simulation.down and rng.random() < 0.05:

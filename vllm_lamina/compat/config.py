@@ -6,7 +6,7 @@ the executor knows, while it is vLLM that builds the scheduler.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,8 @@ class EngineFacts:
     recovery
         Whom the scheduler asks when an attention worker is lost (`executor.recovery`); None without an executor.
     finish_steps
-        Waits until the steps in flight are over, whatever came of them; their outputs are still to be taken.
+        Waits until the steps in flight are over, whatever came of them, whose outputs are still to be taken; None
+        without an executor.
     block_placement
         The partition and the number of KV blocks of each attention worker; None where all hold a part of every block.
     attention_workers
@@ -99,7 +100,7 @@ class EngineFacts:
 
     logs_stats: bool = False
     recovery: Any = None
-    finish_steps: Callable[[], None] = lambda: None
+    finish_steps: Any = None
     block_placement: tuple[str, list[int]] | None = None
     attention_workers: Sequence[Sequence[str]] = ()
 

@@ -79,22 +79,26 @@ class KVBlocks:
         """How many blocks a request lacks for so many tokens of it, if it finds nothing in the prefix cache."""
         return max(0, -(-num_tokens // self.block_size) - len(self._by_request.get(name, ())))
 
-    def when_short(self, make_room: Callable[[Request, int], bool]) -> None:
-        """Where blocks are too few for a request, call ``make_room``, and try again for as long as it returns True.
+    def share(
+        self, reserved_from: Callable[[Request], int], make_room: Callable[[Request, int], bool]
+    ) -> None:
+        """Give a request no blocks of those that ``reserved_from`` says must be left after it.
 
-        It gets the request and its number of tokens that need blocks.
+        Where there are too few, ``make_room`` is called, and they are tried again for as long as it returns True. It
+        gets the request, and how many of its tokens need blocks.
         """
         manager, allocate_slots = self._manager, self._manager.allocate_slots
 
-        def allocate_slots_or_make_room(
-            request: Request, num_new_tokens: int, *args: Any, **kwargs: Any
+        def allocate_shared_slots(
+            request: Request, num_new_tokens: int, *args: Any, reserved_blocks: int = 0, **kwargs: Any
         ) -> Any:
+            reserved = reserved_blocks + reserved_from(request)
             while True:
-                blocks = allocate_slots(request, num_new_tokens, *args, **kwargs)
+                blocks = allocate_slots(request, num_new_tokens, *args, reserved_blocks=reserved, **kwargs)
                 if blocks is not None or not make_room(request, request.num_computed_tokens + num_new_tokens):
                     return blocks
 
-        manager.allocate_slots = allocate_slots_or_make_room
+        manager.allocate_slots = allocate_shared_slots
 
     def forget_cached(self, block_ids: set[int]) -> None:
         """Let nobody hit these blocks as a cached prefix any more; requests that hold them keep them."""

@@ -73,7 +73,7 @@ class SchedulerPort(Scheduler):
         # Another batch's step may still write a finished request's blocks: vLLM then frees them when it is over.
         self.defer_block_free = self.num_batches > 1
         self.kv_blocks = KVBlocks(self.kv_cache_manager, self.block_size)
-        self.kv_blocks.when_short(self._preempt_in_other_lane)
+        self.kv_blocks.share(self._reserved_from, self._preempt_in_other_lane)
         self.requests_may_move = lanes_share_requests(self.vllm_config)
         self.engine_facts = facts_of(self.vllm_config)
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
@@ -222,6 +222,23 @@ class SchedulerPort(Scheduler):
         return max(
             chain(self.running, self._hidden),
             key=lambda request: (request.priority if by_priority else 0, request.arrival_time),
+        )
+
+    def _reserved_from(self, request: Request) -> int:
+        """Blocks that a request may not take, for those that run in other lanes need them for their next step.
+
+        One that is admitted comes after all that run. One that runs need not care: who lacks blocks preempts.
+        """
+        if request.status == RequestStatus.RUNNING:
+            return 0
+        longest = self.max_num_scheduled_tokens
+        return sum(
+            self.kv_blocks.lacking(
+                other.request_id,
+                other.num_computed_tokens
+                + min(longest, max(1, other.num_tokens - other.num_computed_tokens)),
+            )
+            for other in self._hidden
         )
 
     def _preempt_in_other_lane(self, request: Request, num_tokens: int) -> bool:

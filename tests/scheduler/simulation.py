@@ -114,10 +114,13 @@ class UrgencyCheck:
         num_eligible = sum(scheduler.get_request_counts())
         was_short = set(scheduler._short)
         output: SchedulerOutput = scheduler.schedule()
-        self.waited_for_steps += len(set(scheduler._short) - was_short)
+        waits = set(scheduler._short) - was_short
+        self.waited_for_steps += len(waits)
         running = [request.request_id for request in scheduler.running]
         assert len(running) == len(set(running))
-        self._check_admission([request for request in scheduler.running if request.request_id not in before])
+        admitted = [request for request in scheduler.running if request.request_id not in before]
+        assert not (waits and admitted), "a request was admitted where one that runs lacks blocks"
+        self._check_admission(admitted)
         self._check_long_prompts(output, num_eligible)
         if not self._by_priority:
             arrivals = [request.arrival_time for request in scheduler.running]

@@ -79,7 +79,7 @@ class SchedulerPort(Scheduler):
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
         self._admission: Admission
         self._admits = True
-        """Whether waiting requests may be admitted: not where a running one lacks blocks."""
+        """Whether a step may admit waiting requests: not where a running one has just lacked blocks."""
         self._adapters_in_use: set[int] = set()
         """LoRA adapters that the model worker must hold while a lane is scheduled."""
         self._num_passed = self._blocks_of_passed = 0
@@ -183,7 +183,7 @@ class SchedulerPort(Scheduler):
         self._lane, self._admission = lane, admission
         self._num_passed = self._blocks_of_passed = 0
         self._short = {name: tokens for name, tokens in self._short.items() if name not in members}
-        self._admits, self._is_short = not self._short, False
+        self._admits, self._is_short = True, False
         with self._hiding_all_but(members):
             output = super().schedule(throttle_prefills)
         mark_lane(output, lane)
@@ -246,8 +246,7 @@ class SchedulerPort(Scheduler):
 
         It needs blocks for so many of its tokens. False where it has to do without, or vLLM's scheduler preempts one
         that it sees. The least urgent request may be in flight: then its step may still write its blocks, and its token
-        is to count. Nobody more urgent is preempted in its place. The request at hand waits until that step is over,
-        and nobody is admitted meanwhile.
+        is to count. Nobody more urgent is preempted in its place: the request at hand waits until that step is over.
         """
         if request.status != RequestStatus.RUNNING:
             return False  # one that waits takes nothing from those that run

@@ -91,6 +91,9 @@ class EngineFacts:
         The front ends refuse requests that would end the engine.
     recovery
         Whom the scheduler asks when an attention worker is lost (`executor.recovery`); None without an executor.
+    finish_steps
+        Waits until the steps in flight are over, whatever came of them, whose outputs are still to be taken; None
+        without an executor.
     block_placement
         The partition and the number of KV blocks of each attention worker; None where all hold a part of every block.
     attention_workers
@@ -100,6 +103,7 @@ class EngineFacts:
     logs_stats: bool = False
     checks_requests: bool = False
     recovery: Any = None
+    finish_steps: Any = None
     block_placement: tuple[str, list[int]] | None = None
     attention_workers: Sequence[Sequence[str]] = ()
 

@@ -20,7 +20,7 @@ import adversary
 import cpu_stream
 import runners
 from cores import ATTENTION_CPU
-from jobs import Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+from jobs import RESET, Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
 from msgspec.structs import replace
 
 # Modules that every fork would otherwise import for itself.
@@ -158,6 +158,9 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
 
 
 def _call(llm: Any, call: Call) -> None:
+    if call.method == RESET:
+        assert llm.reset_prefix_cache(**call.arguments), "the prefix cache was not reset"
+        return
     module, _, name = call.method.partition(":")
     if name:
         function = getattr(importlib.import_module(module), name)

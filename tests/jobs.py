@@ -30,9 +30,13 @@ class Request:
     more: tuple[list[int], ...] = ()
 
 
+RESET = "reset_prefix_cache"
+"""A method of the engine, which must succeed."""
+
+
 @dataclass(frozen=True)
 class Call:
-    """A call of a method of the model workers, or of `apply_model` with a function `module:name`.
+    """A call of a method of the model workers, of `apply_model` with a function `module:name`, or `RESET`.
 
     It is made once the first request of its phase has so many output tokens; at the end of the phase if it never has.
     """

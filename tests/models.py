@@ -104,6 +104,51 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             layer_types=["full_attention", "full_attention"],
         ),
     ),
+    "prefix_lm": ModelSpec(
+        "HrmTextConfig",
+        {
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 4,
+            "head_dim": 32,
+            "H_cycles": 1,
+            "L_cycles": 1,
+        },
+    ),
+    "hybrid": ModelSpec(
+        "Lfm2Config",
+        _decoder(
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            layer_types=["conv", "full_attention"],
+        ),
+    ),
+    "multimodal": ModelSpec(
+        "Qwen2AudioConfig",
+        {
+            "text_config": _decoder(
+                model_type="qwen2",
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                vocab_size=VOCAB_SIZE,
+            ),
+            "audio_config": {
+                "model_type": "qwen2_audio_encoder",
+                "d_model": 32,
+                "encoder_layers": 1,
+                "encoder_attention_heads": 2,
+                "encoder_ffn_dim": 64,
+            },
+        },
+        model_class="AutoModelForSeq2SeqLM",
+    ),
+    "head_size": ModelSpec(
+        "LlamaConfig",
+        _decoder(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40),
+    ),
     "sliding_window": ModelSpec(
         "MistralConfig",
         _decoder(

@@ -230,6 +230,10 @@ class LaminaConfig:
         """Addresses of the attention workers that wait to take another one's place."""
         return _addresses(self.spares)
 
+    def ranks_sharing_memory(self, num_ranks: int) -> int:
+        """For how many of a model's ranks ``memory`` is: all where their attention workers are embedded."""
+        return 1 if self.workers or self.ray else num_ranks
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> Self:
         """Read the options that a user gave as ``{"name": value}``.

@@ -11,7 +11,7 @@ def platform_plugin() -> None:
     """
     from vllm_lamina.compat import arguments
 
-    arguments.install(_prepare)
+    arguments.install(_check, _prepare)
 
 
 def general_plugin() -> None:
@@ -19,12 +19,21 @@ def general_plugin() -> None:
     platform_plugin()
 
 
+def _check(arguments: Any) -> None:
+    """Check ``EngineArgs`` that select Lamina."""
+    from vllm_lamina.support import check_engine_arguments
+
+    check_engine_arguments(arguments)
+
+
 def _prepare(config: Any) -> None:
-    """Check a ``VllmConfig`` that selects Lamina, and let its front ends show Lamina's statistics."""
+    """Check a ``VllmConfig`` that selects Lamina; let its front ends check requests and show Lamina's statistics."""
+    from vllm_lamina.compat.requests import refuse_fatal_requests
     from vllm_lamina.compat.stat_loggers import log_lamina_stats
     from vllm_lamina.executor.preflight import check_before_start
 
     check_before_start(config)
+    refuse_fatal_requests(config)
     log_lamina_stats(config, _stat_logger)
 
 

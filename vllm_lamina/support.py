@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import DTYPES
@@ -36,14 +36,17 @@ class LayerOptions:
 class Refusal:
     """One unsupported feature, how it shows, and what a user can do about it.
 
-    ``in_engine`` looks at the ``VllmConfig`` before anything starts; ``in_layer`` is the authority for what only the
-    model's code knows. Either may be absent.
+    ``in_engine`` looks at the ``VllmConfig`` before anything starts, ``in_arguments`` at the ``EngineArgs`` before,
+    where vLLM would refuse them first with advice that does not help; ``in_layer`` is the authority for what only the
+    model's code knows. Each may be absent. ``fields`` are those of vLLM's objects that say it, see `refuse_fields`.
     """
 
     feature: str
     advice: str
     in_engine: Callable[[Any], bool] | None = None
     in_layer: Callable[[LayerOptions], bool] | None = None
+    in_arguments: Callable[[Any], bool] | None = None
+    fields: frozenset[str] = frozenset()
 
 
 def _text_config(config: Any) -> Any:
@@ -68,12 +71,37 @@ def _has_alibi(config: Any) -> bool:
     return bool(text.model_type == "bloom" or getattr(text, "alibi", False) or in_attn_config)
 
 
+def _checkpoint_quantises_kv_cache(config: Any) -> bool:
+    """Whether the KV cache would be quantised without a flag; a flag with the model's dtype prevents it."""
+    cache_dtype = config.cache_config.cache_dtype
+    if getattr(config.quant_config, "kv_cache_scheme", None) is not None:  # what vLLM's layers look at
+        return bool(cache_dtype != _dtype(config))
+    declared = getattr(config.model_config.hf_config, "quantization_config", None)
+    outer = declared if isinstance(declared, Mapping) else {}
+    names = ("kv_cache_scheme", "kv_cache_quant_algo")
+    by_checkpoint = any(level.get(name) for level in (outer, outer.get("quantization", {})) for name in names)
+    return by_checkpoint and cache_dtype not in ("auto", *DTYPES)
+
+
+def _dtype(config: Any) -> str:
+    return str(config.model_config.dtype).removeprefix("torch.")
+
+
+_OTHER = Refusal(
+    "other attention options of the model",
+    WITHOUT_LAMINA,
+    None,
+    lambda o: bool(o.other),
+)
+
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "encoder models and encoder-decoder models (encoder attention, cross attention)",
         WITHOUT_LAMINA,
         lambda c: c.model_config.is_encoder_decoder,
         lambda o: o.attn_type != "decoder",
+        fields=frozenset({"attn_type", "encoder_seq_lens", "encoder_seq_lens_cpu"}),
     ),
     Refusal(
         "pooling models (embedding, classification, scoring)",
@@ -88,10 +116,17 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
     ),
     Refusal(
+        "attention that is not causal (prefix language models)",
+        WITHOUT_LAMINA,
+        lambda c: c.attention_config.use_non_causal or _text_config(c).model_type == "hrm_text",
+        fields=frozenset({"causal", "non_causal"}),
+    ),
+    Refusal(
         "sliding window attention",
         "limit the context to the window with --disable-sliding-window where vLLM can, or " + WITHOUT_LAMINA,
         _has_sliding_window,
         lambda o: o.sliding_window is not None and o.sliding_window >= 0,
+        fields=frozenset({"sliding_window"}),
     ),
     Refusal(
         "attention logit soft-capping",
@@ -113,30 +148,29 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda o: o.kv_sharing_target_layer_name is not None,
     ),
     Refusal(
-        "quantised KV cache (FP8 and others)",
-        "remove --kv-cache-dtype; where it is the model that says so, set it to the model's dtype",
-        lambda c: c.cache_config.cache_dtype not in ("auto", *DTYPES),
+        "quantised KV cache that the checkpoint declares (kv_cache_scheme and others)",
+        "give the KV cache the model's dtype: --dtype bfloat16 --kv-cache-dtype bfloat16, or both float16",
+        _checkpoint_quantises_kv_cache,
         lambda o: o.kv_cache_dtype not in ("auto", *DTYPES),
+        fields=frozenset({"kv_quant_mode"}),
+    ),
+    Refusal(
+        "quantised KV cache (FP8 and others)",
+        "remove --kv-cache-dtype",
+        lambda c: c.cache_config.cache_dtype not in ("auto", *DTYPES),
     ),
     Refusal(
         "a KV cache dtype other than the model's",
         "remove --kv-cache-dtype",
-        lambda c: (
-            c.cache_config.cache_dtype not in ("auto", str(c.model_config.dtype).removeprefix("torch."))
-        ),
+        lambda c: c.cache_config.cache_dtype not in ("auto", _dtype(c)),
     ),
     Refusal(
         f"head sizes other than the multiples of 16 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
         WITHOUT_LAMINA,
-        None,
+        lambda c: c.model_config.get_head_size() not in HEAD_SIZES,
         lambda o: o.head_size not in HEAD_SIZES,
     ),
-    Refusal(
-        "other attention options of the model",
-        WITHOUT_LAMINA,
-        None,
-        lambda o: bool(o.other),
-    ),
+    _OTHER,
     Refusal(
         f"KV block sizes that are not a multiple of {BLOCK_SIZE_MULTIPLE}",
         "remove --block-size or choose 32, 64 or 128",
@@ -145,18 +179,23 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
     ),
     Refusal(
-        "speculative decoding", "remove --speculative-config", lambda c: c.speculative_config is not None
+        "speculative decoding",
+        "remove --speculative-config, --spec-method, --spec-model and --spec-tokens; in place of a speculator's "
+        "checkpoint, serve the model that it is for",
+        lambda c: c.speculative_config is not None,
     ),
-    Refusal("KV connectors", "remove --kv-transfer-config", lambda c: c.kv_transfer_config is not None),
+    # Before KV connectors: it brings one that the user did not give.
     Refusal(
         "KV offloading",
         "remove --kv-offloading-size",
         lambda c: c.cache_config.kv_offloading_size is not None,
     ),
+    Refusal("KV connectors", "remove --kv-transfer-config", lambda c: c.kv_transfer_config is not None),
     Refusal(
         "pipeline parallelism",
         "use --pipeline-parallel-size 1",
         lambda c: c.parallel_config.pipeline_parallel_size > 1,
+        in_arguments=lambda a: a.pipeline_parallel_size > 1,
     ),
     Refusal(
         "data parallelism", "use --data-parallel-size 1", lambda c: c.parallel_config.data_parallel_size > 1
@@ -168,6 +207,8 @@ REFUSALS: tuple[Refusal, ...] = (
             c.parallel_config.decode_context_parallel_size > 1
             or c.parallel_config.prefill_context_parallel_size > 1
         ),
+        in_arguments=lambda a: a.decode_context_parallel_size > 1 or a.prefill_context_parallel_size > 1,
+        fields=frozenset({"dcp_local_seq_lens", "dcp_local_seq_lens_cpu_upper_bound"}),
     ),
     Refusal(
         "vLLM's V1 model runner on GPUs",
@@ -175,6 +216,19 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.device_config.device_type == "cuda" and not c.use_v2_model_runner,
     ),
 )
+
+
+def check_engine_arguments(arguments: Any) -> None:
+    """Refuse ``EngineArgs`` of which vLLM would say something else first.
+
+    Raises
+    ------
+    UnsupportedError
+        Names the feature and what to change.
+    """
+    for refusal in REFUSALS:
+        if refusal.in_arguments is not None and refusal.in_arguments(arguments):
+            raise UnsupportedError(_message(refusal, arguments.model))
 
 
 def check_engine_config(config: Any) -> None:
@@ -201,6 +255,19 @@ def check_layer(options: LayerOptions) -> None:
     for refusal in REFUSALS:
         if refusal.in_layer is not None and refusal.in_layer(options):
             raise UnsupportedError(_message(refusal, f"an attention layer with {options}"))
+
+
+def refuse_fields(said: Mapping[str, object], subject: str) -> NoReturn:
+    """Refuse what fields of vLLM's objects say: of a layer, its KV cache spec or a step's metadata.
+
+    Raises
+    ------
+    UnsupportedError
+        Names the feature, the fields with their values, and what to change.
+    """
+    refusal = next((refusal for refusal in REFUSALS if not refusal.fields.isdisjoint(said)), _OTHER)
+    values = ", ".join(f"{name}={value!r}" for name, value in said.items())
+    raise UnsupportedError(_message(refusal, f"{subject} with {values}"))
 
 
 def _message(refusal: Refusal, subject: str) -> str:

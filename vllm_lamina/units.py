@@ -53,6 +53,13 @@ def format_bytes(num_bytes: int) -> str:
     return f"{value:.3g} TiB" if abs(value) < 1000 else f"{value:.0f} TiB"
 
 
+def format_enough_bytes(num_bytes: int) -> str:
+    """Write a size of ``num_bytes`` or a little more like `format_bytes`: one that a user is told to give."""
+    text = format_bytes(num_bytes)
+    # A size rounded down is at most half a percent too small: 1.00 for 1.005.
+    return text if parse_bytes(text) >= num_bytes else format_bytes(num_bytes + num_bytes // 200 + 1)
+
+
 def parse_cpus(text: str) -> list[int]:
     """Read a CPU list in the kernel's notation.
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_lamina.attention_backend.backend import LaminaAttentionBackend
 from vllm_lamina.attention_backend.exchange import Exchange
@@ -20,6 +21,9 @@ from vllm_lamina.device import device_for
 from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 BLOCK_SIZE = 32
+
+# vLLM's metadata of a step, of which nothing is read.
+WHATEVER = CommonAttentionMetadata(*[torch.empty(0)] * 3, *[0] * 4, *[torch.empty(0)] * 2)
 
 
 class Client:
@@ -132,10 +136,10 @@ def test_building_sends_nothing_and_may_be_repeated(exchange: Exchange) -> None:
     client = Client()
     exchange.open(HostLayers(client, 60.0, ranks_wait=False), ["layer"], BLOCK_SIZE)  # type: ignore[arg-type]
     with exchange.running(1, plan(request(5, 1, [1]))):
-        one, other = (builder().build(0, None) for _ in range(2))  # type: ignore[arg-type]
+        one, other = (builder().build(0, WHATEVER) for _ in range(2))
         assert one.step is other.step is not None
     assert client.steps == []
-    assert builder().build(0, None).step is None, "the step is over"  # type: ignore[arg-type]
+    assert builder().build(0, WHATEVER).step is None, "the step is over"
 
 
 @pytest.mark.parametrize("has_metadata", [False, True])

@@ -41,11 +41,14 @@ OVERRIDDEN = {
     "make_stats",
     "reset_prefix_cache",
     "max_num_active_reqs",
+    "get_request_counts",
     "_handle_blocked_waiting_request",
+    "_preempt_request",
+    "_request_blocks_can_be_freed",
 }
 """Methods of vLLM's scheduler that ours replace."""
 
-SET = {"running", "prev_step_scheduled_req_ids", "defer_block_free"}
+SET = {"running", "prev_step_scheduled_req_ids", "defer_block_free", "processed_step_seq"}
 """Attributes of vLLM's scheduler that the port sets."""
 
 
@@ -106,6 +109,8 @@ def test_overridden_methods_are_called_as_they_were() -> None:
         "reset_prefix_cache": ["self", "reset_running_requests", "reset_connector"],
         "_handle_blocked_waiting_request": ["self", "request"],
         "_preempt_request": ["self", "request", "timestamp", "drop_stale_output"],
+        "_request_blocks_can_be_freed": ["self", "request"],
+        "get_request_counts": ["self"],
     }.items():
         assert [*inspect.signature(getattr(Scheduler, name)).parameters] == parameters, name
 
@@ -266,6 +271,57 @@ def test_a_step_can_be_taken_back() -> None:
     assert "num_in_flight_tokens += num_scheduled_token" in advanced
 
 
+def test_vllm_can_be_kept_from_preempting() -> None:
+    """Relies on its order of preemption; on it preempting nobody whose blocks would not be free at once, and then not
+    scheduling the request that lacks them, nor those after it; and on who is preempted being asked for before.
+    """
+    schedule = re.sub(r"\s+", " ", source_of(Scheduler.schedule))
+    wanted, chosen, asked, preempted, given_up = (
+        schedule.index(text)
+        for text in (
+            "new_blocks = self.kv_cache_manager.allocate_slots(",
+            "key=lambda r: (r.priority, r.arrival_time),",
+            "if not self._request_blocks_can_be_freed(preempted_req): break",
+            "self._preempt_request(",
+            "if new_blocks is None: # Cannot schedule this request. break",
+        )
+    )
+    assert wanted < chosen < asked < preempted < given_up
+    assert "preempted_req = self.running[-1]" in schedule[:asked]
+
+
+def test_a_long_prompt_is_cut_by_the_number_of_requests() -> None:
+    """Relies on ``get_request_counts`` for whether there are others."""
+    schedule = source_of(Scheduler.schedule)
+    assert "num_running, num_waiting = self.get_request_counts()" in schedule
+    assert "if num_eligible_reqs > 1" in schedule
+
+
+def test_what_is_in_flight_for_a_preempted_request_counts() -> None:
+    """Relies on stale output that is not to be dropped being taken as any other, and on its request not being admitted
+    before; and on a queue of FCFS being a ``deque``, in which others may come before one that is preempted.
+    """
+    assert "if request.num_stale_output_tokens and not request.drop_stale_output:" in source_of(
+        Scheduler.schedule
+    )
+    taken = source_of(Scheduler.update_from_output)
+    assert "if output_is_stale and request.drop_stale_output:" in taken
+    assert "request.num_stale_output_tokens = request.num_in_flight_tokens" in source_of(
+        Scheduler._preempt_request
+    )
+    assert isinstance(create_request_queue(SchedulingPolicy.FCFS), deque)
+
+
+def test_blocks_that_steps_in_flight_may_write_can_be_freed() -> None:
+    """Relies on ``_drain_deferred_frees`` freeing those of steps up to ``processed_step_seq``."""
+    drain = source_of(Scheduler._drain_deferred_frees)
+    assert "if fence > self.processed_step_seq:" in drain
+    assert "self.deferred_frees.popleft()" in drain
+    assert "self.deferred_frees.append((self.sched_step_seq, blocks))" in source_of(
+        Scheduler._free_request_blocks
+    )
+
+
 def test_requests_can_be_preempted_from_outside() -> None:
     """Relies on ``_preempt_request`` putting the request at the head of the queue, and on its caller taking it out of
     ``running``.
@@ -309,6 +365,8 @@ def test_free_blocks_can_be_replaced() -> None:
     used = set(re.findall(r"free_block_queue\.(\w+)", inspect.getsource(block_pool)))
     # `popleft` takes the null block, when the pool is built.
     assert used == {"popleft", "popleft_n", "remove", "append_n", "prepend_n", "num_free_blocks"}
-    assert [*inspect.signature(KVCacheManager.allocate_slots).parameters][:2] == ["self", "request"]
+    parameters = [*inspect.signature(KVCacheManager.allocate_slots).parameters]
+    assert parameters[:3] == ["self", "request", "num_new_tokens"]
+    assert "reserved_blocks" in parameters
     assert [*inspect.signature(KVCacheManager.get_block_ids).parameters] == ["self", "request_id"]
     assert "kv_cache_manager.allocate_slots(" in inspect.getsource(scheduler)

@@ -6,7 +6,7 @@ import pytest
 import runners
 from comparison import assert_same_phase, assert_same_until_aborted
 from engines import Engines
-from jobs import Job, JobResult, Phase, Request
+from jobs import RESET, Call, Job, JobResult, Phase, Request
 from models import EOS, ModelZoo
 from workloads import greedy, prompt, requests, sampled
 
@@ -67,7 +67,7 @@ PHASES = [
         [
             Request(prompt(50, seed=130), greedy(200, stop=["za", "ke"])),
             Request(prompt(51, seed=131), greedy(200, stop=["di", "lo"], include_stop_str_in_output=True)),
-            Request(prompt(52, seed=132), greedy(100, stop_token_ids=list(range(4, 300)), min_tokens=17)),
+            Request(prompt(52, seed=132), greedy(100, stop_token_ids=list(range(4, 130)), min_tokens=17)),
             Request(prompt(53, seed=133), greedy(100, stop_token_ids=list(range(4, 300)))),
             Request(prompt(54, seed=134), greedy(1)),
         ],
@@ -85,15 +85,29 @@ ABORTS = Phase(
 # Blocks that the aborted requests gave back are in use again.
 AFTER_ABORTS = Phase("after aborts", requests((500, 20, 310, 129), seed=160))
 
+# Requests are computed anew from where they are, in the middle of a prompt or with a step in flight.
+RESETS = Phase(
+    "resets",
+    [
+        Request(prompt(2500, seed=170), greedy(20)),
+        Request(prompt(5, seed=171), greedy(40, presence_penalty=1.0)),
+        Request(prompt(60, seed=172), sampled(40, seed=8, n=2)),
+        Request(prompt(70, seed=173), sampled(30, seed=9, extra_args={"no_repeats": 2}, top_k=50)),
+        Request(prompt(140, seed=174), greedy(1, prompt_logprobs=3), after_step=9),
+        Request(prompt(33, seed=175), sampled(25, seed=10), after_step=12),
+    ],
+    [Call(RESET, {"reset_running_requests": True}, tokens) for tokens in (0, 0, 3, 4, 9, 14)],
+)
+
 
 @pytest.fixture(scope="module")
 def results(engines: Engines, model_zoo: ModelZoo) -> tuple[JobResult, JobResult]:
-    phases = [*PHASES, ABORTS, AFTER_ABORTS]
+    phases = [*PHASES, ABORTS, AFTER_ABORTS, RESETS]
     engine = {"max_model_len": 8192, "logits_processors": [runners.logits_processor("NoRepeats")]}
     return engines.pair(Job(model_zoo("llama"), phases, engine))
 
 
-@pytest.mark.parametrize("name", [phase.name for phase in (*PHASES, AFTER_ABORTS)])
+@pytest.mark.parametrize("name", [phase.name for phase in (*PHASES, AFTER_ABORTS, RESETS)])
 def test_phase(results: tuple[JobResult, JobResult], name: str) -> None:
     stock, lamina = results
     assert_same_phase(stock.phase(name), lamina.phase(name))

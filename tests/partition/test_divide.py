@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 
@@ -10,6 +11,7 @@ from vllm_lamina.config import AUTO, HEAD, REQUEST, SEQUENCE
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.kv_cache.partition import Partition, Pool, divide
+from vllm_lamina.units import parse_bytes
 
 BYTES_PER_HEAD = 1000
 MIB = 1 << 20
@@ -118,6 +120,19 @@ def test_pools_too_small_for_one_request(wanted: str, pools: list[int], message:
     with pytest.raises(ConfigError, match=message):
         parts(wanted, 4, pools).check_holds_one_request(1 << 20)
     parts(wanted, 4, pools).check_holds_one_request(1024)
+
+
+@pytest.mark.parametrize("max_model_len", range(1100, 9000, 700))
+def test_the_memory_that_the_message_asks_for_is_enough(max_model_len: int) -> None:
+    for sharing in (1, 3):
+        with pytest.raises(ConfigError) as caught:
+            parts(HEAD, 4, [MIB // 10]).check_holds_one_request(max_model_len, sharing)
+        [size] = re.findall(
+            r"needs (.*?): raise" if sharing == 1 else r"at least (.*), or", str(caught.value)
+        )
+        pool = parse_bytes(size) // sharing
+        parts(HEAD, 4, [pool]).check_holds_one_request(max_model_len, sharing)
+        assert pool < 1.02 * 4 * BYTES_PER_HEAD * (-(-max_model_len // 32) + 1)
 
 
 def test_a_pool_smaller_than_a_block() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -78,12 +78,99 @@ def make_scheduler(
         )
 
 
+Urgency = tuple[int, float]
+
+
+class UrgencyCheck:
+    """Who comes before whom over both lanes, and how long parts of prompts are: what vLLM promises of one batch."""
+
+    def __init__(self, scheduler: LaminaScheduler) -> None:
+        self._scheduler = scheduler
+        self._by_priority = scheduler.scheduler_config.policy == "priority"
+        self._for_blocks = True
+        self.preempted_in_other_lane = 0
+        self.waited_for_steps = 0
+        """Times that a request had to wait for a step in flight, whose requests it could not preempt."""
+        preempt, preempt_request = scheduler.preempt, scheduler._preempt_request
+
+        def preempt_for_another_reason(*args: Any) -> None:
+            self._for_blocks = False
+            preempt(*args)
+            self._for_blocks = True
+
+        def preempt_and_check(request: Request, *args: Any, **kwargs: Any) -> None:
+            if self._for_blocks:
+                self._check_preemption(request)
+            preempt_request(request, *args, **kwargs)
+
+        scheduler.preempt = preempt_for_another_reason  # type: ignore[method-assign]
+        scheduler._preempt_request = preempt_and_check  # type: ignore[method-assign]
+
+    def schedule(self) -> SchedulerOutput:
+        """Schedule a step, and check it."""
+        scheduler = self._scheduler
+        # vLLM admits those that hold blocks, sessions with new input, before all others.
+        before = {request.request_id for request in (*scheduler.running, *scheduler.kv_holding_waiting)}
+        num_eligible = sum(scheduler.get_request_counts())
+        was_short = set(scheduler._short)
+        output: SchedulerOutput = scheduler.schedule()
+        waits = set(scheduler._short) - was_short
+        self.waited_for_steps += len(waits)
+        running = [request.request_id for request in scheduler.running]
+        assert len(running) == len(set(running))
+        admitted = [request for request in scheduler.running if request.request_id not in before]
+        assert not (waits and admitted), "a request was admitted where one that runs lacks blocks"
+        self._check_admission(admitted)
+        self._check_long_prompts(output, num_eligible)
+        if not self._by_priority:
+            arrivals = [request.arrival_time for request in scheduler.running]
+            assert arrivals == sorted(arrivals), "the last that runs is not the one that came last"
+        return output
+
+    def urgency(self, request: Request) -> Urgency:
+        """Smaller is more urgent."""
+        return request.priority if self._by_priority else 0, request.arrival_time
+
+    def _check_preemption(self, victim: Request) -> None:
+        scheduler = self._scheduler
+        others = (r for r in scheduler.requests.values() if r.status == RequestStatus.RUNNING)
+        assert all(self.urgency(other) <= self.urgency(victim) for other in others), (
+            "a request goes on that is less urgent than one that is preempted"
+        )
+        assert victim.num_in_flight_tokens == 0, "the token of a step in flight would be lost"
+        self.preempted_in_other_lane += scheduler.lanes.home(victim.request_id) not in (None, scheduler._lane)
+
+    def _check_admission(self, admitted: Sequence[Request]) -> None:
+        """Who waits is behind those that were admitted, or waits for its own lane, with blocks and a place for it."""
+        scheduler = self._scheduler
+        if not admitted:
+            return
+        last = max(map(self.urgency, admitted))
+        passed = [r for r in scheduler.waiting if self.urgency(r) < last and scheduler._has_slot(r)]
+        homes = {scheduler.lanes.home(r.request_id) for r in passed}
+        assert homes.isdisjoint({None, scheduler._lane}), "a request has overtaken a more urgent one"
+        lacking = sum(-(-request.num_tokens // BLOCK_SIZE) for request in passed)
+        assert lacking <= scheduler.kv_blocks.num_free, "a request has taken the blocks of a more urgent one"
+        assert len(passed) <= scheduler.num_admissible, "a request has taken the place of a more urgent one"
+
+    def _check_long_prompts(self, output: SchedulerOutput, num_eligible: int) -> None:
+        config = self._scheduler.scheduler_config
+        assert output.total_num_scheduled_tokens <= config.max_num_batched_tokens
+        if (threshold := config.long_prefill_token_threshold) and num_eligible > 1:
+            assert max(output.num_scheduled_tokens.values(), default=0) <= threshold
+
+
 @dataclass
 class InFlight:
-    """A step that the model worker has not answered, and the blocks it writes."""
+    """A step whose output has not been taken."""
 
     output: SchedulerOutput
     written: set[int]
+    """Blocks that it may still write."""
+    samples: set[str]
+    """Requests of which it computes all tokens, so that it samples the next one."""
+    answer: ModelRunnerOutput | None = None
+    """What the model worker says, once it is over."""
 
 
 @dataclass
@@ -105,12 +192,22 @@ class Simulation:
     times: Callable[[int, int], StepTimes] = lambda requests, context: StepTimes(1.0, 0.01 * context)
     """Seconds of a step by its requests and their context tokens."""
 
+    urgency: UrgencyCheck = field(init=False)
+
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self._shared_prefix = [self.random.randrange(VOCAB_SIZE) for _ in range(4 * BLOCK_SIZE)]
         self._requests: dict[str, Request] = {}
+        if self.scheduler is not None:
+            self.watch(self.scheduler)
+
+    def watch(self, scheduler: LaminaScheduler) -> None:
+        """Drive this scheduler."""
+        self.scheduler = scheduler
+        self.urgency = UrgencyCheck(scheduler)
+        scheduler.engine_facts.finish_steps = self.finish_steps
 
     def add(
         self,
@@ -151,6 +248,13 @@ class Simulation:
             self.aborted.add(request_id)
             self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
 
+    def reset(self, running_too: bool = True) -> None:
+        """Reset the prefix cache, whatever is in flight; it fails where a request runs and is to go on."""
+        runs = bool(self.scheduler.running)
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=running_too) == (
+            running_too or not runs
+        )
+
     def unfinished(self) -> list[str]:
         """Requests that somebody still waits for."""
         return [r for r in self._requests if r not in self.finished and r not in self.aborted]
@@ -164,7 +268,7 @@ class Simulation:
     def schedule(self) -> None:
         """Schedule until all batches are in flight or nothing can be scheduled."""
         while len(self.queue) < self.scheduler.num_batches and self.scheduler.has_requests():
-            output = self.scheduler.schedule()
+            output = self.urgency.schedule()
             self.queue.append(self._check(output))
 
     def run_until(self, condition: Callable[[], object]) -> None:
@@ -184,12 +288,10 @@ class Simulation:
         scheduler, config = self.scheduler, self.scheduler.scheduler_config
         in_flight = {r for step in self.queue for r in step.output.num_scheduled_tokens}
         assert not in_flight & set(output.num_scheduled_tokens), "a request is in two batches in flight"
-        assert output.total_num_scheduled_tokens <= config.max_num_batched_tokens
         assert len(scheduler.running) <= config.max_num_seqs
         for one, other in zip(scheduler.lanes.lanes, scheduler.lanes.lanes[1:], strict=False):
             assert not one.members & other.members, "a request is in two lanes"
         self._check_adapters([*(step.output for step in self.queue), output])
-        self._check_order(output)
         self._check_lane(output)
         written = {
             block
@@ -200,7 +302,12 @@ class Simulation:
             assert not step.written & written, "a block is written by two steps in flight"
         if self.queue and self.queue[0].output.num_scheduled_tokens and output.num_scheduled_tokens:
             self.overlapping_steps += 1
-        return InFlight(output, written)
+        samples = {
+            name
+            for name in output.num_scheduled_tokens
+            if scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens
+        }
+        return InFlight(output, written, samples)
 
     def _check_lane(self, output: SchedulerOutput) -> None:
         """Where requests may not move, every step of a request's life is in one lane."""
@@ -209,14 +316,6 @@ class Simulation:
             self.moves += self.lane_of.get(request_id, lane) != lane
             self.lane_of[request_id] = lane
         assert self.scheduler.requests_may_move or not self.moves, "a request has changed lanes"
-
-    def _check_order(self, output: SchedulerOutput) -> None:
-        """A new request takes no blocks from those that were preempted, for which it would have to wait otherwise."""
-        scheduler = self.scheduler
-        is_new = any(name not in self.lane_of for name in output.num_scheduled_tokens)
-        if is_new and scheduler.scheduler_config.policy == "fcfs":
-            lacking = sum(-(-r.num_tokens // BLOCK_SIZE) for r in scheduler.waiting if r.num_preemptions)
-            assert lacking <= scheduler.kv_blocks.num_free, "a new request has overtaken a preempted one"
 
     def _check_adapters(self, in_flight: list[SchedulerOutput]) -> None:
         """The model worker has room for the adapters of all steps in flight, whatever became of their requests."""
@@ -234,15 +333,23 @@ class Simulation:
         end = self.scheduler.requests[request_id].num_computed_tokens
         return {blocks[position // BLOCK_SIZE] for position in range(end - count, end)}
 
+    def finish_steps(self) -> None:
+        """The steps in flight are over before their outputs are taken."""
+        for step in self.queue:
+            if step.answer is None and step.output.num_scheduled_tokens:
+                step.answer = self._model_output(step)
+            step.written.clear()
+
     def answer(self) -> None:
         """Answer the oldest step in flight."""
-        output = self.queue.popleft().output
+        step = self.queue.popleft()
+        output = step.output
         self.preemptions = sum(request.num_preemptions for request in self._requests.values())
         if not output.num_scheduled_tokens:
             answer = EMPTY_MODEL_RUNNER_OUTPUT
         else:
             request_ids = list(output.num_scheduled_tokens)
-            answer = self._model_output(output)
+            answer = step.answer or self._model_output(step)
             if not has_failed(answer):
                 report_times(answer, self.times(len(request_ids), self._context(request_ids)))
         for outputs in self.scheduler.update_from_output(output, answer).values():
@@ -253,21 +360,16 @@ class Simulation:
                     if request_output.finish_reason == FinishReason.ERROR:
                         self.errors.add(request_output.request_id)
 
-    def _model_output(self, output: SchedulerOutput) -> ModelRunnerOutput:
-        request_ids = list(output.num_scheduled_tokens)
+    def _model_output(self, step: InFlight) -> ModelRunnerOutput:
+        request_ids = list(step.output.num_scheduled_tokens)
         return ModelRunnerOutput(
             req_ids=request_ids,
             req_id_to_index={request_id: index for index, request_id in enumerate(request_ids)},
-            sampled_token_ids=[self._sampled(request_id) for request_id in request_ids],
+            sampled_token_ids=[
+                [self.random.randrange(VOCAB_SIZE)] if name in step.samples else [] for name in request_ids
+            ],
         )
 
     def _context(self, request_ids: list[str]) -> int:
         requests = (self.scheduler.requests.get(request_id) for request_id in request_ids)
         return sum(request.num_tokens for request in requests if request is not None)
-
-    def _sampled(self, request_id: str) -> list[int]:
-        """A token, unless the request is in the middle of its prompt or gone."""
-        request = self.scheduler.requests.get(request_id)
-        if request is None or request.num_computed_tokens < request.num_tokens:
-            return []
-        return [self.random.randrange(VOCAB_SIZE)]

@@ -71,6 +71,16 @@ def test_a_step_that_reads_what_is_unwritten_is_lost_for_that_request(ledger: St
     assert ledger.relies_on_unwritten((0, 1, [2]))
 
 
+def test_who_gave_blocks_up_may_have_relied_on_them(ledger: StepLedger) -> None:
+    """Preempted, or gone, since its step was scheduled: nobody can say any more."""
+    ledger.begin({"a": (0, 4, [1])})
+    ledger.begin({"preempted": (4, 6, [2]), "goes on": (4, 6, [4])})
+    ledger.end(failed=True, held=nobody)
+    held: dict[str, Span] = {"preempted": NOBODY, "goes on": (0, 6, [3, 4])}
+    assert ledger.end(failed=False, held=held.__getitem__) == ["preempted"]
+    assert ledger.unwritten == {1, 2}
+
+
 def test_a_recovery_clears_it(ledger: StepLedger) -> None:
     ledger.begin({"a": (0, 4, [1])})
     ledger.end(failed=True, held=nobody)

@@ -103,7 +103,8 @@ class LossySimulation(Simulation):
             self.failing.add(id(output))
         return step
 
-    def _model_output(self, output: SchedulerOutput) -> ModelRunnerOutput:
+    def _model_output(self, step: InFlight) -> ModelRunnerOutput:
+        output = step.output
         parts = self.parts.pop(id(output))
         if id(output) in self.failing:
             self.failing.discard(id(output))
@@ -164,7 +165,7 @@ def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
         facts_of(config).recovery = simulation
         placement = None if kind == HEAD else (kind, [BLOCKS_PER_WORKER] * NUM_WORKERS)
         num_blocks = NUM_WORKERS * BLOCKS_PER_WORKER
-        simulation.scheduler = make_scheduler(config, num_blocks, placement, may_move)
+        simulation.watch(make_scheduler(config, num_blocks, placement, may_move))
         return simulation
 
     return make
@@ -189,6 +190,8 @@ def test_workers_lost_at_random(
                 simulation.add(prompt_len, max_tokens, shared_prefix=rng.random() < 0.8)
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
             simulation.abort(rng.choice(waiting))
+        if rng.random() < 0.03:
+            simulation.reset(running_too=rng.random() < 0.5)
         if rng.random() < 0.05:
             simulation.lose(rng.randrange(NUM_WORKERS))
         if simulation.down and rng.random() < 0.05:

@@ -22,9 +22,11 @@ def make_simulation(model_zoo: ModelZoo):
         max_loras: int | None = None,
         num_batches: int = 2,
         may_move: bool = False,
+        long_prefill: int = 0,
     ) -> Simulation:
         lora = {"enable_lora": True, "max_loras": max_loras} if max_loras is not None else {}
         options = {"scheduling_policy": policy, "lamina_stagger": stagger} | lora
+        options["long_prefill_token_threshold"] = long_prefill
         config = make_config(model_zoo("llama"), num_batches, **options)
         return Simulation(make_scheduler(config, num_blocks, may_move=may_move), seed)
 
@@ -46,9 +48,15 @@ def make_simulation(model_zoo: ModelZoo):
 def test_random_arrivals_aborts_and_preemptions(
     make_simulation, seed: int, policy: str, num_batches: int, stagger: str, may_move: bool
 ) -> None:
-    """A pool too small for all, so that requests are preempted; aborts whatever a request is doing."""
+    """A pool too small for all, so that requests are preempted; aborts and resets whatever a request is doing."""
     simulation = make_simulation(
-        seed, num_blocks=40, policy=policy, stagger=stagger, num_batches=num_batches, may_move=may_move
+        seed,
+        num_blocks=40,
+        policy=policy,
+        stagger=stagger,
+        num_batches=num_batches,
+        may_move=may_move,
+        long_prefill=50 * (seed % 2),
     )
     rng = simulation.random
     # Which of one batch and two is faster changes all the time.
@@ -66,9 +74,13 @@ def test_random_arrivals_aborts_and_preemptions(
             wanted[request_id] = max_tokens
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
             simulation.abort(rng.choice(waiting))
+        if rng.random() < 0.03:
+            simulation.reset(running_too=rng.random() < 0.5)
         simulation.step()
     simulation.finish()
     assert simulation.preemptions > 0
+    assert (simulation.urgency.waited_for_steps > 10) == (num_batches > 1)
+    assert (simulation.urgency.preempted_in_other_lane > 10) == (num_batches > 1 and not may_move)
     assert (simulation.moves > 0) == may_move
     assert (simulation.overlapping_steps > 100) == (num_batches > 1)
     assert simulation.finished == {r: n for r, n in wanted.items() if r in simulation.finished}
@@ -137,6 +149,21 @@ def test_preempted_requests_return_to_their_lanes_at_once(make_simulation) -> No
     simulation.add(10, max_tokens=300)
     simulation.schedule()
     assert len(scheduler.running) == 11
+
+
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_a_long_prompt_is_cut_where_others_would_wait(make_simulation, num_batches: int) -> None:
+    """In whichever lane these are: alone it may have all of a step."""
+    simulation = make_simulation(0, num_batches=num_batches, long_prefill=50)
+    for expected in ([160], [50, 50]):
+        simulation.add(300, max_tokens=300)
+        simulation.schedule()
+        scheduled = [
+            count for step in simulation.queue for count in step.output.num_scheduled_tokens.values()
+        ]
+        assert scheduled == expected
+        while simulation.queue:
+            simulation.answer()
 
 
 def fill(simulation: Simulation, prompt_lens: list[int]) -> None:

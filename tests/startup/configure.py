@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import vllm.model_executor.models.registry as registry
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli import serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -91,4 +92,6 @@ def from_command(command: list[str]) -> EngineArgs:
 
 
 if __name__ == "__main__":
+    # vLLM asks a process of its own about the class of each model, for as long as importing vLLM takes.
+    registry._run_in_subprocess = lambda inspect: inspect()
     main(*sys.argv[1:])

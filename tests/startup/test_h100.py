@@ -38,7 +38,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         "its own scheduler; remove --scheduler-cls a.Scheduler",
     ),
     "worker": ({"worker_cls": "a.Worker"}, {}, "its own model worker; remove --worker-cls .*a.Worker"),
-    "asynchronous": ({"async_scheduling": True}, {}, "its own steps in flight .*; remove --async-scheduling"),
 }
 
 
@@ -50,6 +49,7 @@ def outcomes(configure: Callable[..., Outcomes], model_zoo: ModelZoo) -> Outcome
         "stock": {"arguments": model},
         "lamina": {"arguments": model | LAMINA},
         "given": {"arguments": model | LAMINA | {"block_size": 64, "async_scheduling": False}},
+        "asked for": {"arguments": model | LAMINA | {"async_scheduling": True}},
     } | {
         name: {"arguments": model | LAMINA | arguments, "environment": environment}
         for name, (arguments, environment, _) in REFUSED.items()
@@ -100,6 +100,11 @@ def test_each_change_is_a_line_in_the_log(outcomes: Outcomes, line: str) -> None
 def test_what_a_user_gives_is_kept(outcomes: Outcomes) -> None:
     assert outcomes["given"]["chosen"]["block size"] == 64
     assert not any(re.search("KV blocks hold|Async", text) for text in outcomes["given"]["log"])
+
+
+def test_asynchronous_scheduling_has_no_effect(outcomes: Outcomes) -> None:
+    assert outcomes["asked for"]["chosen"] == outcomes["lamina"]["chosen"]
+    assert any("--async-scheduling has no effect" in text for text in outcomes["asked for"]["log"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -16,7 +16,12 @@ def test_a_failed_start_lamina_stock_and_lamina(in_turn: InTurn, stock: dict[str
     too_many_blocks = LAMINA | {"num_gpu_blocks_override": 100_000}
     # Two threads, so that a number that is not restored can be told from one that is.
     before, failed, lamina, between, again, _ = in_turn(
-        too_many_blocks, LAMINA, {}, LAMINA | {"lamina_batches": 1}, **IN_PROCESS, OMP_NUM_THREADS="2"
+        too_many_blocks,
+        LAMINA,
+        {},
+        LAMINA | {"lamina_batches": 1, "async_scheduling": True},
+        **IN_PROCESS,
+        OMP_NUM_THREADS="2",
     )
     assert "100000 KV blocks are asked for" in failed.pop("error")
     assert failed == before

@@ -35,6 +35,7 @@ def server(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> Ite
     lora = ("--enable-lora", "--max-loras", "3")  # one slot more than adapters: see equality/test_lora.py
     directory = tmp_path_factory.mktemp("server")
     environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_OMP_THREADS_BIND": "auto"}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"  # for /reset_prefix_cache
     with VllmServer(model_zoo("llama"), *flags, *lora, directory=directory, **environment) as server:
         yield server
 
@@ -49,12 +50,12 @@ def get(server: VllmServer, path: str) -> str:
         return answer.read().decode()
 
 
-def post(server: VllmServer, path: str, **body: str | bool) -> None:
+def post(server: VllmServer, path: str, **body: str | bool) -> bytes:
     request = urllib.request.Request(
         f"{server.url}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60):
-        pass
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return answer.read()
 
 
 def metric(server: VllmServer, name: str) -> float:
@@ -99,6 +100,17 @@ def test_a_prompt_that_is_too_long_is_the_clients_error(server: VllmServer, clie
     get(server, "health")
 
 
+def test_what_would_end_stock_vllm_is_the_clients_error(server: VllmServer, client: OpenAI) -> None:
+    """Log-probabilities of the prompt, of an engine with LoRA on CPUs."""
+    for asked in ({"extra_body": {"prompt_logprobs": 1}}, {"echo": True, "logprobs": 1}):
+        with pytest.raises(
+            openai.BadRequestError, match=r"prompt_logprobs is not supported .* --enable-lora"
+        ):
+            client.completions.create(model=MODEL, prompt="Once upon", max_tokens=2, **asked)
+    assert client.completions.create(model=MODEL, prompt="Once upon", max_tokens=2, logprobs=1).choices
+    get(server, "health")
+
+
 def test_a_client_that_disconnects_frees_its_request(server: VllmServer, client: OpenAI) -> None:
     options = {"model": MODEL, "temperature": 0.0, "extra_body": {"ignore_eos": True}}
     alone = client.completions.create(**options, prompt="Hello", max_tokens=30).choices[0].text
@@ -114,6 +126,23 @@ def test_a_client_that_disconnects_frees_its_request(server: VllmServer, client:
         assert client.completions.create(**options, prompt="Hello", max_tokens=30).choices[0].text == alone
     assert wait_for(lambda: metric(server, "num_requests_running") == 0, 30.0)
     assert wait_for(lambda: metric(server, "kv_cache_usage_perc") == 0, 10.0)
+
+
+def test_the_prefix_cache_is_reset_under_load(server: VllmServer, client: OpenAI) -> None:
+    def ask(prompt: str) -> str:
+        options = {"temperature": 0.0, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
+        return client.completions.create(model=MODEL, prompt=prompt, **options).choices[0].text
+
+    prompts = [f"Number {i}" for i in range(4)]
+    alone = [ask(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        answers = [pool.submit(ask, prompt) for prompt in prompts]
+        assert wait_for(lambda: metric(server, "num_requests_running") == len(prompts), 10.0)
+        for _ in range(5):
+            reset = json.loads(post(server, "reset_prefix_cache?reset_running_requests=true"))
+            assert reset == {"success": True}
+        assert not all(answer.done() for answer in answers)
+        assert [answer.result() for answer in answers] == alone
 
 
 def test_structured_output(client: OpenAI) -> None:

@@ -110,8 +110,10 @@ def test_stats_of_nobody() -> None:
     assert "no attention worker answered" in result.stderr
 
 
-def test_collect_env() -> None:
+def test_collect_env(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
     text = run("collect-env").stdout
+    assert "VLLM_PLUGINS        'another', without lamina: vLLM does not know --executor lamina" in text
     assert "kernel variants     portable" in text
     assert "huge pages" in text
 

@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuild
 
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.step import Step
+from vllm_lamina.compat.attention import check_metadata
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,7 @@ class LaminaMetadata:
 
 
 class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
-    """Hands the step on. vLLM builds as often as it likes; what it says of the step is not read."""
+    """Hands the step on. vLLM builds as often as it likes; what it says of the step is checked, and not read."""
 
     # An exchange runs on the host: vLLM captures the pieces between the layers' attention, see docs/gpu.md.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
@@ -47,4 +48,5 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LaminaMetadata:
+        check_metadata(common_attn_metadata)
         return LaminaMetadata(self.exchange, self.lane, self.exchange.step(self.lane))

@@ -47,6 +47,7 @@ def collect() -> dict[str, str]:
         "vllm-lamina": vllm_lamina.__version__,
         "Python": platform.python_version(),
         **{package: _package_version(package) for package in _PACKAGES},
+        "VLLM_PLUGINS": _vllm_plugins(),
         "system": f"{platform.system()} {platform.release()}, {_libc()}",
         "CPU": cpu.get("model name", platform.machine()),
         "CPUs": f"{os.cpu_count()}, this process may use {format_cpus(os.sched_getaffinity(0))}",
@@ -64,6 +65,15 @@ def _package_version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _vllm_plugins() -> str:
+    """What the variable says; with a list that lacks this package vLLM does not know ``--executor lamina``."""
+    given = os.environ.get("VLLM_PLUGINS")
+    if given is None:
+        return "not set"
+    missing = "lamina" not in given.split(",")
+    return f"{given!r}, without lamina: vLLM does not know --executor lamina" if missing else given
 
 
 def _libc() -> str:

@@ -13,6 +13,7 @@ import functools
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +24,8 @@ from vllm_lamina.compat.versions import check_vllm_version
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
 
+logger = logging.getLogger("vllm.lamina")
+
 EXECUTOR = "vllm_lamina.executor.LaminaExecutor"
 """Value of vLLM's ``distributed_executor_backend`` that selects Lamina."""
 
@@ -30,21 +33,24 @@ _MODULE = "vllm.engine.arg_utils"
 _PREFIX = "lamina_"
 
 
+_check: Callable[[Any], None]
 _prepare: Callable[[Any], None]
 """What `install` was given."""
 
 
-def install(prepare: Callable[[Any], None]) -> None:
+def install(check: Callable[[Any], None], prepare: Callable[[Any], None]) -> None:
     """Wrap vLLM's engine arguments now, or as soon as they are imported. Calling it again does nothing.
 
     Parameters
     ----------
+    check
+        Called with the ``EngineArgs`` of each engine that selects Lamina, before vLLM looks at them.
     prepare
         Called with the ``VllmConfig`` of each engine that selects Lamina, once vLLM has made it; here, in the first
         process, an error reaches the user before any other process has started.
     """
-    global _prepare
-    _prepare = prepare
+    global _check, _prepare
+    _check, _prepare = check, prepare
     module = sys.modules.get(_MODULE)
     if module is not None:
         if hasattr(module, "AsyncEngineArgs"):
@@ -184,6 +190,8 @@ def _wrap_create(engine_args: Any) -> None:
             check_vllm_version()
             LaminaConfig.from_additional_config(self.additional_config)
             _refuse_what_lamina_chooses(self)
+            _check(self)
+            _ignore_async_scheduling(self)
             _let_children_import_as_we_do()
         config = create_engine_config(self, *args, **kwargs)
         if selected:
@@ -200,10 +208,18 @@ def _refuse_what_lamina_chooses(engine: Any) -> None:
         ("--attention-backend", _unless_auto(engine.attention_backend), "attention backend"),
         ("--attention-config", attention.backend or attention.backend_per_kind or None, "attention backend"),
         ("--worker-cls", _unless_auto(engine.worker_cls), "model worker"),
-        ("--async-scheduling", engine.async_scheduling or None, "steps in flight (--lamina-batches)"),
     ):
         if given is not None:
             raise ConfigError(f"--executor lamina has its own {own}; remove {flag} (given: {given})")
+
+
+def _ignore_async_scheduling(engine: Any) -> None:
+    """Accept the flag as vLLM does on CPUs, where it has none either; with this executor vLLM would refuse it."""
+    if engine.async_scheduling:
+        logger.info(
+            "Lamina: --async-scheduling has no effect: --lamina-batches says how many steps are in flight."
+        )
+        engine.async_scheduling = None
 
 
 def _unless_auto(value: Any) -> Any:

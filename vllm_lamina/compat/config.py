@@ -87,8 +87,13 @@ class EngineFacts:
     ----------
     logs_stats
         The front ends take Lamina's statistics out of vLLM's: they must, for vLLM's loggers to take the rest.
+    checks_requests
+        The front ends refuse requests that would end the engine.
     recovery
         Whom the scheduler asks when an attention worker is lost (`executor.recovery`); None without an executor.
+    finish_steps
+        Waits until the steps in flight are over, whatever came of them, whose outputs are still to be taken; None
+        without an executor.
     block_placement
         The partition and the number of KV blocks of each attention worker; None where all hold a part of every block.
     attention_workers
@@ -96,7 +101,9 @@ class EngineFacts:
     """
 
     logs_stats: bool = False
+    checks_requests: bool = False
     recovery: Any = None
+    finish_steps: Any = None
     block_placement: tuple[str, list[int]] | None = None
     attention_workers: Sequence[Sequence[str]] = ()
 

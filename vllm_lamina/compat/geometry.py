@@ -7,10 +7,12 @@ from typing import Any
 
 import msgspec
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec
 
+from vllm_lamina.compat.attention import check_spec
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.support import WITHOUT_LAMINA
 
 
 def geometry_of(config: VllmConfig) -> Geometry:
@@ -45,13 +47,12 @@ def geometry_of_layers(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> 
     if len(specs) != expected.num_layers:
         raise UnsupportedError(
             f"Lamina does not support models with {len(specs)} attention layers where their configuration says "
-            f"{expected.num_layers}."
+            f"{expected.num_layers}: {WITHOUT_LAMINA}."
         )
     scales = []
     for name, spec in specs.items():
         layer: Any = config.compilation_config.static_forward_context[name]
-        if type(spec) is not FullAttentionSpec or spec.head_size_v != spec.head_size:
-            raise UnsupportedError(f"Lamina supports full attention only; the KV cache of {name} is {spec}.")
+        check_spec(name, spec)
         found = {
             "block_size": spec.block_size,
             "num_heads": layer.num_heads,
@@ -63,7 +64,8 @@ def geometry_of_layers(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> 
             if value != getattr(expected, field):
                 raise UnsupportedError(
                     f"Lamina does not support models whose attention layers differ from each other or from their "
-                    f"configuration: {field} of {name} is {value}, by the configuration {getattr(expected, field)}."
+                    f"configuration: {field} of {name} is {value}, by the configuration {getattr(expected, field)}: "
+                    f"{WITHOUT_LAMINA}."
                 )
         scales.append(layer.impl.scale)
     return msgspec.structs.replace(expected, scales=tuple(scales))

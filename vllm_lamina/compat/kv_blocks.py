@@ -75,6 +75,31 @@ class KVBlocks:
         size = self.block_size
         return [block.block_id for block in self._by_request.get(name, ())[begin // size : -(-end // size)]]
 
+    def lacking(self, name: str, num_tokens: int) -> int:
+        """How many blocks a request lacks for so many tokens of it, if it finds nothing in the prefix cache."""
+        return max(0, -(-num_tokens // self.block_size) - len(self._by_request.get(name, ())))
+
+    def share(
+        self, reserved_from: Callable[[Request], int], make_room: Callable[[Request, int], bool]
+    ) -> None:
+        """Give a request no blocks of those that ``reserved_from`` says must be left after it.
+
+        Where there are too few, ``make_room`` is called, and they are tried again for as long as it returns True. It
+        gets the request, and how many of its tokens need blocks.
+        """
+        manager, allocate_slots = self._manager, self._manager.allocate_slots
+
+        def allocate_shared_slots(
+            request: Request, num_new_tokens: int, *args: Any, reserved_blocks: int = 0, **kwargs: Any
+        ) -> Any:
+            reserved = reserved_blocks + reserved_from(request)
+            while True:
+                blocks = allocate_slots(request, num_new_tokens, *args, reserved_blocks=reserved, **kwargs)
+                if blocks is not None or not make_room(request, request.num_computed_tokens + num_new_tokens):
+                    return blocks
+
+        manager.allocate_slots = allocate_shared_slots
+
     def forget_cached(self, block_ids: set[int]) -> None:
         """Let nobody hit these blocks as a cached prefix any more; requests that hold them keep them."""
         self._manager.block_pool.evict_blocks(block_ids)

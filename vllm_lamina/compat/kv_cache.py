@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from vllm_lamina.errors import UnsupportedError
+from vllm_lamina.support import WITHOUT_LAMINA
 
 
 def layers_of(kv_cache_config: Any) -> Sequence[str]:
@@ -19,7 +20,7 @@ def layers_of(kv_cache_config: Any) -> Sequence[str]:
     """
     if len(kv_cache_config.kv_cache_groups) != 1:
         raise UnsupportedError(
-            "Lamina does not support models whose layers need different kinds of KV cache."
+            f"Lamina does not support models whose layers need different kinds of KV cache: {WITHOUT_LAMINA}."
         )
     names: Sequence[str] = kv_cache_config.kv_cache_groups[0].layer_names
     return names

@@ -89,7 +89,7 @@ def read_step(output: Any) -> ScheduledStep:
 
 def has_work(output: Any) -> bool:
     """Whether a ``SchedulerOutput`` holds anything for the model worker."""
-    return bool(output.total_num_scheduled_tokens or output.finished_req_ids)
+    return bool(output.total_num_scheduled_tokens or output.finished_req_ids or output.preempted_req_ids)
 
 
 def keep_grammar(grammar_output: Any) -> Any:

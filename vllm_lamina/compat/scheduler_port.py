@@ -7,10 +7,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from itertools import chain
+from itertools import chain, takewhile
 from typing import Any, Protocol
 
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -54,22 +55,31 @@ class SchedulerPort(Scheduler):
     """
 
     running: list[Request]
+    processed_step_seq: int
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self._num_hidden = 0
+        self._hidden: list[Request] = []
+        """Running requests that vLLM's scheduler does not see now: those of other lanes than the one at hand."""
         self._lane: int | None = None
         """The lane that is being scheduled."""
+        self._is_short = False
+        """A request of it lacks blocks that nobody can give before a step in flight is over."""
+        self._short: dict[str, int] = {}
+        """Each request that lacks such blocks, and how many tokens it needs blocks for."""
+        self._in_batch: defaultdict[int, set[str]] = defaultdict(set)
+        """Of each lane: the requests that its input batch on the model worker holds as vLLM's scheduler knows them."""
         super().__init__(*args, **kwargs)
         self.num_batches: int = self.vllm_config.max_concurrent_batches
         # Another batch's step may still write a finished request's blocks: vLLM then frees them when it is over.
         self.defer_block_free = self.num_batches > 1
         self.kv_blocks = KVBlocks(self.kv_cache_manager, self.block_size)
+        self.kv_blocks.share(self._reserved_from, self._preempt_in_other_lane)
         self.requests_may_move = lanes_share_requests(self.vllm_config)
         self.engine_facts = facts_of(self.vllm_config)
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
-        self._in_batch: defaultdict[int, set[str]] = defaultdict(set)
-        """Of each lane: the requests that its input batch on the model worker holds as vLLM's scheduler knows them."""
         self._admission: Admission
+        self._admits = True
+        """Whether a step may admit waiting requests: not where a running one has just lacked blocks."""
         self._adapters_in_use: set[int] = set()
         """LoRA adapters that the model worker must hold while a lane is scheduled."""
         self._num_passed = self._blocks_of_passed = 0
@@ -172,6 +182,8 @@ class SchedulerPort(Scheduler):
         self._note_adapters(adapters_in_flight)
         self._lane, self._admission = lane, admission
         self._num_passed = self._blocks_of_passed = 0
+        self._short = {name: tokens for name, tokens in self._short.items() if name not in members}
+        self._admits, self._is_short = True, False
         with self._hiding_all_but(members):
             output = super().schedule(throttle_prefills)
         mark_lane(output, lane)
@@ -179,20 +191,105 @@ class SchedulerPort(Scheduler):
 
     @contextmanager
     def _hiding_all_but(self, members: Set[str]) -> Iterator[None]:
-        """Let vLLM's scheduler see these running requests only; afterwards it sees all again, in their order."""
-        everyone = self.running
-        hidden = [request for request in everyone if request.request_id not in members]
-        if hidden:
-            self.running = [request for request in everyone if request.request_id in members]
-        self._num_hidden = len(hidden)
+        """Let vLLM's scheduler see these running requests only; afterwards it sees all again, in their order.
+
+        First come, first served, that is the order of arrival, whichever lane admitted them first: the last one is the
+        first that vLLM preempts.
+        """
+        place = {request.request_id: position for position, request in enumerate(self.running)}
+        self._hidden = [request for request in self.running if request.request_id not in members]
+        if self._hidden:
+            self.running = [request for request in self.running if request.request_id in members]
         try:
             yield
         finally:
-            self._num_hidden = 0
-            if hidden:
-                place = {request.request_id: position for position, request in enumerate(everyone)}
-                last = len(everyone)
-                self.running = sorted(hidden + self.running, key=lambda r: place.get(r.request_id, last))
+            self._is_short = False
+            by_arrival, last = self.policy == SchedulingPolicy.FCFS, len(place)
+            self.running = sorted(
+                self._hidden + self.running,
+                key=lambda r: (r.arrival_time if by_arrival else 0.0, place.get(r.request_id, last)),
+            )
+            self._hidden = []
+
+    def get_request_counts(self) -> tuple[int, int]:
+        """Running and waiting requests: those of other lanes count against a long prompt of this one too."""
+        running, waiting = super().get_request_counts()
+        return running + len(self._hidden), waiting
+
+    def _least_urgent(self) -> Request:
+        """Of the running requests of all lanes the one that vLLM's policy preempts first."""
+        by_priority = self.policy == SchedulingPolicy.PRIORITY
+        return max(
+            chain(self.running, self._hidden),
+            key=lambda request: (request.priority if by_priority else 0, request.arrival_time),
+        )
+
+    def _reserved_from(self, request: Request) -> int:
+        """Blocks that a request may not take, for those that run in other lanes need them for their next step.
+
+        One that is admitted comes after all that run. One that runs need not care: who lacks blocks preempts.
+        """
+        if request.status == RequestStatus.RUNNING:
+            return 0
+        longest = self.max_num_scheduled_tokens
+        return sum(
+            self.kv_blocks.lacking(
+                other.request_id,
+                other.num_computed_tokens
+                + min(longest, max(1, other.num_tokens - other.num_computed_tokens)),
+            )
+            for other in self._hidden
+        )
+
+    def _preempt_in_other_lane(self, request: Request, num_tokens: int) -> bool:
+        """Preempt the least urgent request, if it is one of another lane, for one of this lane that lacks blocks.
+
+        It needs blocks for so many of its tokens. False where it has to do without, or vLLM's scheduler preempts one
+        that it sees. The least urgent request may be in flight: then its step may still write its blocks, and its token
+        is to count. Nobody more urgent is preempted in its place: the request at hand waits until that step is over.
+        """
+        if request.status != RequestStatus.RUNNING:
+            return False  # one that waits takes nothing from those that run
+        victim = self._least_urgent()
+        if victim not in self._hidden:
+            return False
+        self._admits = False
+        if not self._request_blocks_can_be_freed(victim):
+            self._is_short = True
+            self._short[request.request_id] = num_tokens
+            return False
+        self._hidden.remove(victim)
+        self._preempt_request(victim, time.monotonic())
+        return True
+
+    def _request_blocks_can_be_freed(self, request: Request) -> bool:
+        """Whether a request's blocks are free as soon as it is preempted; vLLM preempts nobody else then."""
+        return not self._is_short and bool(super()._request_blocks_can_be_freed(request))
+
+    def preempt_for_short(self) -> None:
+        """Preempt for the requests that waited for a step in flight, where it is over; before a step is scheduled."""
+        for name, num_tokens in list(self._short.items()):
+            request = self.requests.get(name)
+            if request is None or request.status != RequestStatus.RUNNING:
+                del self._short[name]
+                continue
+            while self.kv_blocks.lacking(name, num_tokens) > self.kv_blocks.num_free:
+                victim = self._least_urgent()
+                if victim is request or not self._request_blocks_can_be_freed(victim):
+                    break  # it preempts itself in its turn; or it waits on
+                self.running.remove(victim)
+                self._preempt_request(victim, time.monotonic())
+
+    def _preempt_request(self, request: Request, timestamp: float, drop_stale_output: bool = False) -> None:
+        """Let a request wait, first come, first served: those that came before may wait too, for their lane."""
+        super()._preempt_request(request, timestamp, drop_stale_output)
+        self._short.pop(request.request_id, None)
+        for batch in self._in_batch.values():
+            batch.discard(request.request_id)
+        if self.policy == SchedulingPolicy.FCFS:
+            self.waiting.remove_request(request)
+            before = takewhile(lambda other: other.arrival_time < request.arrival_time, self.waiting)
+            self.waiting.insert(sum(1 for _ in before), request)
 
     @property
     def max_num_active_reqs(self) -> int:
@@ -201,7 +298,7 @@ class SchedulerPort(Scheduler):
         Requests that were passed over, for they run in another lane, keep their place and the blocks that they lack:
         nobody that comes after them may take these.
         """
-        if self._lane is None:
+        if self._lane is None or not self._admits:
             return 0
         request = (self.kv_holding_waiting or self.waiting).peek_request()
         if self._num_passed:
@@ -212,7 +309,7 @@ class SchedulerPort(Scheduler):
             self._lane, [r.num_tokens for r in self.running], request.num_tokens
         ):
             return 0
-        return self.max_running - self._num_hidden - self._num_passed
+        return self.max_running - len(self._hidden) - self._num_passed
 
     @max_num_active_reqs.setter
     def max_num_active_reqs(self, value: int) -> None:
@@ -236,8 +333,7 @@ class SchedulerPort(Scheduler):
 
     def _blocks_lacking(self, request: Request) -> int:
         """KV blocks that a waiting request needs to run, if it finds nothing in the prefix cache."""
-        needed: int = -(-request.num_tokens // self.kv_blocks.block_size)
-        return max(0, needed - len(self.kv_blocks.of(request.request_id)))
+        return self.kv_blocks.lacking(request.request_id, request.num_tokens)
 
     def _note_adapters(self, in_flight: set[int]) -> None:
         if self.lora_config is not None:
@@ -275,24 +371,33 @@ class SchedulerPort(Scheduler):
         request.is_prefill_chunk = request.num_computed_tokens < request.num_tokens
 
     def preempt(self, names: Collection[str]) -> None:
-        """Let these running requests wait, ahead of others, and be computed anew."""
+        """Let these running requests wait, ahead of others, and be computed anew.
+
+        What a step in flight samples for them counts when it comes, and they wait for it. A session's does not, and is
+        sampled anew: if it were the last one before the next input, vLLM would forget the context as not computed.
+        """
         preempted = [request for request in self.running if request.request_id in names]
         self.running = [request for request in self.running if request.request_id not in names]
         now = time.monotonic()
         # In reverse, for each goes to the head of the queue.
         for request in reversed(preempted):
-            self._preempt_request(request, now, drop_stale_output=True)
-        for batch in self._in_batch.values():
-            batch.difference_update(names)
+            self._preempt_request(request, now, drop_stale_output=request.resumable)
 
     def end_with_error(self, name: str) -> None:
         """Let the next `take_output` end this request, and tell its client, as one that cannot be scheduled."""
         self.encoder_cache_mismatch_reqs.add(name)
 
-    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
-        """Reset the prefix cache; what the model worker's input batches hold is unknown afterwards."""
-        self._in_batch.clear()
-        return bool(super().reset_prefix_cache(*args, **kwargs))
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Reset the prefix cache; blocks that steps in flight may write are free only once these are over."""
+        if reset_running_requests:
+            self.preempt(self.running_names())
+        if self.deferred_frees:
+            self.engine_facts.finish_steps()
+            num_processed = self.processed_step_seq
+            self.processed_step_seq = self.sched_step_seq
+            self._drain_deferred_frees()
+            self.processed_step_seq = num_processed  # their outputs are still to come
+        return bool(super().reset_prefix_cache(reset_running_requests, reset_connector))
 
     def carry(self, stats: Any, take: Callable[[], dict[str, Any]]) -> Any:
         """Let vLLM's statistics of a step, if there are any, carry what ``take`` returns to front ends that log it."""

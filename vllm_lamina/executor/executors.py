@@ -88,8 +88,11 @@ class _LaminaExecutor(Executor):
         model's weights: so all steps begun before it are over, and those begun later see all that it did.
         """
         if method not in STEP_METHODS:
-            super().collective_rpc("finish_steps", timeout)
+            self._finish_steps(timeout)
         return super().collective_rpc(method, timeout, *args, **kwargs)
+
+    def _finish_steps(self, timeout: float | None = None) -> None:
+        super().collective_rpc("finish_steps", timeout)
 
     @contextlib.contextmanager
     def _ending_on_failure(self) -> Iterator[None]:
@@ -120,6 +123,7 @@ class _LaminaExecutor(Executor):
                     "--memory, or choose --lamina-partition head"
                 )
             facts_of(self.vllm_config).block_placement = placement
+            facts_of(self.vllm_config).finish_steps = self._finish_steps
             assert self._recovery is not None
             self._recovery.goes_on_without_some = placement is not None
             facts_of(self.vllm_config).recovery = self._recovery

@@ -32,11 +32,13 @@ def check_before_start(config: Any) -> None:
     """
     settle(config)
     check_engine_config(config)
-    source = source_for(config, LaminaConfig.from_additional_config(config.additional_config))
+    options = LaminaConfig.from_additional_config(config.additional_config)
+    source = source_for(config, options)
     model = config.model_config
+    sharing = options.ranks_sharing_memory(config.parallel_config.tensor_parallel_size)
     for partition in source.check(geometry_of(config), model.max_model_len):
         if not fits_length_to_pool(model):
-            partition.check_holds_one_request(model.max_model_len)
+            partition.check_holds_one_request(model.max_model_len, sharing)
 
 
 def settle(config: Any) -> None:

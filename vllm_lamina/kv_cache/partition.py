@@ -10,7 +10,7 @@ from vllm_lamina._native import Partition as NativePartition
 from vllm_lamina.config import AUTO, HEAD, REQUEST, SEQUENCE
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.kv_cache.geometry import Geometry
-from vllm_lamina.units import format_bytes
+from vllm_lamina.units import format_bytes, format_enough_bytes
 
 ABOUT_EQUAL = 0.9
 """Smallest pool over largest from which `auto` divides by heads: what the larger ones have more is not used then."""
@@ -93,8 +93,10 @@ class Partition:
             return NativePartition.by_heads(geometry, [share.geometry.num_kv_heads for share in self.shares])
         return NativePartition.by_blocks(geometry, self.blocks_per_worker)
 
-    def check_holds_one_request(self, max_model_len: int) -> None:
+    def check_holds_one_request(self, max_model_len: int, sharing: int = 1) -> None:
         """Refuse pools in which a request of ``max_model_len`` tokens does not fit.
+
+        ``sharing`` is the number of ranks whose pools ``--lamina-memory`` is for.
 
         Raises
         ------
@@ -108,11 +110,15 @@ class Partition:
         tokens = max(self.num_blocks - 1, 0) * self.geometry.block_size
         request = f"one request of --max-model-len {max_model_len}"
         share = min(self.shares, key=lambda share: share.num_blocks)
-        size, wanted = format_bytes(share.pool.num_bytes), format_bytes(needed * share.block_bytes)
+        size, wanted = format_bytes(share.pool.num_bytes), format_enough_bytes(needed * share.block_bytes)
         if len(self.shares) == 1:
+            memory = "--lamina-memory (or the worker's --memory) to at least that"
+            if sharing > 1:
+                total = format_enough_bytes(sharing * needed * share.block_bytes)
+                memory = f"--lamina-memory, which {sharing} ranks share, to at least {total}"
             raise ConfigError(
                 f"The attention worker's pool of {size} holds {tokens} tokens, but {request} needs {wanted}: raise "
-                "--lamina-memory (or the worker's --memory) to at least that, or lower --max-model-len."
+                f"{memory}, or lower --max-model-len."
             )
         if self.kind == HEAD:
             raise ConfigError(

@@ -61,7 +61,10 @@ class StepLedger:
             self.failed = True
             lost = list(step)
         elif self._unwritten:
-            lost = [name for name in step if self.relies_on_unwritten(held(name))]
+            for name, (_, end, _) in step.items():
+                # One that holds less than the step left it with has given blocks up since; it may have relied on them.
+                if (holds := held(name))[1] < end or self.relies_on_unwritten(holds):
+                    lost.append(name)
         for name in lost:
             begin, _, _ = step[name]
             for first_token, block in self._blocks(step[name]):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import accumulate
 from typing import Protocol
 
@@ -38,6 +39,10 @@ class BlockPlacement(abc.ABC):
     def go_on_without(self, workers: Iterable[int]) -> None:
         """Hand out no block of these workers, and of no others, until told otherwise."""
 
+    @abc.abstractmethod
+    def with_all_workers(self) -> AbstractContextManager[None]:
+        """Count the free blocks of all workers meanwhile, of those that are down too; none may be handed out."""
+
 
 class SharedBlocks(BlockPlacement):
     """Each worker holds its part of every block: vLLM may choose any, and without one worker there are none.
@@ -69,6 +74,9 @@ class SharedBlocks(BlockPlacement):
 
     def go_on_without(self, workers: Iterable[int]) -> None:
         assert not list(workers), "a block of which a part is missing serves nobody"
+
+    def with_all_workers(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 class PlacedBlocks(BlockPlacement):
@@ -126,6 +134,14 @@ class PlacedBlocks(BlockPlacement):
 
     def go_on_without(self, workers: Iterable[int]) -> None:
         self._usable = set(self._workers) - set(workers)
+
+    @contextmanager
+    def with_all_workers(self) -> Iterator[None]:
+        usable, self._usable = self._usable, set(self._workers)
+        try:
+            yield
+        finally:
+            self._usable = usable
 
     def usage_of(self, worker: int) -> float:
         size = self._given[worker]

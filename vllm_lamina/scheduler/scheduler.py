@@ -60,6 +60,7 @@ class LaminaScheduler(SchedulerPort):
         """Schedule the idle lane that waited longest, after a recovery where one is due."""
         if self._recovery_is_due and not self.ledger.in_flight:
             self._recover()
+        self.preempt_for_short()
         running = self.running_tokens()
         self.lanes.plan(running, self._next_to_run(running), self.known)
         adapters_in_flight = self.lanes.adapters_in_flight()
@@ -92,6 +93,11 @@ class LaminaScheduler(SchedulerPort):
             lost = self.ledger.end(has_failed(model_runner_output), self.computed)
         self._end_what_waits_too_long()
         return self.take_output(scheduler_output, model_runner_output, lost)
+
+    def reset_prefix_cache(self, *args: Any, **kwargs: Any) -> bool:
+        """Reset the prefix cache, that of attention workers which are down included: nobody has blocks of theirs."""
+        with self.placement.with_all_workers():
+            return super().reset_prefix_cache(*args, **kwargs)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's statistics of a step, with Lamina's in them."""

@@ -155,5 +155,5 @@ def _check_this_host_has(pool_bytes: int) -> None:
     if pool_bytes > limit:
         raise ConfigError(
             f"lamina option 'memory': {format_bytes(pool_bytes)} is more than this host has, or allows this process: "
-            f"{format_bytes(limit)}"
+            f"{format_bytes(limit)}: choose less"
         )

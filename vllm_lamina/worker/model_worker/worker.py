@@ -15,9 +15,11 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina._native import AttentionClient, ChannelClosed, ChannelTimeout
+from vllm_lamina.attention_backend import LaminaAttentionBackend
 from vllm_lamina.attention_backend.exchange import Exchange, Layers
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers
+from vllm_lamina.compat.attention import check_layers
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers
 from vllm_lamina.compat.kv_cache import (
@@ -66,8 +68,15 @@ class _LaminaWorker(Worker):
         super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model as vLLM does."""
+        """Load the model as vLLM does, and refuse one that Lamina would compute as another.
+
+        Raises
+        ------
+        UnsupportedError
+            Names the layer and what it asks for.
+        """
         super().load_model(*args, **kwargs)
+        check_layers(self.vllm_config, LaminaAttentionBackend)
         if self.lamina_config.batches > 1:
             request_output_thread(self.vllm_config)
 
@@ -103,7 +112,8 @@ class _LaminaWorker(Worker):
         specs = self.get_kv_cache_spec()
         partition = self._divide(specs)
         if not fits_length_to_pool(self.model_config):
-            partition.check_holds_one_request(self.model_config.max_model_len)
+            sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
+            partition.check_holds_one_request(self.model_config.max_model_len, sharing)
         return counted_bytes(specs.values(), partition.num_blocks)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:

@@ -1,0 +1,117 @@
+"""What vLLM says of attention: of a layer, its KV cache spec and a step's metadata. What is not served is refused.
+
+Some fields of these objects are read, or mean nothing to Lamina. Every other one must have its default, which is full
+causal attention: with another value the layer would be computed as if it had that one. So a field that is new in vLLM
+is refused as soon as a model uses it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import CommonAttentionMetadata
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from vllm_lamina.support import refuse_fields
+
+# `geometry` compares them with the configuration; dcp_sharded is for context parallelism, which is refused.
+SPEC_FIELDS = frozenset({"block_size", "num_kv_heads", "head_size", "dtype", "dcp_sharded"})
+"""Fields of a ``FullAttentionSpec`` that may have any value."""
+
+# The scheduler says them all: what is sent to the attention workers is made of that, see `attention_backend.step`.
+METADATA_FIELDS = frozenset(
+    {
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "num_reqs",
+        "num_actual_tokens",
+        "max_query_len",
+        "max_seq_len",
+        "block_table_tensor",
+        "slot_mapping",
+        "positions",
+        "is_prefilling",
+        "req_idx",
+        "_num_computed_tokens_cache",
+        "_token_to_req_indices_cache",
+    }
+)
+"""Fields of a ``CommonAttentionMetadata`` that may have any value."""
+
+LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "mm_prefix_clamp_sliding_window": False, "query_quant": None}
+"""What an ``Attention`` layer is told and tells neither its implementation nor its spec, as it must be."""
+
+_METADATA_DEFAULTS = tuple(
+    (field.name, field.default)
+    for field in dataclasses.fields(CommonAttentionMetadata)
+    if field.name not in METADATA_FIELDS
+)
+
+
+def check_layers(config: VllmConfig, backend: type) -> None:
+    """Refuse a loaded model in which a layer attends otherwise than ``backend`` does.
+
+    Raises
+    ------
+    UnsupportedError
+        Names the feature, the layer and what it says.
+    """
+    # The attention backend imports this module, and they import their backends.
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    for name, layer in config.compilation_config.static_forward_context.items():
+        if isinstance(layer, AttentionLayerBase):
+            said = _said_by_spec(layer.get_kv_cache_spec(config))
+            if type(layer) is Attention:
+                said |= _said_by_layer(layer, backend)
+            else:
+                said["class"] = type(layer).__name__
+            if said:
+                refuse_fields(said, f"the attention layer {name}")
+
+
+def check_spec(name: str, spec: Any) -> None:
+    """Refuse the KV cache spec of a layer that is not one of full causal attention. Raises as `check_layers`."""
+    if said := _said_by_spec(spec):
+        refuse_fields(said, f"the KV cache of {name}")
+
+
+def check_metadata(metadata: CommonAttentionMetadata) -> None:
+    """Refuse a step that is not one of full causal attention. Raises as `check_layers`."""
+    said = {
+        name: value
+        for name, default in _METADATA_DEFAULTS
+        # By identity: all of them are None or True, and a tensor would be compared element by element.
+        if (value := getattr(metadata, name)) is not default
+    }
+    if said:
+        refuse_fields(said, "the metadata of a step")
+
+
+def _said_by_spec(spec: Any) -> dict[str, Any]:
+    """What a spec says beside the fields that may have any value."""
+    if type(spec) is not FullAttentionSpec:
+        return {"KV cache spec": type(spec).__name__}
+    defaults = {field.name: field.default for field in dataclasses.fields(spec)} | {
+        "head_size_v": spec.head_size
+    }
+    return {
+        name: value
+        for name, default in defaults.items()
+        if name not in SPEC_FIELDS and (value := getattr(spec, name)) != default
+    }
+
+
+def _said_by_layer(layer: Any, backend: type) -> dict[str, Any]:
+    """What an ``Attention`` says that reaches neither its implementation nor its spec."""
+    said = {
+        name: getattr(layer, name)
+        for name, value in LAYER_ATTRIBUTES.items()
+        if getattr(layer, name) != value
+    }
+    return said if layer.attn_backend is backend else said | {"attn_backend": layer.attn_backend.__name__}

@@ -26,6 +26,7 @@ from report import describe_machine, write_results
 
 from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
 from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
@@ -58,8 +59,11 @@ class Row:
 class Lane:
     """Decode steps of one lane, through the attention backend."""
 
-    def __init__(self, index: int, exchange: Exchange, geometry: Geometry, batch: int) -> None:
-        self._index, self._exchange, self._geometry, self._batch = index, exchange, geometry, batch
+    def __init__(
+        self, index: int, exchange: Exchange, client: AttentionClient, geometry: Geometry, batch: int
+    ) -> None:
+        self._index, self._exchange, self._client = index, exchange, client
+        self._geometry, self._batch = geometry, batch
         shape = (geometry.num_heads, geometry.head_size, geometry.scales[0], geometry.num_kv_heads)
         self._impl = LaminaAttentionImpl(*shape)
         heads = geometry.num_heads + 2 * geometry.num_kv_heads
@@ -74,7 +78,7 @@ class Lane:
         return self._geometry.num_heads, self._geometry.num_kv_heads, self._geometry.num_kv_heads
 
     def run(self, steps: int, start: threading.Barrier) -> None:
-        client = self._exchange.client
+        client = self._client
         start.wait(TIMEOUT)
         with torch.inference_mode():
             for step in range(steps):
@@ -93,7 +97,7 @@ class Lane:
             f"{i}": PlannedRequest(context, 1, np.array([first + i], np.int32)) for i in range(self._batch)
         }
         step = Step(StepPlan(requests, lambda: list(requests)), BLOCK_SIZE)
-        step.send_once(self._exchange.client, self._index, TIMEOUT)
+        step.send_once(self._client, self._index, TIMEOUT)
         return LaminaMetadata(self._exchange, self._index, step)
 
 
@@ -106,8 +110,10 @@ def measure(shape: tuple[int, int, int], batch: int, num_lanes: int, steps: int,
             exchange = Exchange(device_for("cpu"), TIMEOUT).activate()
             partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
             client = AttentionClient([connection.channel], partition)
-            exchange.open(client, [f"{i}" for i in range(NUM_LAYERS)], BLOCK_SIZE)
-            lanes = [Lane(index, exchange, geometry, batch) for index in range(num_lanes)]
+            exchange.open(
+                HostLayers(client, TIMEOUT, ranks_wait=False), [f"{i}" for i in range(NUM_LAYERS)], BLOCK_SIZE
+            )
+            lanes = [Lane(index, exchange, client, geometry, batch) for index in range(num_lanes)]
             start = threading.Barrier(num_lanes)
             run = [threading.Thread(target=lane.run, args=(steps, start)) for lane in lanes]
             for thread in run:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import adversary
+import cpu_stream
 import runners
 from cores import ATTENTION_CPU
 from jobs import RESET, Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
@@ -74,6 +75,8 @@ def run(job: Job) -> JobResult:
     os.environ.update(job.environment)
     if job.random_lanes is not None:
         adversary.provoke(job.random_lanes)
+    if job.streams:
+        cpu_stream.use_streams()
     with contextlib.ExitStack() as stack:
         pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
         if job.executor is not None:
@@ -85,7 +88,7 @@ def run(job: Job) -> JobResult:
         executor = type(llm.llm_engine.model_executor).__name__
         adapters = Adapters()
         phases = [_run_phase(llm, phase, adapters) for phase in job.phases]
-        return JobResult(executor, phases, dict(adversary.COUNTS))
+        return JobResult(executor, phases, dict(adversary.COUNTS + cpu_stream.COUNTS))
 
 
 def _pool_options(job: Job, stack: contextlib.ExitStack) -> dict[str, Any]:

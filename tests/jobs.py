@@ -63,8 +63,9 @@ class Job:
     `engine` are the keyword arguments of vLLM's LLM; `executor` is None for stock vLLM; `kv_memory_mib` is the size of
     the KV pool, wherever it is; `worker_memory_mib` are those of attention workers that run already, where Lamina is to
     use these instead; `environment` are variables of its process, and `runner` is vLLM's model runner. With
-    `random_lanes`, a seed, the number of lanes changes at random, and each step is checked (`adversary.py`). Equal jobs
-    give equal results, which is what makes them cacheable.
+    `random_lanes`, a seed, the number of lanes changes at random, and each step is checked (`adversary.py`).
+    With `streams`, layers are exchanged as on a GPU (`cpu_stream.py`). Equal jobs give equal results, which is what
+    makes them cacheable.
     """
 
     model: str
@@ -76,6 +77,7 @@ class Job:
     environment: dict[str, str] = field(default_factory=dict)
     runner: str = runners.DEFAULT
     random_lanes: int | None = None
+    streams: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

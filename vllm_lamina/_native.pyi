@@ -431,3 +431,59 @@ class AttentionClient:
 
         Raises ValueError for a pair on two workers: KV blocks do not travel between workers.
         """
+
+class StreamedExchange:
+    """What passes between lanes on a device's streams and the attention workers; see csrc, and `StreamedLayers`.
+
+    Parameters
+    ----------
+    client
+        Whose channels have carried nothing yet. Its `post`, `collect` and turns within a step are not used any more.
+    max_tokens
+        Of a step.
+    spin_us
+        How long the proxy's thread polls before it sleeps.
+
+    Raises
+    ------
+    FrameTooLarge
+        The channels have no room for the lanes' frames: `memory_bytes`.
+    """
+
+    POISON: int
+    def __init__(self, client: AttentionClient, num_lanes: int, max_tokens: int, spin_us: int) -> None: ...
+    @staticmethod
+    def memory_bytes(geometry: ModelGeometry, num_lanes: int, max_tokens: int) -> int:
+        """Bytes that the lanes' frames take of a channel's ring, for a worker with this geometry."""
+    @property
+    def memories(self) -> list[tuple[int, int]]:
+        """Address and bytes of all that a device has to reach; other memory after `replace_channel`."""
+    def words(self, lane: int) -> tuple[int, int, int, int, int]:
+        """Addresses: the int32 words `packed`, `taken` (the device writes), `free` and `replied` (it waits for), which
+        count the layers of the step, and the int64 addresses of the workers' replies."""
+    def payload(self, lane: int, worker: int, layer: int) -> int:
+        """Address of the payload of a layer's frame for a worker."""
+    def announce(self, lane: int) -> None:
+        """The lane's next step comes after all that were announced before."""
+    def begin_step(
+        self,
+        lane: int,
+        num_decodes: int,
+        query_lens: Any,
+        context_lens: Any,
+        block_table: Any,
+        slot_mapping: Any,
+        timeout: float = 60.0,
+    ) -> tuple[int, int]:
+        """As `AttentionClient.begin_step`; the step was announced, and the stream is done with the one before."""
+    def part(self, lane: int, worker: int) -> tuple[Any, Any, int]:
+        """Tokens of the step whose q, and whose k and v, the worker gets, int32; and how many rows it answers without
+        LSE."""
+    def finish_step(self, lane: int, timeout: float = 60.0) -> str | None:
+        """Wait until all layers are sent and answered, or the step failed: why. Raises ChannelTimeout."""
+    def fail_step(self, lane: int, why: str) -> None:
+        """Let the step run to its end for nothing."""
+    def replace_channel(self, worker: int, channel: Channel) -> None:
+        """As `AttentionClient.replace_channel`."""
+    def set_timeout(self, seconds: float) -> None:
+        """How long one reply may take."""

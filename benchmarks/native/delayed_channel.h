@@ -19,6 +19,14 @@ class DelayedChannel final : public Channel {
     return channel_->reserve(bytes, deadline);
   }
   void post() override { channel_->post(); }
+  std::span<std::byte> send_memory() override { return channel_->send_memory(); }
+  std::span<const std::byte> receive_memory() override { return channel_->receive_memory(); }
+  void set_aside(size_t bytes) override { channel_->set_aside(bytes); }
+  uint64_t post_at(size_t offset, size_t bytes, Deadline deadline) override {
+    return channel_->post_at(offset, bytes, deadline);
+  }
+  uint64_t num_consumed() override { return channel_->num_consumed(); }
+  bool has_frame() override { return channel_->has_frame(); }
   std::span<const std::byte> receive(Deadline deadline) override;
   void release() override {
     arrived_ = {};

@@ -4,6 +4,8 @@
 // on the span that receive() returns. One thread at a time may send (reserve, post) and one, the same or
 // another, may receive (receive, release). At most one frame is reserved and one received at a time.
 //
+// A sender may also take a part of the memory for itself, and send frames that it, or a device, wrote there: post_at().
+//
 // Every wait ends at its deadline, and soon after the peer is gone.
 #pragma once
 
@@ -55,11 +57,24 @@ class Channel {
   // Sends the reserved frame.
   virtual void post() = 0;
 
+  // The memory in which frames are written, and that in which they arrive; for a device that is to reach them.
+  virtual std::span<std::byte> send_memory() = 0;
+  virtual std::span<const std::byte> receive_memory() = 0;
+  // Leaves the last `bytes` of the send memory to the caller; once, before the first frame. reserve() has the rest.
+  virtual void set_aside(size_t bytes) = 0;
+  // Sends the frame that lies at an offset of the send memory, in what was set aside. Its memory may be written again
+  // once num_consumed() exceeds the number that is returned. Throws ChannelTimeout, ChannelClosed.
+  virtual uint64_t post_at(size_t offset, size_t bytes, Deadline deadline) = 0;
+  // Frames of both kinds that the peer gave back; asked by the thread that sends. Throws ChannelClosed.
+  virtual uint64_t num_consumed() = 0;
+
   // The oldest frame, readable until release(). Frames posted before the peer left are still delivered.
   // Throws ChannelTimeout, ChannelClosed.
   virtual std::span<const std::byte> receive(Deadline deadline) = 0;
   // Gives the received frame's memory back to the sender.
   virtual void release() = 0;
+  // Whether receive() returns at once. Throws ChannelClosed.
+  virtual bool has_frame() = 0;
 
   virtual size_t max_frame_bytes() const = 0;
   // Frames that receive() skipped because the peer described them wrongly.

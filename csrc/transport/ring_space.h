@@ -33,6 +33,10 @@ class RingSpace {
 
   size_t num_frames() const { return in_flight_.size(); }
 
+  // Leaves the last `bytes` to somebody else.
+  void set_aside(size_t bytes) { ring_bytes_ -= std::min(ring_bytes_, round_up(bytes, kFrameAlignment)); }
+  size_t bytes() const { return ring_bytes_; }
+
   // Finds the contiguous room of lowest offset: a few frames at a time then use the same, cache-hot memory again and
   // again, whatever the size of the ring. Once no frame is in flight there is room for any that fits the ring.
   bool place(size_t bytes, RingExtent& extent) const {
@@ -49,8 +53,10 @@ class RingSpace {
     in_flight_.push_back(extent);
     by_offset_.insert(position_of(extent), extent);
   }
+  // A frame that lies elsewhere is sent; it counts among the frames in flight.
+  void take_nothing() { in_flight_.push_back({0, 0}); }
   void free_oldest() {
-    by_offset_.erase(position_of(in_flight_.front()));
+    if (in_flight_.front().bytes > 0) by_offset_.erase(position_of(in_flight_.front()));
     in_flight_.pop_front();
   }
 

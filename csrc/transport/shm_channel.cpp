@@ -212,13 +212,36 @@ std::span<std::byte> ShmChannel::reserve(size_t bytes, Deadline deadline) {
 
 void ShmChannel::post() {
   if (reserved_bytes_ == 0) throw std::logic_error("post() without reserve()");
-  Slot& slot = send_ring_->slots[posted_ % kSlots];
-  slot.offset.store(reserved_.offset, std::memory_order_relaxed);
-  slot.bytes.store(std::exchange(reserved_bytes_, 0), std::memory_order_relaxed);
   space_.take(reserved_);
+  publish(reserved_.offset, std::exchange(reserved_bytes_, 0));
+}
+
+uint64_t ShmChannel::post_at(size_t offset, size_t bytes, Deadline deadline) {
+  wait(send_ring_->sender_waiting, deadline, [&] {
+    reclaim();
+    return space_.num_frames() < kSlots;
+  });
+  space_.take_nothing();
+  return publish(offset, bytes);
+}
+
+uint64_t ShmChannel::publish(size_t offset, size_t bytes) {
+  Slot& slot = send_ring_->slots[posted_ % kSlots];
+  slot.offset.store(offset, std::memory_order_relaxed);
+  slot.bytes.store(bytes, std::memory_order_relaxed);
   // Publishes the frame and its place: whoever reads this value with acquire sees both.
-  slot.sequence.store(++posted_, std::memory_order_release);
+  slot.sequence.store(posted_ + 1, std::memory_order_release);
   wake(send_ring_->receiver_waiting);
+  return posted_++;
+}
+
+uint64_t ShmChannel::num_consumed() {
+  reclaim();
+  return reclaimed_;
+}
+
+bool ShmChannel::has_frame() {
+  return receive_ring_->slots[received_ % kSlots].sequence.load(std::memory_order_acquire) == received_ + 1;
 }
 
 std::span<const std::byte> ShmChannel::receive(Deadline deadline) {

@@ -33,7 +33,13 @@ class ShmChannel final : public Channel {
   void post() override;
   std::span<const std::byte> receive(Deadline deadline) override;
   void release() override;
-  size_t max_frame_bytes() const override { return ring_bytes_; }
+  bool has_frame() override;
+  std::span<std::byte> send_memory() override { return {send_data_, ring_bytes_}; }
+  std::span<const std::byte> receive_memory() override { return {receive_data_, ring_bytes_}; }
+  void set_aside(size_t bytes) override { space_.set_aside(bytes); }
+  uint64_t post_at(size_t offset, size_t bytes, Deadline deadline) override;
+  uint64_t num_consumed() override;
+  size_t max_frame_bytes() const override { return space_.bytes(); }
   bool peer_closed() const override;
   void close() override;
 
@@ -45,6 +51,7 @@ class ShmChannel final : public Channel {
   struct Ring;
 
   void reclaim();
+  uint64_t publish(size_t offset, size_t bytes);
   template <typename Ready>
   void wait(std::atomic<uint32_t>& waiting, Deadline deadline, Ready ready) const;
 

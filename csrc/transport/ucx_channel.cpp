@@ -261,6 +261,13 @@ void UcxChannel::send_credit() {
   send(credit, nullptr, 0, std::nullopt);
 }
 
+void UcxChannel::ask_for_credit() {
+  asked_for_credit_ = true;
+  Message want;
+  want.type = MessageType::kWantCredit;
+  send(want, nullptr, 0, std::nullopt);
+}
+
 void UcxChannel::work() {
   if (no_progress_) return;
   ucx_.ucp_worker_progress(worker_.get());
@@ -370,24 +377,25 @@ void UcxChannel::reclaim() {
   }
 }
 
-std::span<std::byte> UcxChannel::reserve(size_t bytes, Deadline deadline) {
-  const size_t padded = space_.padded(bytes);
-  reserved_bytes_ = 0;
+// Waits for a frame's slot and for what has_room(), called with the mutex held, asks for.
+template <typename HasRoom>
+void UcxChannel::wait_for_room(Deadline deadline, HasRoom has_room) {
   wait(
       deadline,
       [&] {
         if (!peer_said_hello_ || closed_ || peer_gone_) return false;
         reclaim();
-        if (space_.num_frames() < kSlots && space_.place(padded, reserved_)) return true;
-        if (!asked_for_credit_) {
-          asked_for_credit_ = true;
-          Message want;
-          want.type = MessageType::kWantCredit;
-          send(want, nullptr, 0, std::nullopt);
-        }
+        if (space_.num_frames() < kSlots && has_room()) return true;
+        if (!asked_for_credit_) ask_for_credit();
         return false;
       },
       [this] { return peer_gone_.load(); });
+}
+
+std::span<std::byte> UcxChannel::reserve(size_t bytes, Deadline deadline) {
+  const size_t padded = space_.padded(bytes);
+  reserved_bytes_ = 0;
+  wait_for_room(deadline, [&] { return space_.place(padded, reserved_); });
   reserved_bytes_ = bytes;
   return {send_ring_.data + reserved_.offset, bytes};
 }
@@ -395,12 +403,24 @@ std::span<std::byte> UcxChannel::reserve(size_t bytes, Deadline deadline) {
 void UcxChannel::post() {
   if (reserved_bytes_ == 0) throw std::logic_error("post() without reserve()");
   const std::lock_guard lock(progress_.mutex());
+  space_.take(reserved_);
+  send_frame(reserved_.offset, std::exchange(reserved_bytes_, 0));
+}
+
+uint64_t UcxChannel::post_at(size_t offset, size_t bytes, Deadline deadline) {
+  wait_for_room(deadline, [] { return true; });
+  const std::lock_guard lock(progress_.mutex());
+  space_.take_nothing();
+  return send_frame(offset, bytes);
+}
+
+// With the mutex held.
+uint64_t UcxChannel::send_frame(size_t offset, size_t bytes) {
   Message message;
   message.type = MessageType::kFrame;
   message.number = posted_;
-  message.bytes = std::exchange(reserved_bytes_, 0);
-  message.offset = reserved_.offset;
-  space_.take(reserved_);
+  message.bytes = bytes;
+  message.offset = offset;
   // Counted first: the peer may consume the frame before the last send() returns.
   const uint64_t frame = posted_++;
   for (size_t sent = 0; sent < message.bytes; sent += max_message_bytes_) {
@@ -408,6 +428,24 @@ void UcxChannel::post() {
     send(message, send_ring_.data + message.offset + sent,
          std::min<size_t>(max_message_bytes_, message.bytes - sent), frame);
   }
+  return frame;
+}
+
+uint64_t UcxChannel::num_consumed() {
+  const std::lock_guard lock(progress_.mutex());
+  check_open();
+  progress_.work();
+  reclaim();
+  if (reclaimed_ < posted_ && !asked_for_credit_) ask_for_credit();
+  return reclaimed_;
+}
+
+bool UcxChannel::has_frame() {
+  const std::lock_guard lock(progress_.mutex());
+  progress_.work();
+  if (arrivals_.is_complete()) return true;
+  check_open();
+  return false;
 }
 
 std::span<const std::byte> UcxChannel::receive(Deadline deadline) {

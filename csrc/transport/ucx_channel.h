@@ -59,7 +59,13 @@ class UcxChannel final : public Channel {
   void post() override;
   std::span<const std::byte> receive(Deadline deadline) override;
   void release() override;
-  size_t max_frame_bytes() const override { return ring_bytes_; }
+  bool has_frame() override;
+  std::span<std::byte> send_memory() override { return {send_ring_.data, ring_bytes_}; }
+  std::span<const std::byte> receive_memory() override { return {receive_ring_.data, ring_bytes_}; }
+  void set_aside(size_t bytes) override { space_.set_aside(bytes); }
+  uint64_t post_at(size_t offset, size_t bytes, Deadline deadline) override;
+  uint64_t num_consumed() override;
+  size_t max_frame_bytes() const override { return space_.bytes(); }
   bool peer_closed() const override;
   void close() override;
 
@@ -83,7 +89,11 @@ class UcxChannel final : public Channel {
   Ring make_ring();
   void free_ring(Ring& ring);
   void send(Message message, const std::byte* data, size_t bytes, std::optional<uint64_t> frame);
+  uint64_t send_frame(size_t offset, size_t bytes);
+  template <typename HasRoom>
+  void wait_for_room(Deadline deadline, HasRoom has_room);
   void send_credit();
+  void ask_for_credit();
   void reclaim();
   void work();
   template <typename Ready, typename Gone>

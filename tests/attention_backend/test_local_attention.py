@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from vllm_lamina.attention_backend.impl import merge_by_lse
-from vllm_lamina.device.cpu import CpuDevice
+from vllm_lamina.attention_backend.host_layers import merge_by_lse
+from vllm_lamina.device.base import Chunks
+from vllm_lamina.device.cpu import CpuDevice, causal_attention
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Of the output, whose values are about 1: a few units in the last place of the dtype."""
@@ -43,7 +44,7 @@ def test_causal_attention(
 ) -> None:
     q, k, v = qkv(num_tokens, num_heads, num_kv_heads, head_size, dtype)
     scale = head_size**-0.5
-    out, lse = CpuDevice().causal_attention(q, k, v, scale)
+    out, lse = CpuDevice().local_attention(head_size, scale)(q, k, v, Chunks([num_tokens]))
     expected_out, expected_lse = reference(q, k, v, scale)
     assert out.dtype == dtype
     assert lse.dtype == torch.float32
@@ -53,11 +54,20 @@ def test_causal_attention(
     torch.testing.assert_close(lse.double(), expected_lse, atol=lse_tolerance, rtol=lse_tolerance)
 
 
+def test_chunks_attend_within_themselves() -> None:
+    lengths = [5, 1, 33]
+    q, k, v = qkv(sum(lengths), 6, 2, 64, torch.float32)
+    out, lse = causal_attention(q, k, v, Chunks(lengths), 0.125)
+    expected = [reference(*rows, 0.125) for rows in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)]
+    torch.testing.assert_close(out.double(), torch.cat([e[0] for e in expected]), atol=2e-6, rtol=2e-6)
+    torch.testing.assert_close(lse.double(), torch.cat([e[1] for e in expected]), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("context_len", [1, 40])
 def test_merging_with_the_context_gives_the_full_softmax(context_len: int) -> None:
     q, k, v = qkv(context_len + 24, 4, 2, 64, torch.float32)
     chunk = slice(context_len, None)
-    local_out, local_lse = CpuDevice().causal_attention(q[chunk], k[chunk], v[chunk], 0.125)
+    local_out, local_lse = causal_attention(q[chunk], k[chunk], v[chunk], Chunks([24]), 0.125)
     # Every query of the chunk sees the whole context.
     context_out, context_lse = reference(
         q[chunk], k[:context_len], v[:context_len], 0.125, first_key=context_len

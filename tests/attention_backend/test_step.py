@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_lamina.attention_backend.backend import LaminaAttentionBackend
 from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadata, LaminaMetadataBuilder
 from vllm_lamina.attention_backend.step import PlannedRequest, PrefillChunk, Step, StepPlan
@@ -133,7 +134,7 @@ def builder() -> LaminaMetadataBuilder:
 
 def test_building_sends_nothing_and_may_be_repeated(exchange: Exchange) -> None:
     client = Client()
-    exchange.open(client, ["layer"], BLOCK_SIZE)  # type: ignore[arg-type]
+    exchange.open(HostLayers(client, 60.0, ranks_wait=False), ["layer"], BLOCK_SIZE)  # type: ignore[arg-type]
     with exchange.running(1, plan(request(5, 1, [1]))):
         one, other = (builder().build(0, WHATEVER) for _ in range(2))
         assert one.step is other.step is not None

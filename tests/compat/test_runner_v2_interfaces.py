@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
+import pytest
 from engines import ENGINE_DEFAULTS, ENGINE_ENV
 from models import ModelZoo
 from runners import V2, environment
@@ -69,7 +71,11 @@ SHARED = {
 
 PROGRAM = """
 import json, sys, types, torch
-from vllm import LLM
+from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.v1.worker import cpu_worker, gpu_worker
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.warmup import run_mixed_prefill_decode_warmup
 
 CODE = type, types.FunctionType, types.MethodType, types.ModuleType
 
@@ -97,15 +103,73 @@ def tensors(attributes):
     return found
 
 mine, its = tensors(vars(first)), tensors(vars(first) | vars(second))
-llm.llm_engine.engine_core.shutdown()
 shared = sorted(path for path, place in its.items() if place in mine.values())
-print("FOUND " + json.dumps([shared, sorted(its.keys() - set(shared))]))
+
+calls = []
+
+def logged(name):
+    method = getattr(worker, name)
+    def call(*args):
+        calls.append(name)
+        return method(*args)
+    return call
+
+worker.execute_model, worker.sample_tokens = logged("execute_model"), logged("sample_tokens")
+
+def generate():
+    prompts = [{"prompt_token_ids": [first + 3 * i % 900 for i in range(140)]} for first in (5, 7)]
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=3, ignore_eos=True), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+def state():
+    [stats] = worker.attention_worker_stats()
+    return {
+        "steps": stats["steps"],
+        "messages": stats["messages"],
+        "blocks": list(worker.lanes._planner._block_ids),
+        "places": sorted(first.req_states.free_indices),
+    }
+
+def kernel_warmup(worker):
+    # Of vLLM's own, what it runs; all of it imports what is for GPUs alone.
+    first.profile_run()
+    first._dummy_run(16)
+    first._dummy_run(2, uniform_decode=True)
+    run_mixed_prefill_decode_warmup(first, worker.execute_model, worker.sample_tokens, 16)
+
+def run_what_is_captured(manager, create_forward_fn, *_):
+    for mode, *size in ((CUDAGraphMode.PIECEWISE, 16, None), (CUDAGraphMode.FULL, 4, 4, 1)):
+        create_forward_fn(BatchExecutionDescriptor(mode, *size), warmup=False)(CUDAGraphMode.NONE)
+    calls.append("capture")
+
+tokens = [generate()]
+before = state()
+calls.clear()
+torch.accelerator.synchronize = lambda: None
+gpu_worker.kernel_warmup = kernel_warmup
+worker.vllm_config.kernel_config.enable_jit_warmup = True
+# Places for so many are free; at a start all are.
+first.scheduler_config.max_num_seqs, most = 2, first.scheduler_config.max_num_seqs
+cpu_worker.CPUWorker.compile_or_warm_up_model = gpu_worker.Worker.compile_or_warm_up_model
+worker.compile_or_warm_up_model()
+first.scheduler_config.max_num_seqs = most
+CudaGraphManager.capture = run_what_is_captured
+first.cudagraph_manager.capture(
+    first.model, first.model_state, first.input_buffers, None, first.block_tables, first.attn_groups,
+    first.kv_cache_config,
+)
+warmed = list(calls)
+after = state()
+tokens.append(generate())
+llm.llm_engine.engine_core.shutdown()
+print("FOUND " + json.dumps([shared, sorted(its.keys() - set(shared)), warmed, before, after, tokens]))
 """
 
 
-def test_lanes_share_requests_and_weights_alone(model_zoo: ModelZoo) -> None:
-    """Fails when vLLM's runner has a further tensor that is neither known to be shared nor a lane's own."""
-    options = json.dumps(ENGINE_DEFAULTS | {"model": model_zoo("llama")})
+@pytest.fixture(scope="module")
+def found(model_zoo: ModelZoo) -> list[Any]:
+    """What the program says of an engine with two lanes."""
+    options = json.dumps(ENGINE_DEFAULTS | {"model": model_zoo("llama"), "max_num_seqs": 8})
     finished = subprocess.run(
         [sys.executable, "-c", PROGRAM, options],
         env=os.environ | ENGINE_ENV | environment(V2),
@@ -115,7 +179,24 @@ def test_lanes_share_requests_and_weights_alone(model_zoo: ModelZoo) -> None:
     )
     lines = [line for line in finished.stdout.splitlines() if line.startswith("FOUND ")]
     assert lines, finished.stderr[-3000:]
-    shared, own = json.loads(lines[0].removeprefix("FOUND "))
+    return list(json.loads(lines[0].removeprefix("FOUND ")))
+
+
+def test_lanes_share_requests_and_weights_alone(found: list[Any]) -> None:
+    """Fails when vLLM's runner has a further tensor that is neither known to be shared nor a lane's own."""
+    shared, own, *_ = found
     unknown = [path for path in shared if not path.startswith(tuple(f"{known}." for known in SHARED))]
     assert not unknown
     assert {"input_buffers.input_ids", "block_tables.slot_mappings"} <= set(own)
+
+
+def test_warming_up_leaves_nothing_behind(found: list[Any]) -> None:
+    """Relies on what a GPU worker runs before the first request, eagerly here where it captures: with steps that no
+    scheduler made, or without any. Here there is a prefix cache, which they would spoil, for they name its KV blocks.
+    """
+    *_, warmed, before, after, tokens = found
+    assert warmed.count("execute_model") >= 7
+    assert warmed.count("sample_tokens") >= 5
+    assert warmed[-1] == "capture"
+    assert after == before
+    assert tokens[1] == tokens[0]

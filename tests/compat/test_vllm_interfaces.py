@@ -2,18 +2,24 @@
 
 import inspect
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from models import ModelZoo
+from vllm.config import get_current_vllm_config
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.attention import selector
+from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.worker import gpu_worker
 from vllm.v1.worker.gpu.model_runner import GPUModelRunner as GPUModelRunnerV2
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.versions import SERIES, check_vllm_version
+from vllm_lamina.device.base import LocalAttention
 from vllm_lamina.device.cpu import CpuDevice
 from vllm_lamina.errors import LaminaError
 from vllm_lamina.executor.executors import STEP_METHODS
@@ -52,6 +58,8 @@ def test_worker_methods_that_are_overridden_exist() -> None:
     assert [*inspect.signature(CPUWorker.determine_available_memory).parameters] == ["self"]
     assert [*inspect.signature(CPUWorker._should_warm_up_model).parameters] == ["self"]
     assert [*inspect.signature(Worker.get_kv_cache_spec).parameters] == ["self"]
+    assert [*inspect.signature(Worker.compile_or_warm_up_model).parameters] == ["self"]
+    assert "self.execute_model, self.sample_tokens" in inspect.getsource(gpu_worker)
 
 
 def test_executor_hooks_exist() -> None:
@@ -82,20 +90,44 @@ def test_model_workers_are_called_through_collective_rpc() -> None:
         assert all(f'"{name}",' in inspect.getsource(getattr(cls, name)) for name in STEP_METHODS)
 
 
-def test_a_gpu_worker_profiles_under_its_configuration() -> None:
-    """Relies on ``profile_run`` of both model runners, which reads ``get_current_vllm_config``."""
-    config, seen = VllmConfig(), []
+def test_a_gpu_worker_profiles_under_its_configuration(model_zoo: ModelZoo) -> None:
+    """Relies on ``profile_run`` of both model runners and ``get_flash_attn_version``, which read the current
+    configuration.
+    """
+    arguments = EngineArgs(model_zoo("llama"), dtype="float32", max_model_len=256, max_num_batched_tokens=96)
+    config = arguments.create_engine_config()
+    seen: list[Any] = []
+
+    def see(what: object) -> None:
+        assert get_current_vllm_config() is config
+        assert torch.is_inference_mode_enabled()
+        seen.append(what)
+
+    class Device(CpuDevice):
+        def local_attention(self, head_size: int, scale: float) -> LocalAttention:
+            see((head_size, scale))
+            attend = super().local_attention(head_size, scale)
+
+            def seen_attending(q: torch.Tensor, *others: Any) -> Any:
+                see((tuple(q.shape), others[-1].lengths))
+                return attend(q, *others)
+
+            return seen_attending
+
     worker = object.__new__(LaminaCUDAWorker)
-    worker.vllm_config = config
-    worker.model_runner = SimpleNamespace(
-        profile_run=lambda: seen.append((get_current_vllm_config(), torch.is_inference_mode_enabled()))
-    )
+    worker.device = torch.device("cpu")
+    worker.exchange = SimpleNamespace(device=Device())
+    worker.vllm_config, worker.parallel_config = config, config.parallel_config
+    worker.model_config, worker.scheduler_config = config.model_config, config.scheduler_config
+    worker.model_runner = SimpleNamespace(profile_run=lambda randomize_inputs: see(randomize_inputs))
     worker._warm_up()
-    assert seen == [(config, True)]
+    chunks = [1], [1, 1], [96], [1, 95]
+    assert seen == [False, (32, 32**-0.5), *(((sum(lengths), 8, 32), lengths) for lengths in chunks)]
 
     source = inspect.getsource(Worker.determine_available_memory)
     assert "torch.inference_mode()" in source
     assert "set_current_vllm_config(self.vllm_config)" in source
+    assert "self.model_runner.profile_run(randomize_inputs=self.randomize_dummy_inputs)" in source
     for runner in (GPUModelRunner, GPUModelRunnerV2):
-        defaults = [p.default for p in inspect.signature(runner.profile_run).parameters.values()][1:]
-        assert inspect.Parameter.empty not in defaults
+        assert "randomize_inputs" in inspect.signature(runner.profile_run).parameters
+    assert "get_current_vllm_config_or_none()" in inspect.getsource(fa_utils.get_flash_attn_version)

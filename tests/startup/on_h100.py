@@ -69,7 +69,9 @@ chosen_in = configure.chosen_in
 
 
 def chosen_by_worker(config: Any) -> dict[str, Any]:
-    """What vLLM and Lamina chose, with the class that the layers' attention gets in a model worker of Lamina's."""
+    """What vLLM and Lamina chose, with the class that the layers' attention gets in a model worker of Lamina's, and
+    what that one captures.
+    """
     chosen = chosen_in(config)
     if chosen["attention backend"] != "CUSTOM":
         return chosen
@@ -80,9 +82,14 @@ def chosen_by_worker(config: Any) -> dict[str, Any]:
     )
     with set_current_vllm_config(config):
         backend = get_attn_backend(128, torch.bfloat16, config.cache_config.cache_dtype)
+    # As the model runner does, by what the backend can have in a graph.
+    support = backend.get_builder_cls().get_cudagraph_support(config, None)
+    graphs = config.compilation_config.resolve_cudagraph_mode_and_sizes(
+        support, backend.__name__, use_v2_model_runner=True
+    )
     restore_attention_backend(device.backend_name)
     exchange.deactivate()
-    return chosen | {"class": backend.__name__}
+    return chosen | {"class": backend.__name__, "graphs": graphs.name}
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def test_what_lamina_needs(outcomes: Outcomes) -> None:
         "block size": 128,
         "attention backend": "CUSTOM",
         "class": "LaminaAttentionBackend",
+        "graphs": "PIECEWISE",
         "scheduler": "vllm_lamina.scheduler.scheduler.LaminaScheduler",
         "asynchronous": False,
     }, outcomes["lamina"]

@@ -141,6 +141,13 @@ def test_children_are_started_by_run_module() -> None:
     assert starting == {f"{PACKAGE}.run_module"}
 
 
+def test_only_the_kernels_of_a_gpu_need_triton() -> None:
+    found = {
+        module for module in modules() if any(name.split(".")[0] == "triton" for name in imports(module))
+    }
+    assert found == {f"{PACKAGE}.device.exchange_kernels"}
+
+
 NATIVE_ORDER = ["worker/attention_worker", "worker/model_worker", "wire", "transport", "kernel", "base"]
 """Folders of csrc, from the top; the two workers stand beside each other."""
 

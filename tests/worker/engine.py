@@ -116,18 +116,17 @@ class Engine:
         self.k[layer, self.slot_mapping[stored]] = self.heads(k)[stored]
         self.v[layer, self.slot_mapping[stored]] = self.heads(v)[stored]
         self.q = self.heads(q)
-        self.client.post(
-            self.lane,
-            layer,
-            q.ctypes.data,
-            q.strides[0],
-            k.ctypes.data,
-            k.strides[0],
-            v.ctypes.data,
-            v.strides[0],
-        )
+        self.send(layer, q, k, v)
 
-    def collect_and_check(self, layer: int) -> None:
+    def send(
+        self, layer: int, q: NDArray[np.generic], k: NDArray[np.generic], v: NDArray[np.generic]
+    ) -> None:
+        """Post rows of q, k and v."""
+        rows = [number for array in (q, k, v) for number in (array.ctypes.data, array.strides[0])]
+        self.client.post(self.lane, layer, *rows)
+
+    def collect(self, layer: int) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
+        """Take the layer's output: of decodes into `out`; of prefill rows with context, and their LSE, returned."""
         geometry = self.geometry
         context_out = np.zeros((self.context_rows, geometry.num_heads, geometry.head_size), self.out.dtype)
         context_lse = np.zeros((self.context_rows, geometry.num_heads), np.float32)
@@ -135,7 +134,11 @@ class Engine:
         self.client.collect(
             self.lane, layer, self.out.ctypes.data, self.out.strides[0], *pointers, timeout=20.0
         )
+        return context_out, context_lse
 
+    def collect_and_check(self, layer: int) -> None:
+        geometry = self.geometry
+        context_out, context_lse = self.collect(layer)
         out = self.heads(self.out.reshape(len(self.out), -1)[:, : geometry.num_heads * geometry.head_size])
         tolerance = TOLERANCE[geometry.dtype]
         token = row = 0

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
-import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from engine import Engine, Request
+from random_steps import Workload, ranges
 from worker_processes import pause
 
 from vllm_lamina._native import AttentionClient, AttentionWorkerError, ChannelTimeout, Partition
@@ -66,58 +65,6 @@ def connect(workers: list[EmbeddedAttentionWorker]) -> Iterator[Connect]:
 
 def geometry(dtype: str = "float32", kv_heads: int = GEOMETRY.num_kv_heads) -> Geometry:
     return Geometry(2, BLOCK_SIZE, 2 * kv_heads, kv_heads, 32, dtype, GEOMETRY.scales)  # type: ignore[arg-type]
-
-
-class Workload:
-    """Random requests of one lane: prompts in chunks, then decodes; each step is checked.
-
-    ``pieces`` are ranges of block ids. A request takes its blocks from one of them, or from anywhere.
-    """
-
-    def __init__(self, engine: Engine, pieces: list[range], seed: int) -> None:
-        self.engine = engine
-        self.random = random.Random(seed)
-        self.free = [list(piece) for piece in pieces]
-        self.requests: list[tuple[Request, int]] = []  # and the length of its prompt
-
-    def _arrive(self) -> None:
-        piece = self.random.choice([None, *range(len(self.free))])
-        prompt = self.random.choice([1, 20, 32, 33, 100, 170])
-        blocks: list[int] = []
-        for _ in range(-(-(prompt + 10) // BLOCK_SIZE)):
-            candidates = [ids for ids in ([self.free[piece]] if piece is not None else self.free) if ids]
-            if not candidates:
-                for block in blocks:
-                    self.free[0].append(block)
-                return
-            ids = self.random.choice(candidates)
-            blocks.append(ids.pop(self.random.randrange(len(ids))))
-        self.requests.append((Request(0, 0, blocks), prompt))
-
-    def step(self, padding: int = 0) -> None:
-        if len(self.requests) < 6:
-            self._arrive()
-        chosen = [r for r in self.requests if self.random.random() < 0.8] or self.requests[:1]
-        decodes = [r for r, prompt in chosen if r.context >= prompt]
-        chunks = [(r, prompt) for r, prompt in chosen if r.context < prompt]
-        for request in decodes:
-            request.query = 1
-        for request, prompt in chunks:
-            request.query = min(prompt - request.context, self.random.choice([1, 7, 32, 90]))
-        if decodes or chunks:
-            self.engine.step(len(decodes), [*decodes, *(r for r, _ in chunks)], padding)
-        for request, _ in chosen:
-            request.context += request.query
-        done = [entry for entry in self.requests if entry[0].context >= entry[1] + 10]
-        for request, _ in done:
-            for block in request.blocks:
-                self.free[self.random.randrange(len(self.free))].append(block)
-        self.requests = [entry for entry in self.requests if entry not in done]
-
-
-def ranges(counts: list[int]) -> list[range]:
-    ends = np.cumsum([0, *counts]).tolist()
-    return [range(begin, end) for begin, end in itertools.pairwise(ends)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -1,8 +1,12 @@
-"""vLLM's view of Lamina's attention: its name, what it supports, and the classes that do the work."""
+"""vLLM's view of Lamina's attention: its name, what it supports, and the classes that do the work.
+
+Where nothing is said here, vLLM's base class says no, which is true: tests/attention_backend/test_backend.py has all
+that vLLM asks, with the answers.
+"""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
@@ -43,6 +47,20 @@ class LaminaAttentionBackend(AttentionBackend):
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
         return list(HEAD_SIZES)
+
+    @classmethod
+    def supports_compute_capability(cls, capability: Any) -> bool:
+        # Since Ampere; only GPUs are asked.
+        return bool(capability.major >= 8)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False
+
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        # The attention workers are told the lengths that the scheduler says.
+        return False
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

@@ -5,20 +5,61 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 from vllm_lamina.attention_backend.step import Step, StepPlan
 from vllm_lamina.device import Device
 from vllm_lamina.errors import LaminaError
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.attention.backend import AttentionLayer
 
-    from vllm_lamina._native import AttentionClient
+    from vllm_lamina._native import Channel
+    from vllm_lamina.device.base import LocalAttention
 
 
-class StepFailed(Exception):
-    """Ends a step that cannot be completed because an attention worker was lost."""
+class Layers(Protocol):
+    """How the layers of a step are exchanged.
+
+    Decodes are answered by the attention workers, prefill chunks by both sides, merged by LSE.
+    """
+
+    def announce(self, lane: int) -> None:
+        """The lane's next step comes after all that were announced before."""
+
+    def attend(
+        self,
+        lane: int,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        attend_locally: LocalAttention,
+    ) -> None:
+        """Attend one layer of the lane's step, all layers in order.
+
+        Parameters
+        ----------
+        layer
+            The attention workers' index of the layer.
+        query
+            [step.num_tokens, num_heads, head_size].
+        key, value
+            [step.num_tokens, num_kv_heads, head_size], the dtype of ``query``.
+        output
+            The shape and dtype of ``query``, written in place; anything if the step fails.
+        attend_locally
+            The layer's attention within prefill chunks.
+        """
+
+    def take_failure(self, lane: int) -> str | None:
+        """Why the lane's step cannot be completed, if an attention worker was lost; once a step, after its layers."""
+
+    def replace_channel(self, worker: int, channel: Channel) -> None:
+        """Give a lost worker's part to whoever serves ``channel``. No lane may be in a step."""
 
 
 @dataclass
@@ -32,11 +73,7 @@ class Exchange:
     device: Device
     timeout: float
     """Seconds one wait may take."""
-    ranks_wait: bool = False
-    """Whether other ranks of the model wait in every layer for this one."""
-    _client: AttentionClient | None = None
-    _failures: dict[int, str] = field(default_factory=dict)
-    """By lane: why its step cannot be completed."""
+    _layers: Layers | None = None
     _layer_indices: dict[str, int] = field(default_factory=dict)
     _block_size: int = 0
     _steps: dict[int, StepPlan | Step] = field(default_factory=dict)
@@ -61,18 +98,18 @@ class Exchange:
             raise LaminaError("Lamina's attention backend is used outside of a Lamina model worker.")
         return Exchange._current
 
-    def open(self, client: AttentionClient, layer_names: Sequence[str], block_size: int) -> None:
-        """Attend through ``client``: its layer i is ``layer_names[i]``, its blocks hold ``block_size`` tokens."""
-        self._client = client
+    def open(self, layers: Layers, layer_names: Sequence[str], block_size: int) -> None:
+        """Attend by ``layers``: its layer i is ``layer_names[i]``, its blocks hold ``block_size`` tokens."""
+        self._layers = layers
         self._block_size = block_size
         self._layer_indices = {name: index for index, name in enumerate(layer_names)}
 
     @property
-    def client(self) -> AttentionClient:
-        """The native client of the data channel."""
-        if self._client is None:
+    def layers(self) -> Layers:
+        """How layers are exchanged."""
+        if self._layers is None:
             raise LaminaError("The attention worker's KV pool is not configured yet.")
-        return self._client
+        return self._layers
 
     @contextlib.contextmanager
     def running(self, lane: int, plan: StepPlan) -> Iterator[None]:
@@ -89,29 +126,6 @@ class Exchange:
         if isinstance(step, StepPlan):
             step = self._steps[lane] = Step(step, self._block_size)
         return step
-
-    def fail_step(self, lane: int, error: Exception) -> None:
-        """An attention worker was lost: the lane's step ends here.
-
-        Raises
-        ------
-        StepFailed
-            But not where other ranks of the model wait for this one: there the step runs to its end without the
-            workers, for nothing.
-        Exception
-            ``error``, where no worker is lost.
-        """
-        if lane not in self._failures:
-            if not self.client.failed_workers:
-                raise error
-            self._failures[lane] = str(error)
-            self.client.fail_step(lane, str(error))
-        if not self.ranks_wait:
-            raise StepFailed(str(error)) from error
-
-    def take_failure(self, lane: int) -> str | None:
-        """Why the lane's last step cannot be completed, if it cannot; it is asked once a step."""
-        return self._failures.pop(lane, None)
 
     def layer_index(self, layer: AttentionLayer) -> int:
         """The attention worker's index of a layer of the model."""

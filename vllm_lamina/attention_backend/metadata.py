@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from vllm.v1.attention.backend import AttentionMetadataBuilder, CommonAttentionMetadata
+from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.step import Step
@@ -29,6 +29,8 @@ class LaminaMetadata:
 class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
     """Hands the step on. vLLM builds as often as it likes; what it says of the step is checked, and not read."""
 
+    # An exchange runs on the host: vLLM captures the pieces between the layers' attention, see docs/gpu.md.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     # Requests with one query token and a full prompt behind them come first in the batch.
     reorder_batch_threshold = 1
 

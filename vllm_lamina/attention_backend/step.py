@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from vllm_lamina.device.base import Chunks
+
 if TYPE_CHECKING:
-    from vllm_lamina._native import AttentionClient
+    from vllm_lamina._native import AttentionClient, StreamedExchange
 
 
 class PlannedRequest(NamedTuple):
@@ -66,6 +68,10 @@ class Step:
         Query tokens of all requests.
     num_decodes
         Requests at the head of the batch with one query token and context.
+    prefill_chunks
+        The rest of the batch; the rows of all follow one another, from ``first_chunk_token`` up to its end.
+    chunks
+        The same as the local attention takes them: its rows are counted from the first chunk's first.
     num_context_rows
         Query tokens of prefill chunks that have context.
     """
@@ -88,13 +94,15 @@ class Step:
         self.num_decodes = len(parts) if decodes.all() else int(np.argmin(decodes))
         chunks = range(self.num_decodes, len(parts))
         self.num_context_rows = sum(parts[i].query_len for i in chunks if parts[i].context_len)
-        self.prefill_chunks = tuple(_prefill_chunks(parts[self.num_decodes :], int(starts[self.num_decodes])))
+        self.first_chunk_token = int(starts[self.num_decodes])
+        self.prefill_chunks = tuple(_prefill_chunks(parts[self.num_decodes :], self.first_chunk_token))
+        self.chunks = Chunks(self.query_lens[self.num_decodes :])
         self._is_sent = False
 
-    def send_once(self, client: AttentionClient, lane: int, timeout: float) -> None:
-        """Tell the attention workers, before the step's first exchange; later calls do nothing."""
+    def send_once(self, client: AttentionClient | StreamedExchange, lane: int, timeout: float) -> bool:
+        """Tell the attention workers, before the step's first exchange; later calls do nothing, and return False."""
         if self._is_sent:
-            return
+            return False
         self._is_sent = True
         client.begin_step(
             lane,
@@ -105,6 +113,7 @@ class Step:
             self.slot_mapping,
             timeout,
         )
+        return True
 
 
 def _prefill_chunks(parts: Sequence[PlannedRequest], start: int) -> Iterator[PrefillChunk]:

@@ -1,28 +1,70 @@
-"""vLLM's FlashAttention, for the tokens of one prefill chunk on a GPU. NOT RUN yet."""
+"""vLLM's FlashAttention, of the version that the GPU has, over prefill chunks. Not run on a GPU yet."""
 
 from __future__ import annotations
 
 import torch
 
 
-def flash_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+def version_for(head_size: int) -> int | None:
+    """The version that vLLM would take for heads of this size: 3 on Hopper, say; None where it has none for the GPU.
+
+    To be asked under vLLM's configuration, which may name one (``--attention-config.flash_attn_version``).
+    """
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version: int | None = get_flash_attn_version(head_size=head_size)
+    return version
+
+
+def takes(dtype: torch.dtype, head_size: int) -> bool:
+    """Whether all versions take this: what vLLM's own FlashAttention backend says."""
+    return dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    scale: float,
+    version: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `Device.causal_attention`."""
+    """Attend all chunks in one call.
+
+    Parameters
+    ----------
+    q
+        [rows, num_heads, head_size], on the GPU.
+    k, v
+        [rows, num_kv_heads, head_size], the dtype of q, on the GPU.
+    starts
+        [chunks + 1], int32, on the GPU: the first row of each chunk, and how many rows there are.
+    longest
+        Rows of the longest chunk.
+    scale
+        Factor of q . k before the softmax.
+    version
+        See `version_for`.
+
+    Returns
+    -------
+    tuple
+        See `LocalAttention`.
+    """
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-    num_tokens = q.shape[0]
-    starts = torch.tensor([0, num_tokens], dtype=torch.int32, device=q.device)
     out, lse = flash_attn_varlen_func(
         q,
         k,
         v,
         cu_seqlens_q=starts,
         cu_seqlens_k=starts,
-        max_seqlen_q=num_tokens,
-        max_seqlen_k=num_tokens,
+        max_seqlen_q=longest,
+        max_seqlen_k=longest,
         softmax_scale=scale,
         causal=True,
         return_softmax_lse=True,
+        fa_version=version,
     )
-    return out, lse.transpose(0, 1)
+    return out, lse.transpose(0, 1)  # from [num_heads, rows]

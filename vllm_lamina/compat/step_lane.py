@@ -11,6 +11,6 @@ def mark_lane(output: Any, lane: int | None) -> None:
 
 
 def lane_of(output: Any) -> int:
-    """The index of the lane whose step this is, which has tokens; 0 where vLLM's worker made it, to warm up."""
-    lane: int = getattr(output, "lamina_lane", 0)
+    """The index of the lane whose step this is, which has tokens."""
+    lane: int = output.lamina_lane
     return lane

@@ -3,12 +3,116 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
+class Chunks:
+    """The prefill chunks of one step: rows that follow one another, and attend within their chunk alone.
+
+    Attributes
+    ----------
+    starts
+        [chunks + 1], int32: the first row of each chunk, and how many rows there are.
+    """
+
+    def __init__(self, lengths: npt.ArrayLike) -> None:
+        self.starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        self._on_device: torch.Tensor | None = None
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Rows of each chunk, at least 1."""
+        return [int(length) for length in np.diff(self.starts)]
+
+    @cached_property
+    def longest(self) -> int:
+        """Rows of the longest chunk."""
+        return max(self.lengths)
+
+    def starts_on(self, device: torch.device) -> torch.Tensor:
+        """`starts` on the compute device. They are copied once, for all layers, and nothing waits for the copy."""
+        if self._on_device is None:
+            host = torch.from_numpy(self.starts)
+            if device.type == "cuda":
+                host = host.pin_memory()  # from other memory the copy may wait for the stream
+            self._on_device = host.to(device, non_blocking=True)
+        return self._on_device
+
+
+class LocalAttention(Protocol):
+    """Causal attention of a layer among the tokens of each chunk."""
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend.
+
+        Parameters
+        ----------
+        q
+            [rows, num_heads, head_size], on the device, each row contiguous.
+        k, v
+            [rows, num_kv_heads, head_size], the dtype of q, on the device, each row contiguous.
+        chunks
+            Which rows belong together.
+
+        Returns
+        -------
+        tuple
+            The output, [rows, num_heads, head_size] in the dtype of q, and its LSE, [rows, num_heads] float32
+            (natural logarithm).
+        """
+
+
+class Stream(Protocol):
+    """Work of one lane on the device, done in the order in which it is enqueued. Who enqueues does not wait.
+
+    A *word* is the address of an int32 in memory that was registered: see `Streams.register`.
+    """
+
+    def run(self, launch: Callable[[], None]) -> None:
+        """Enqueue what ``launch`` launches."""
+
+    def write(self, word: int, value: int) -> None:
+        """Enqueue: set a word, once all that came before can be seen by the host."""
+
+    def wait(self, word: int, value: int) -> None:
+        """Enqueue: wait until a word is at least ``value``."""
+
+    def fence(self) -> None:
+        """What the caller does next with tensors comes after what was enqueued."""
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is done."""
+
+
+class Streams(Protocol):
+    """A device that works on its own, beside the host."""
+
+    def pack(self, *args: Any) -> None:
+        """Launch `exchange_kernels.pack`."""
+
+    def take(self, *args: Any) -> None:
+        """Launch `exchange_kernels.take`."""
+
+    def register(self, memories: Sequence[tuple[int, int]]) -> None:
+        """Let the device reach memory of the host: (address, bytes) each. What was registered before is forgotten."""
+
+    def stream(self, lane: int) -> Stream:
+        """The lane's stream."""
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros on the device, and memory of the host from which they can be filled without waiting."""
+
+
 class Device(ABC):
-    """Moves q, k, v and the output between the device and the exchange, and attends a prefill chunk locally."""
+    """What the model worker does otherwise from device to device."""
 
     worker_cls: str
     """Qualified name of the model worker's class on this device."""
@@ -19,36 +123,18 @@ class Device(ABC):
     backend_is_asked_for: bool
     """Whether vLLM takes that member only where the configuration names it."""
 
-    @abstractmethod
-    def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Host memory that holds the values of ``tensor``: [tokens, heads, head_size], each token's row contiguous."""
+    def streams(self) -> Streams | None:
+        """How layers are exchanged without the host; None where the host does all work, in its own memory."""
+        return None
 
     @abstractmethod
-    def host_output(self, output: torch.Tensor) -> torch.Tensor:
-        """Host memory for the attention output, of the shape and dtype of ``output``, each token's row contiguous."""
-
-    @abstractmethod
-    def put_output(self, host: torch.Tensor, output: torch.Tensor) -> None:
-        """Bring what was written to ``host_output(output)`` into ``output``."""
-
-    @abstractmethod
-    def causal_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Attention among the tokens of one prefill chunk.
+    def local_attention(self, head_size: int, scale: float) -> LocalAttention:
+        """What attends the prefill chunks of a layer; asked while the layer is made, under vLLM's configuration.
 
         Parameters
         ----------
-        q
-            [tokens, num_heads, head_size], on the device.
-        k, v
-            [tokens, num_kv_heads, head_size], the dtype of q, on the device.
+        head_size
+            Of q, k and v.
         scale
             Factor of q . k before the softmax.
-
-        Returns
-        -------
-        tuple
-            The output, [tokens, num_heads, head_size] in the dtype of q, and its LSE, [tokens, num_heads] float32
-            (natural logarithm).
         """

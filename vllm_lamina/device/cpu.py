@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
-from vllm_lamina.device.base import Device
+from vllm_lamina.device.base import Chunks, Device, LocalAttention
 
 
 class CpuDevice(Device):
@@ -14,32 +16,32 @@ class CpuDevice(Device):
     backend_name = "CPU_ATTN"
     backend_is_asked_for = False
 
-    def rows_on_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor[0].is_contiguous() else tensor.contiguous()
+    def local_attention(self, head_size: int, scale: float) -> LocalAttention:
+        return partial(causal_attention, scale=scale)
 
-    def host_output(self, output: torch.Tensor) -> torch.Tensor:
-        return output
 
-    def put_output(self, host: torch.Tensor, output: torch.Tensor) -> None:
-        return None
-
-    def causal_attention(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_tokens, num_heads, _ = q.shape
-        group = num_heads // k.shape[1]
-        out = torch.empty_like(q)
-        lse = torch.empty(num_tokens, num_heads, dtype=torch.float32)
-        keys, values = _batch(k), _batch(v)
+def causal_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `LocalAttention`."""
+    num_rows, num_heads, _ = q.shape
+    group = num_heads // k.shape[1]
+    out = torch.empty_like(q)
+    lse = torch.empty(num_rows, num_heads, dtype=torch.float32)
+    first = 0
+    for length in chunks.lengths:
+        rows = slice(first, first + length)
+        first += length
+        keys, values = _batch(k[rows]), _batch(v[rows])
         # The op wants as many KV heads as query heads. One call per member of the group needs no copy of k and v.
         for member in range(group):
             heads = slice(member, None, group)
             part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                _batch(q[:, heads]), keys, values, 0.0, True, scale=scale
+                _batch(q[rows, heads]), keys, values, 0.0, True, scale=scale
             )
-            out[:, heads] = part[0].transpose(0, 1)
-            lse[:, heads] = part_lse[0].transpose(0, 1)
-        return out, lse
+            out[rows, heads] = part[0].transpose(0, 1)
+            lse[rows, heads] = part_lse[0].transpose(0, 1)
+    return out, lse
 
 
 def _batch(tensor: torch.Tensor) -> torch.Tensor:

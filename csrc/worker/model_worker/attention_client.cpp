@@ -37,10 +37,6 @@ uint64_t nanoseconds(Clock::time_point time) {
       std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count());
 }
 
-AttendLayout attend_layout(const WorkerStep& part, const ModelGeometry& geometry) {
-  return {part.num_rows * geometry.q_row_bytes(), part.num_tokens() * geometry.kv_row_bytes()};
-}
-
 }  // namespace
 
 AttentionClient::AttentionClient(const std::vector<std::shared_ptr<Channel>>& channels, Partition partition)
@@ -103,13 +99,13 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
   lane.failure.reset();
   for (size_t w = 0; w < links_.size(); ++w) {
     links_[w]->open_step(lane_id, lane.generation, lane.step);
-    const Channel& channel = links_[w]->channel();
+    Channel& channel = links_[w]->channel();
     const WorkerStep& part = lane.split.part(w);
-    const size_t bytes = attend_layout(part, partition_.heads(w).geometry).bytes;
-    if (sizeof(FrameHeader) + bytes > channel.max_frame_bytes()) {
+    const size_t bytes = part.attend_layout(partition_.heads(w).geometry).bytes;
+    if (sizeof(FrameHeader) + bytes > channel.send_memory().size()) {
       throw FrameTooLarge("one layer of a step of " + std::to_string(view.slot_mapping.size()) +
                           " tokens takes " + std::to_string(bytes) + " bytes, the channel's ring holds " +
-                          std::to_string(channel.max_frame_bytes()) +
+                          std::to_string(channel.send_memory().size()) +
                           "; raise ring_bytes or lower max_num_batched_tokens");
     }
     // A step that waits for nothing of this worker would not notice otherwise.
@@ -144,19 +140,14 @@ void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstR
   if (layer >= partition_.geometry().scales.size()) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " does not exist");
   }
-  FrameHeader header;
-  header.type = FrameType::kAttend;
-  header.generation = lane.generation;
-  header.step = lane.step;
-  header.lane = lane_id;
-  header.layer = layer;
+  FrameHeader header = attend_header(lane_id, layer);
   header.began_ns = nanoseconds(lane.computing_since);
   try_send(lane, [&] {
     for (size_t w = 0; w < links_.size(); ++w) {
       const WorkerStep& part = lane.split.part(w);
       if (!part.takes_part()) continue;
       const Partition::Heads& heads = partition_.heads(w);
-      const AttendLayout layout = attend_layout(part, heads.geometry);
+      const AttendLayout layout = part.attend_layout(heads.geometry);
       header.payload_bytes = layout.bytes;
       links_[w]->send(header, deadline, [&](std::byte* payload) {
         const auto pack_all = [](std::byte* to, ConstRows from, const std::vector<RowRange>& ranges, size_t row) {
@@ -233,7 +224,7 @@ void AttentionClient::deliver(Lane& lane, size_t worker, const FrameHeader& head
   const WorkerStep& part = lane.split.part(worker);
   const Partition::Heads& heads = partition_.heads(worker);
   const size_t row_bytes = heads.geometry.q_row_bytes(), lse_bytes = heads.geometry.lse_row_bytes();
-  const OutputLayout layout(part.num_rows * row_bytes, (part.num_rows - part.num_rows_without_lse) * lse_bytes);
+  const OutputLayout layout = part.output_layout(heads.geometry);
   if (header.payload_bytes != layout.bytes || header.layer != lane.posted_layers.front()) {
     fail("the attention worker's output does not fit the step");
   }
@@ -293,6 +284,29 @@ void AttentionClient::zero_blocks(std::span<const int32_t> block_ids, Deadline d
 
 void AttentionClient::copy_blocks(std::span<const int32_t> pairs, Deadline deadline) {
   send_blocks(FrameType::kCopyBlocks, partition_.split_copies(pairs), deadline);
+}
+
+FrameHeader AttentionClient::attend_header(uint32_t lane_id, uint32_t layer) {
+  const Lane& lane = lane_at(lane_id);
+  FrameHeader header;
+  header.type = FrameType::kAttend;
+  header.generation = lane.generation;
+  header.step = lane.step;
+  header.lane = lane_id;
+  header.layer = layer;
+  return header;
+}
+
+bool AttentionClient::is_current(const FrameHeader& header) {
+  const Lane& lane = lane_at(header.lane);
+  return header.generation == lane.generation && (header.type == FrameType::kError || header.step == lane.step);
+}
+
+void AttentionClient::add_times(uint32_t lane_id, std::chrono::nanoseconds waited, std::chrono::nanoseconds attention) {
+  StepTimes& times = lane_at(lane_id).times;
+  times.waiting += waited;
+  times.attention += attention;
+  times.waits.add(waited);
 }
 
 void AttentionClient::fail_step(uint32_t lane, const std::string& why) { lane_at(lane).failure = why; }

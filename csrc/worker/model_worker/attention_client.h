@@ -89,6 +89,16 @@ class AttentionClient {
   // Gives a worker's part to whoever serves `channel`. No lane may be in a step.
   void replace_channel(uint32_t worker, std::shared_ptr<Channel> channel);
 
+  // For what carries the layers of a step itself, without post() and collect(): StreamedExchange.
+  WorkerLink& link(size_t worker) { return *links_[worker]; }
+  const Partition& partition() const { return partition_; }
+  const SplitStep& split(uint32_t lane) { return lane_at(lane).split; }
+  const std::optional<std::string>& failure(uint32_t lane) { return lane_at(lane).failure; }
+  FrameHeader attend_header(uint32_t lane, uint32_t layer);
+  // Whether a reply, or an error, concerns the lane's step; see WorkerLink::open_step().
+  bool is_current(const FrameHeader& header);
+  void add_times(uint32_t lane, std::chrono::nanoseconds waited, std::chrono::nanoseconds attention);
+
   void zero_blocks(std::span<const int32_t> block_ids, Deadline deadline);
   // pairs: source, destination, source, ...
   void copy_blocks(std::span<const int32_t> pairs, Deadline deadline);

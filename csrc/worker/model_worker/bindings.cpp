@@ -1,11 +1,15 @@
 // Python bindings of csrc/worker/model_worker.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <numeric>
+
 #include "worker/model_worker/attention_client.h"
+#include "worker/model_worker/streamed_exchange.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -31,8 +35,8 @@ ConstRows const_rows(uintptr_t address, int64_t stride) {
 Rows rows(uintptr_t address, int64_t stride) { return {reinterpret_cast<std::byte*>(address), stride}; }
 std::byte* pointer(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
-nb::tuple begin_step(AttentionClient& client, uint32_t lane, int32_t num_decodes, const Int32s& query_lens,
-                     const Int32s& context_lens, const Array<int32_t, nb::ndim<2>>& block_table,
+template <class Client>
+nb::tuple begin_step(Client& client, uint32_t lane, int32_t num_decodes, const Int32s& query_lens, const Int32s& context_lens, const Array<int32_t, nb::ndim<2>>& block_table,
                      const Int64s& slot_mapping, double timeout) {
   if (block_table.shape(0) < query_lens.size())
     throw std::invalid_argument("block_table has fewer rows than requests");
@@ -48,6 +52,20 @@ nb::tuple begin_step(AttentionClient& client, uint32_t lane, int32_t num_decodes
     step_rows = client.begin_step(lane, step, deadline_after(timeout));
   }
   return nb::make_tuple(step_rows.q, step_rows.context);
+}
+
+// The tokens of ranges, one by one.
+nb::object tokens_of(const std::vector<RowRange>& ranges) {
+  size_t count = 0;
+  for (const RowRange& rows : ranges) count += rows.count;
+  auto* tokens = new int32_t[count];
+  nb::capsule owner(tokens, [](void* array) noexcept { delete[] static_cast<int32_t*>(array); });
+  int32_t* next = tokens;
+  for (const RowRange& rows : ranges) {
+    std::iota(next, next + rows.count, static_cast<int32_t>(rows.first));
+    next += rows.count;
+  }
+  return nb::cast(nb::ndarray<nb::numpy, int32_t, nb::ndim<1>>(tokens, {count}, owner));
 }
 
 }  // namespace
@@ -95,7 +113,7 @@ void bind_model_worker(nb::module_& m) {
           },
           "lane"_a, "timeout"_a = 60.0, Released())
       .def("end_turn", &AttentionClient::end_turn, "lane"_a, Released())
-      .def("begin_step", &begin_step, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
+      .def("begin_step", &begin_step<AttentionClient>, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
            "block_table"_a, "slot_mapping"_a, "timeout"_a = 60.0)
       .def(
           "post",
@@ -146,6 +164,55 @@ void bind_model_worker(nb::module_& m) {
       .def("fail_step", &AttentionClient::fail_step, "lane"_a, "why"_a)
       .def_prop_ro("failed_workers", &AttentionClient::failed_workers)
       .def("replace_channel", &AttentionClient::replace_channel, "worker"_a, "channel"_a);
+
+  nb::class_<StreamedExchange> streamed(m, "StreamedExchange");
+  streamed.attr("POISON") = StreamedExchange::kPoison;
+  streamed
+      .def(nb::init<AttentionClient&, uint32_t, size_t, int>(), "client"_a, "num_lanes"_a, "max_tokens"_a, "spin_us"_a,
+           nb::keep_alive<1, 2>())
+      .def_static("memory_bytes", &StreamedExchange::memory_bytes, "geometry"_a, "num_lanes"_a, "max_tokens"_a)
+      .def_prop_ro("memories",
+                   [](const StreamedExchange& exchange) {
+                     nb::list memories;
+                     for (const auto& memory : exchange.memories()) {
+                       memories.append(nb::make_tuple(reinterpret_cast<uintptr_t>(memory.data), memory.bytes));
+                     }
+                     return memories;
+                   })
+      .def(
+          "words",
+          [](const StreamedExchange& exchange, uint32_t lane) {
+            const StreamedExchange::Words& words = exchange.words(lane);
+            const auto address = [](const auto& word) { return reinterpret_cast<uintptr_t>(&word); };
+            return nb::make_tuple(address(words.packed), address(words.taken), address(words.free),
+                                  address(words.replied), address(words.replies));
+          },
+          "lane"_a)
+      .def(
+          "payload",
+          [](const StreamedExchange& exchange, uint32_t lane, uint32_t worker, uint32_t layer) {
+            return reinterpret_cast<uintptr_t>(exchange.payload(lane, worker, layer));
+          },
+          "lane"_a, "worker"_a, "layer"_a)
+      .def("announce", &StreamedExchange::announce, "lane"_a, Released())
+      .def("begin_step", &begin_step<StreamedExchange>, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
+           "block_table"_a, "slot_mapping"_a, "timeout"_a = 60.0)
+      .def(
+          "part",
+          [](const StreamedExchange& exchange, uint32_t lane, uint32_t worker) {
+            const WorkerStep& part = exchange.part(lane, worker);
+            return nb::make_tuple(tokens_of(part.q_tokens), tokens_of(part.kv_tokens), part.num_rows_without_lse);
+          },
+          "lane"_a, "worker"_a)
+      .def(
+          "finish_step",
+          [](StreamedExchange& exchange, uint32_t lane, double timeout) {
+            return exchange.finish_step(lane, deadline_after(timeout));
+          },
+          "lane"_a, "timeout"_a = 60.0, Released())
+      .def("fail_step", &StreamedExchange::fail_step, "lane"_a, "why"_a, Released())
+      .def("replace_channel", &StreamedExchange::replace_channel, "worker"_a, "channel"_a, Released())
+      .def("set_timeout", &StreamedExchange::set_timeout, "seconds"_a);
 }
 
 }  // namespace lamina

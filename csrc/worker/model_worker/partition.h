@@ -42,6 +42,13 @@ struct WorkerStep : StepPart {
   std::vector<RowRange> kv_tokens;  // tokens whose k, v it gets
   std::vector<Delivery> deliveries;
   bool takes_part() const { return num_rows > 0 || num_tokens() > 0; }
+  // Of a layer of the step, at a worker with this geometry.
+  AttendLayout attend_layout(const ModelGeometry& geometry) const {
+    return {num_rows * geometry.q_row_bytes(), num_tokens() * geometry.kv_row_bytes()};
+  }
+  OutputLayout output_layout(const ModelGeometry& geometry) const {
+    return {num_rows * geometry.q_row_bytes(), (num_rows - num_rows_without_lse) * geometry.lse_row_bytes()};
+  }
   void clear();
 };
 

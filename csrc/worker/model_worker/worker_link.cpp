@@ -18,6 +18,13 @@ bool WorkerLink::is_current(const FrameHeader& header) const {
   return header.type == FrameType::kError || (header.type == FrameType::kOutput && header.step == lane.step);
 }
 
+uint64_t WorkerLink::send_at(size_t offset, const FrameHeader& header, Deadline deadline) {
+  const std::lock_guard lock(send_mutex_);
+  const size_t bytes = sizeof header + header.payload_bytes;
+  write_header(channel_->send_memory().subspan(offset, bytes), header);
+  return watched([&] { return channel_->post_at(offset, bytes, deadline); });
+}
+
 // One of the threads that wait is at the channel and takes whatever comes; a reply for another lane goes to that lane's
 // inbox. Whoever leaves the channel wakes the others, one of whom takes its place.
 void WorkerLink::receive(uint32_t lane_id, Deadline deadline, const Take& take) {

@@ -21,6 +21,7 @@ class WorkerLink {
   explicit WorkerLink(std::shared_ptr<Channel> channel) : channel_(std::move(channel)) {}
 
   const Channel& channel() const { return *channel_; }
+  Channel& channel() { return *channel_; }
 
   // The worker did not take a frame or did not answer, or is gone.
   bool failed() const { return failed_ || channel_->peer_closed(); }
@@ -38,6 +39,16 @@ class WorkerLink {
     write_header(frame, header);
     channel_->post();
   }
+
+  // Sends the frame whose payload lies at an offset of the channel's send memory, in what was set aside, behind room for
+  // the header. Returns its number.
+  uint64_t send_at(size_t offset, const FrameHeader& header, Deadline deadline);
+  // Frames that the worker gave back. Throws ChannelClosed.
+  uint64_t num_consumed() {
+    const std::lock_guard lock(send_mutex_);
+    return channel_->num_consumed();
+  }
+  void set_failed() { failed_ = true; }
 
   // Waits for the lane's next reply and lets `take` read it in place. Threads of several lanes may wait here.
   using Take = std::function<void(const FrameHeader&, const std::byte* payload)>;

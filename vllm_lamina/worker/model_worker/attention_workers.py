@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import msgspec
 
-from vllm_lamina._native import AttentionClient, ChannelError
+from vllm_lamina._native import AttentionClient, Channel, ChannelError
+from vllm_lamina.attention_backend.streamed_layers import memory_bytes
 from vllm_lamina.config import TransportOption
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.kv_cache.partition import Partition, Pool, divide
@@ -33,6 +34,8 @@ class ChannelOptions:
         Of a step, for which a channel has room; see `Geometry.ring_bytes`.
     spin_us
         How long either side polls before it sleeps. Workers that share CPUs with one another sleep at once.
+    num_streams
+        Lanes whose frames a device writes, into the channels' memory; see `streamed_layers`.
     """
 
     max_tokens: int
@@ -41,6 +44,7 @@ class ChannelOptions:
     spin_us: int
     transport: TransportOption = "auto"
     heartbeat_timeout: float = 0.0
+    num_streams: int = 0
 
 
 class AttentionWorkers:
@@ -52,6 +56,8 @@ class AttentionWorkers:
         self._partition: Partition | None = None
         self._client: AttentionClient | None = None
         self._options: ChannelOptions | None = None
+        self.replace_channel: Callable[[int, Channel], None]
+        """How a worker that takes a lost one's place gets its part; of the client, or of what exchanges for it."""
 
     @classmethod
     def connect(cls, addresses: Sequence[str], secret_file: str = "") -> Self:
@@ -101,18 +107,28 @@ class AttentionWorkers:
         used = sum(self._configure(connection, index) for index, connection in enumerate(self._connections))
         channels = [connection.channel for connection in self._connections]
         self._client = AttentionClient(channels, partition.to_native())
+        self.replace_channel = self._client.replace_channel
         return self._client, used
+
+    @property
+    def client(self) -> AttentionClient:
+        """The client that `configure` returned."""
+        assert self._client is not None
+        return self._client
 
     def _configure(self, connection: AttentionWorkerConnection, index: int, replaces: bytes = b"") -> int:
         assert self._partition is not None
         assert self._options is not None
         share, options = self._partition.shares[index], self._options
+        ring_bytes = share.geometry.ring_bytes(
+            options.max_tokens, options.max_requests, options.max_model_len
+        )
+        if options.num_streams:
+            ring_bytes += memory_bytes(share.geometry, options.num_streams, options.max_tokens)
         return connection.configure(
             share.geometry,
             share.num_blocks,
-            ring_bytes=share.geometry.ring_bytes(
-                options.max_tokens, options.max_requests, options.max_model_len
-            ),
+            ring_bytes=ring_bytes,
             spin_us=options.spin_us,
             worker_spin_us=options.spin_us if self._has_its_own_cpus(connection, index) else 0,
             transport=options.transport,
@@ -172,7 +188,7 @@ class AttentionWorkers:
             connection.abandon()
             return False
         self._connections[index] = connection
-        self._client.replace_channel(index, connection.channel)
+        self.replace_channel(index, connection.channel)
         return True
 
     def _has_its_own_cpus(self, worker: AttentionWorkerConnection, index: int) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.logger import init_logger
 
-from vllm_lamina.attention_backend.exchange import StepFailed
+from vllm_lamina.attention_backend.host_layers import StepFailed
 from vllm_lamina.attention_backend.step import StepPlan
 from vllm_lamina.compat.outputs import StepTimes, failed_step, report_times
 from vllm_lamina.compat.ranks import any_rank
@@ -23,6 +23,7 @@ from vllm_lamina.compat.threads import set_num_threads
 from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 if TYPE_CHECKING:
+    from vllm_lamina._native import AttentionClient
     from vllm_lamina.attention_backend.exchange import Exchange
     from vllm_lamina.attention_backend.step import PlannedRequest
     from vllm_lamina.compat.runner import LaneRunner
@@ -39,13 +40,15 @@ class Lane:
     runner's tensors are touched by the lane's thread alone, in its turn.
     """
 
-    def __init__(self, index: int, runner: LaneRunner, exchange: Exchange, has_thread: bool) -> None:
+    def __init__(
+        self, index: int, runner: LaneRunner, exchange: Exchange, client: AttentionClient, has_thread: bool
+    ) -> None:
         self.index = index
         self.runner = runner
         self.to_forget: set[str] = set()
         """Requests that are over, whose last step was this lane's; its runner forgets them with its next step."""
         self._exchange = exchange
-        self._client = exchange.client
+        self._client = client
         self._execute_seconds = 0.0
         self._executed: Future[Any] = Future()
         self._num_threads = torch.get_num_threads()
@@ -58,7 +61,7 @@ class Lane:
     def execute(self, step: ScheduledStep, requests: Mapping[str, PlannedRequest]) -> None:
         """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
-        self._client.join_turn(self.index)
+        self._exchange.layers.announce(self.index)
         plan = StepPlan(requests, self.runner.order)
         output = step.for_runner(self.to_forget)
         self.to_forget = set()
@@ -83,7 +86,7 @@ class Lane:
             begin = time.perf_counter()
             output = executed.result()
             # The ranks agree: sampling with log-probabilities of the prompt waits for all of them.
-            if any_rank(self._exchange.take_failure(self.index) is not None):
+            if any_rank(self._exchange.layers.take_failure(self.index) is not None):
                 self.runner.forget_step()
                 return failed_step()
             if output is None:
@@ -142,9 +145,12 @@ class Lanes:
     Of several ranks of a model vLLM asks one for its output: ``answers`` says whether it is this one.
     """
 
-    def __init__(self, runners: Sequence[LaneRunner], exchange: Exchange, answers: bool) -> None:
+    def __init__(
+        self, runners: Sequence[LaneRunner], exchange: Exchange, client: AttentionClient, answers: bool
+    ) -> None:
         self._lanes = [
-            Lane(index, runner, exchange, has_thread=len(runners) > 1) for index, runner in enumerate(runners)
+            Lane(index, runner, exchange, client, has_thread=len(runners) > 1)
+            for index, runner in enumerate(runners)
         ]
         self._planner = StepPlanner()
         self._answers = answers

@@ -14,12 +14,14 @@ from vllm.logger import init_logger
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_lamina._native import ChannelClosed, ChannelTimeout
+from vllm_lamina._native import AttentionClient, ChannelClosed, ChannelTimeout
 from vllm_lamina.attention_backend import LaminaAttentionBackend
-from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.exchange import Exchange, Layers
+from vllm_lamina.attention_backend.host_layers import HostLayers
+from vllm_lamina.attention_backend.streamed_layers import StreamedLayers
 from vllm_lamina.compat.attention import check_layers
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
-from vllm_lamina.compat.geometry import geometry_of_layers
+from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
     counted_bytes,
@@ -34,6 +36,7 @@ from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
+from vllm_lamina.device.base import Chunks, Streams
 from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
@@ -55,12 +58,12 @@ class _LaminaWorker(Worker):
     _partition: Partition | None = None
     _lanes: Lanes | None = None
     _turn_log: int | None = None
+    _warms_up = False
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
         device = device_for(vllm_config.device_config.device_type)
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        self.exchange = Exchange(device, self.lamina_config.timeout, ranks_wait=ranks > 1).activate()
+        self.exchange = Exchange(device, self.lamina_config.timeout).activate()
         override_attention_backend(device.backend_name, BACKEND)
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -119,6 +122,7 @@ class _LaminaWorker(Worker):
         specs = self.get_kv_cache_spec()
         partition = self._divide({name: specs[name] for name in layer_names})
         self._partition = partition = partition.limited_to(kv_cache_config.num_blocks)
+        streams = self.exchange.device.streams()
         options = ChannelOptions(
             max_tokens=self.scheduler_config.max_num_batched_tokens,
             max_requests=self.scheduler_config.max_num_seqs,
@@ -126,17 +130,20 @@ class _LaminaWorker(Worker):
             spin_us=self._spin_us,
             transport=self.lamina_config.transport,
             heartbeat_timeout=self.lamina_config.heartbeat_timeout,
+            num_streams=self.lamina_config.batches if streams else 0,
         )
         client, used = self.attention_workers.configure(partition, options)
         if self._turn_log is not None:
             client.share_turns(self._turn_log, self.rank)
-        self.exchange.open(client, layer_names, partition.geometry.block_size)
+        layers = self._layers(client, streams, partition, options)
+        self.attention_workers.replace_channel = layers.replace_channel
+        self.exchange.open(layers, layer_names, partition.geometry.block_size)
         kv_cache_config = without_tensors(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         runners = lane_runners(
             self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config
         )
-        self._lanes = Lanes(runners, self.exchange, answers=self.rank == 0)
+        self._lanes = Lanes(runners, self.exchange, client, answers=self.rank == 0)
         workers = len(partition.shares)
         divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
         logger.info(
@@ -150,6 +157,16 @@ class _LaminaWorker(Worker):
             format_bytes(allocated_bytes(self.model_runner)),
         )
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up as vLLM does. The steps that it makes by hand are none of a lane's, and name KV blocks of others: the
+        first runner runs them and attends nothing, and the attention workers hear nothing of them.
+        """
+        self._warms_up = True
+        try:
+            return super().compile_or_warm_up_model()
+        finally:
+            self._warms_up = False
+
     def block_placement(self) -> tuple[str, list[int]] | None:
         """How the scheduler has to place blocks: the partition, and the number of blocks of each worker.
 
@@ -162,20 +179,24 @@ class _LaminaWorker(Worker):
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
+        if self._warms_up:
+            return super().execute_model(scheduler_output)
         step = read_step(scheduler_output)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
             if step.blocks_to_zero:
                 ids = np.asarray(step.blocks_to_zero, np.int32)
-                self.exchange.client.zero_blocks(ids, self.exchange.timeout)
+                self.attention_workers.client.zero_blocks(ids, self.exchange.timeout)
             if step.blocks_to_copy:
                 pairs = np.asarray(step.blocks_to_copy, np.int32)
-                self.exchange.client.copy_blocks(pairs, self.exchange.timeout)
+                self.attention_workers.client.copy_blocks(pairs, self.exchange.timeout)
         with self.annotate_profile(scheduler_output):
             self.lanes.execute(step)
         return None if step.num_tokens else NOTHING_TO_DO
 
     def sample_tokens(self, grammar_output: Any) -> Any:
         """Sample the tokens of the step begun last."""
+        if self._warms_up:
+            return super().sample_tokens(grammar_output)
         return LaterOutput(self.lanes.sample(grammar_output))
 
     def finish_steps(self) -> None:
@@ -228,6 +249,17 @@ class _LaminaWorker(Worker):
     def _warm_up(self) -> None:
         """Compile the model, where the device's worker does so before the KV cache exists."""
 
+    def _layers(
+        self, client: AttentionClient, streams: Streams | None, partition: Partition, options: ChannelOptions
+    ) -> Layers:
+        timeout = self.lamina_config.timeout
+        if streams is None:
+            ranks_wait = self.parallel_config.tensor_parallel_size > 1
+            return HostLayers(client, timeout, ranks_wait)
+        return StreamedLayers(
+            client, streams, partition, options.num_streams, options.max_tokens, options.spin_us, timeout
+        )
+
     def _divide(self, specs: dict[str, Any]) -> Partition:
         return self.attention_workers.divide(
             self.lamina_config.partition,
@@ -244,9 +276,26 @@ class LaminaCPUWorker(_LaminaWorker, CPUWorker):
 
 
 class LaminaCUDAWorker(_LaminaWorker):
-    """The model worker on a CUDA GPU. Written against vLLM 0.32's interfaces and NOT RUN yet."""
+    """The model worker on a CUDA GPU. Written against vLLM 0.32 and 0.33, not run on a GPU yet."""
 
     def _warm_up(self) -> None:
         # vLLM's worker runs this under the same two; what it measures around it is the room for a KV cache.
         with torch.inference_mode(), set_current_vllm_config(self.vllm_config):
-            self.model_runner.profile_run()
+            self.model_runner.profile_run(randomize_inputs=self.randomize_dummy_inputs)
+            self._warm_up_local_attention()
+
+    def _warm_up_local_attention(self) -> None:
+        """Attend chunks of zeros: FlashAttention 4 is compiled when it is first called, for one chunk and for several,
+        for short ones and for long ones.
+        """
+        shape = geometry_of(self.vllm_config)
+        attend = self.exchange.device.local_attention(shape.head_size, shape.head_size**-0.5)
+        longest = min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
+        for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
+            q, k = (
+                torch.zeros(
+                    sum(lengths), heads, shape.head_size, dtype=self.model_config.dtype, device=self.device
+                )
+                for heads in (shape.num_heads, shape.num_kv_heads)
+            )
+            attend(q, k, k, Chunks(lengths))

@@ -1,0 +1,371 @@
+#include "worker/model_worker/streamed_exchange.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+#include <system_error>
+#include <utility>
+
+#include "base/cpu_pause.h"
+#include "base/round_up.h"
+
+namespace lamina {
+namespace {
+
+// How often the proxy looks whether a worker is lost, in rounds, and how long it sleeps once it has polled long enough.
+constexpr int kRoundsPerLook = 1024;
+constexpr std::chrono::microseconds kSleep{50};
+
+size_t frame_bytes(const ModelGeometry& geometry, size_t max_tokens) {
+  const AttendLayout layout(max_tokens * geometry.q_row_bytes(), max_tokens * geometry.kv_row_bytes());
+  return round_up(sizeof(FrameHeader) + layout.bytes, kFrameAlignment);
+}
+
+template <typename T>
+void publish(std::atomic<T>& word, T value) {
+  word.store(value, std::memory_order_release);
+}
+
+}  // namespace
+
+size_t StreamedExchange::memory_bytes(const ModelGeometry& geometry, uint32_t num_lanes, size_t max_tokens) {
+  return size_t{num_lanes} * kFrames * frame_bytes(geometry, max_tokens);
+}
+
+StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens, int spin_us)
+    : client_(client), max_tokens_(max_tokens), spin_(spin_us) {
+  const size_t num_workers = client.partition().num_workers();
+  if (num_lanes == 0 || num_lanes > kMaxLanes) {
+    throw std::invalid_argument(std::to_string(num_lanes) + " lanes, of at most " + std::to_string(kMaxLanes));
+  }
+  if (num_workers > std::tuple_size_v<decltype(Words::replies)>) {
+    throw std::invalid_argument("a stream takes replies of at most 16 attention workers, not of " +
+                                std::to_string(num_workers));
+  }
+  workers_.resize(num_workers);
+  lanes_.resize(num_lanes);
+  for (Lane& lane : lanes_) {
+    lane.sent.resize(num_workers);
+    lane.copies.resize(num_workers);
+  }
+  for (uint32_t w = 0; w < num_workers; ++w) attach(w);
+  // Pages of its own, which a device can register.
+  words_bytes_ = round_up(num_lanes * sizeof(Words), 4096);
+  void* map = mmap(nullptr, words_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (map == MAP_FAILED) {
+    throw std::system_error(errno, std::generic_category(), "cannot map the words of the lanes");
+  }
+  madvise(map, words_bytes_, MADV_DONTFORK);
+  words_ = static_cast<Words*>(map);
+  for (uint32_t lane = 0; lane < num_lanes; ++lane) new (&words_[lane]) Words();
+  proxy_ = std::thread([this] { run(); });
+}
+
+StreamedExchange::~StreamedExchange() {
+  {
+    const Entry entry(*this);
+    stopping_ = true;
+    begun_.notify_all();
+  }
+  proxy_.join();
+  munmap(words_, words_bytes_);
+}
+
+void StreamedExchange::attach(uint32_t w) {
+  const ModelGeometry& geometry = client_.partition().heads(w).geometry;
+  Channel& channel = client_.link(w).channel();
+  const size_t bytes = memory_bytes(geometry, static_cast<uint32_t>(lanes_.size()), max_tokens_);
+  const size_t memory = channel.send_memory().size();
+  if (bytes + kFrameAlignment > memory) {
+    throw FrameTooLarge("frames of " + std::to_string(bytes) + " bytes do not fit the channel's ring of " +
+                        std::to_string(memory) + " bytes; raise ring_bytes");
+  }
+  channel.set_aside(bytes);
+  workers_[w] = {memory - bytes, frame_bytes(geometry, max_tokens_), std::nullopt};
+  for (Lane& lane : lanes_) {
+    lane.sent[w] = {};
+    lane.copies[w].clear();
+  }
+}
+
+void StreamedExchange::replace_channel(uint32_t worker, std::shared_ptr<Channel> channel) {
+  const Entry entry(*this);
+  client_.replace_channel(worker, std::move(channel));
+  attach(worker);
+}
+
+std::vector<StreamedExchange::Memory> StreamedExchange::memories() const {
+  std::vector<Memory> memories{{reinterpret_cast<const std::byte*>(words_), words_bytes_}};
+  for (size_t w = 0; w < workers_.size(); ++w) {
+    Channel& channel = client_.link(w).channel();
+    memories.push_back({channel.send_memory().data(), channel.send_memory().size()});
+    memories.push_back({channel.receive_memory().data(), channel.receive_memory().size()});
+  }
+  return memories;
+}
+
+size_t StreamedExchange::frame_at(uint32_t lane, uint32_t worker, uint32_t layer) const {
+  const Worker& at = workers_.at(worker);
+  return at.frames_at + (size_t{lane} * kFrames + layer % kFrames) * at.frame_bytes;
+}
+
+std::byte* StreamedExchange::payload(uint32_t lane, uint32_t worker, uint32_t layer) const {
+  return client_.link(worker).channel().send_memory().data() + frame_at(lane, worker, layer) + sizeof(FrameHeader);
+}
+
+void StreamedExchange::announce(uint32_t lane_id) {
+  const Entry entry(*this);
+  lanes_.at(lane_id).ordinal = ++num_announced_;
+}
+
+AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const StepView& step, Deadline deadline) {
+  Lane& lane = lanes_.at(lane_id);
+  if (step.slot_mapping.size() > max_tokens_) {
+    throw FrameTooLarge("a step of " + std::to_string(step.slot_mapping.size()) + " tokens, where frames hold " +
+                        std::to_string(max_tokens_));
+  }
+  // Not under the mutex: it may wait for room. The proxy does not touch a lane whose step has not begun.
+  const AttentionClient::StepRows rows = client_.begin_step(lane_id, step, deadline);
+  Words& words = words_[lane_id];
+  for (auto* word : {&words.packed, &words.taken, &words.replied, &words.free}) word->store(0, std::memory_order_relaxed);
+  for (auto& reply : words.replies) reply.store(0, std::memory_order_relaxed);
+  const Entry entry(*this);
+  if (lane.ordinal == 0) throw std::logic_error("a step begins that was not announced");
+  lane.posted = lane.replied = lane.free = 0;
+  lane.num_replies = 0;
+  lane.slowest = {};
+  lane.failure.reset();
+  const SplitStep& split = client_.split(lane_id);
+  lane.num_owed = 0;
+  for (size_t w = 0; w < workers_.size(); ++w) lane.num_owed += split.part(w).num_rows > 0;
+  lane.begun = true;
+  for (uint32_t w = 0; w < workers_.size(); ++w) {
+    if (workers_[w].held_by == lane_id) let_go(w);  // of a step that failed
+  }
+  if (client_.failure(lane_id)) {
+    fail(lane_id, *client_.failure(lane_id));
+  } else {
+    while (free_one(lane_id)) {
+    }
+  }
+  begun_.notify_all();
+  return rows;
+}
+
+std::optional<std::string> StreamedExchange::finish_step(uint32_t lane_id, Deadline deadline) {
+  Lane& lane = lanes_.at(lane_id);
+  Entry entry(*this);
+  const auto is_over = [&] {
+    const int32_t layers = client_.partition().geometry().num_layers();
+    return !lane.begun || lane.failure || (lane.posted == layers && (lane.num_owed == 0 || lane.replied == layers));
+  };
+  if (!progress_.wait_until(entry.lock, deadline, is_over)) {
+    throw ChannelTimeout("the device did not come to the end of the step in time");
+  }
+  lane.ordinal = 0;
+  lane.begun = false;
+  return std::exchange(lane.failure, std::nullopt);
+}
+
+void StreamedExchange::fail_step(uint32_t lane, const std::string& why) {
+  const Entry entry(*this);
+  if (lanes_.at(lane).begun) fail(lane, why);
+}
+
+// What follows is called with the mutex held.
+
+void StreamedExchange::fail(uint32_t lane_id, const std::string& why) {
+  Lane& lane = lanes_[lane_id];
+  if (!lane.failure) lane.failure = why;
+  publish(words_[lane_id].free, kPoison);
+  publish(words_[lane_id].replied, kPoison);
+  progress_.notify_all();
+}
+
+void StreamedExchange::let_go(uint32_t w) {
+  workers_[w].held_by.reset();
+  client_.link(w).channel().release();
+}
+
+// Of the lanes whose steps were announced before, each must have sent this layer.
+bool StreamedExchange::may_post(const Lane& lane) const {
+  return std::ranges::all_of(lanes_, [&](const Lane& other) {
+    return other.ordinal == 0 || other.ordinal >= lane.ordinal || other.failure || other.posted > lane.posted;
+  });
+}
+
+// Lets the stream write one more layer's frames, if nothing lies any more where they go.
+bool StreamedExchange::free_one(uint32_t lane_id) {
+  Lane& lane = lanes_[lane_id];
+  const auto num_layers = client_.partition().geometry().num_layers();
+  if (lane.free == num_layers || lane.free >= lane.posted + static_cast<int32_t>(kFrames)) return false;
+  for (uint32_t w = 0; w < workers_.size(); ++w) {
+    auto& sent = lane.sent[w][static_cast<uint32_t>(lane.free) % kFrames];
+    if (!sent) continue;
+    if (client_.link(w).num_consumed() <= *sent) return false;
+    sent.reset();
+  }
+  publish(words_[lane_id].free, ++lane.free);
+  return true;
+}
+
+void StreamedExchange::post_layer(uint32_t lane_id) {
+  Lane& lane = lanes_[lane_id];
+  const auto layer = static_cast<uint32_t>(lane.posted);
+  const SplitStep& split = client_.split(lane_id);
+  FrameHeader header = client_.attend_header(lane_id, layer);
+  header.posted_ns = static_cast<uint64_t>(Clock::now().time_since_epoch().count());
+  const Deadline deadline = deadline_after(timeout_);
+  for (uint32_t w = 0; w < workers_.size(); ++w) {
+    const WorkerStep& part = split.part(w);
+    if (!part.takes_part()) continue;
+    header.payload_bytes = part.attend_layout(client_.partition().heads(w).geometry).bytes;
+    lane.sent[w][layer % kFrames] = client_.link(w).send_at(frame_at(lane_id, w, layer), header, deadline);
+  }
+  if (lane.num_owed > 0 && lane.replied == lane.posted) lane.since = Clock::now();
+  ++lane.posted;
+  progress_.notify_all();
+}
+
+bool StreamedExchange::serve_lane(uint32_t lane_id) {
+  Lane& lane = lanes_[lane_id];
+  if (!lane.begun || lane.failure) return false;
+  bool worked = false;
+  try {
+    while (lane.posted < words_[lane_id].packed.load(std::memory_order_acquire) && may_post(lane)) {
+      post_layer(lane_id);
+      worked = true;
+    }
+    while (free_one(lane_id)) worked = true;
+  } catch (const ChannelError& error) {
+    fail(lane_id, error.what());
+    return true;
+  }
+  return worked;
+}
+
+// Takes what has come of a worker. A reply of the only worker stays in the channel until the stream has read it. Where
+// there are several, two lanes could each hold what the other waits behind, so that replies are copied.
+bool StreamedExchange::receive(uint32_t w) {
+  Worker& worker = workers_[w];
+  if (worker.held_by) {
+    const uint32_t lane = *worker.held_by;
+    if (words_[lane].taken.load(std::memory_order_acquire) < lanes_[lane].replied && !lanes_[lane].failure) return false;
+    let_go(w);
+  }
+  WorkerLink& link = client_.link(w);
+  if (link.failed() || !link.channel().has_frame()) return false;
+  const auto frame = link.channel().receive(Clock::now());
+  const auto header = read_header(frame);
+  const std::byte* payload = frame.data() + sizeof(FrameHeader);
+  if (header && header->lane < lanes_.size() && lanes_[header->lane].begun && !lanes_[header->lane].failure &&
+      client_.is_current(*header)) {
+    const uint32_t lane_id = header->lane;
+    Lane& lane = lanes_[lane_id];
+    const WorkerStep& part = client_.split(lane_id).part(w);
+    if (header->type == FrameType::kError) {
+      fail(lane_id, "the attention worker dropped a frame: " +
+                        std::string(reinterpret_cast<const char*>(payload), header->payload_bytes));
+    } else if (header->type != FrameType::kOutput || lane.replied >= lane.posted ||
+               header->layer != static_cast<uint32_t>(lane.replied) ||
+               header->payload_bytes != part.output_layout(client_.partition().heads(w).geometry).bytes) {
+      fail(lane_id, "the attention worker's output does not fit the step");
+    } else {
+      lane.slowest = std::max(lane.slowest, std::chrono::nanoseconds(header->service_ns));
+      if (workers_.size() == 1) {
+        worker.held_by = lane_id;
+      } else {
+        lane.copies[w].assign(payload, payload + header->payload_bytes);
+        payload = lane.copies[w].data();
+      }
+      words_[lane_id].replies[w].store(reinterpret_cast<uint64_t>(payload), std::memory_order_relaxed);
+      if (++lane.num_replies == lane.num_owed) replied(lane_id);
+    }
+  }
+  if (!worker.held_by) link.channel().release();
+  return true;
+}
+
+// All workers have answered the oldest layer.
+void StreamedExchange::replied(uint32_t lane_id) {
+  Lane& lane = lanes_[lane_id];
+  const auto now = Clock::now();
+  client_.add_times(lane_id, now - lane.since, std::exchange(lane.slowest, {}));
+  lane.since = now;
+  lane.num_replies = 0;
+  ++lane.replied;
+  // First: the stream does not wait for it where each layer is answered.
+  while (free_one(lane_id)) {
+  }
+  publish(words_[lane_id].replied, lane.replied);
+  progress_.notify_all();
+}
+
+// Fails the steps that a lost worker has a part in.
+void StreamedExchange::look() {
+  const Deadline oldest = Clock::now() - std::chrono::duration_cast<Clock::duration>(
+                                             std::chrono::duration<double>(timeout_.load()));
+  for (uint32_t lane_id = 0; lane_id < lanes_.size(); ++lane_id) {
+    Lane& lane = lanes_[lane_id];
+    if (!lane.begun || lane.failure) continue;
+    for (uint32_t w = 0; w < workers_.size(); ++w) {
+      WorkerLink& link = client_.link(w);
+      const WorkerStep& part = client_.split(lane_id).part(w);
+      if (!part.takes_part()) continue;
+      if (part.num_rows > 0 && lane.replied < lane.posted && lane.since < oldest && !workers_[w].held_by) {
+        link.set_failed();
+        fail(lane_id, "the attention worker's output did not come in time");
+      } else if (link.failed() && !link.channel().has_frame()) {
+        fail(lane_id, "the attention worker is gone");
+      }
+    }
+  }
+}
+
+bool StreamedExchange::serve() {
+  bool worked = false;
+  for (uint32_t w = 0; w < workers_.size(); ++w) {
+    try {
+      worked |= receive(w);
+    } catch (const ChannelError& error) {
+      client_.link(w).set_failed();
+    }
+  }
+  for (uint32_t lane = 0; lane < lanes_.size(); ++lane) worked |= serve_lane(lane);
+  return worked;
+}
+
+void StreamedExchange::run() {
+  auto last_work = Clock::now();
+  for (int round = 0;; ++round) {
+    while (num_entering_.load(std::memory_order_relaxed) > 0) std::this_thread::yield();
+    bool worked;
+    {
+      std::unique_lock lock(mutex_);
+      const auto has_work = [&] {
+        return std::ranges::any_of(lanes_, [](const Lane& lane) { return lane.begun && !lane.failure; }) ||
+               std::ranges::any_of(workers_, [](const Worker& worker) { return worker.held_by.has_value(); });
+      };
+      if (!stopping_ && !has_work()) {
+        begun_.wait(lock, [&] { return stopping_ || has_work(); });
+        last_work = Clock::now();
+      }
+      if (stopping_) return;
+      worked = serve();
+      if (round % kRoundsPerLook == 0) look();
+    }
+    if (worked) {
+      last_work = Clock::now();
+    } else if (Clock::now() - last_work > spin_) {
+      round = -1;  // look after each sleep
+      std::this_thread::sleep_for(kSleep);
+    } else {
+      cpu_pause();
+    }
+  }
+}
+
+}  // namespace lamina

@@ -1,0 +1,153 @@
+"""A device that works beside the host, played by a thread of the CPU for each lane.
+
+Its kernels are those of a GPU, in Triton's interpreter. PyTorch's operators run on the host, so that it waits for the
+stream after each layer's exchange; meanwhile other lanes go on.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import queue
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from vllm_lamina.device.cpu import CpuDevice
+
+DEADLINE = 60.0
+
+COUNTS: Counter[str] = Counter()
+"""``layers on streams``: exchanges."""
+
+
+class CpuStream:
+    """Executes what is enqueued, in order, on a thread of its own. `pause` is called before each operation."""
+
+    def __init__(self, pause: Callable[[], None] = lambda: None) -> None:
+        self._pause = pause
+        self._error: BaseException | None = None
+        self._operations: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def enqueue(self, operation: Callable[[], None]) -> None:
+        self._operations.put(operation)
+
+    def write(self, word: int, value: int) -> None:
+        self.enqueue(lambda: _store(word, value))
+
+    def wait(self, word: int, value: int) -> None:
+        """Until the word is at least ``value``."""
+
+        def wait() -> None:
+            end = time.monotonic() + DEADLINE
+            while _load(word) < value:
+                assert time.monotonic() < end, "a stream waits for ever"
+                time.sleep(0)
+
+        self.enqueue(wait)
+
+    def synchronize(self) -> None:
+        """Wait until all that was enqueued is over; its error, if any, is raised here."""
+        over = threading.Event()
+        self.enqueue(over.set)
+        assert over.wait(2 * DEADLINE)
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        self._operations.put(None)
+        self._thread.join(DEADLINE)
+
+    def _run(self) -> None:
+        while (operation := self._operations.get()) is not None:
+            try:
+                self._pause()
+                operation()
+            except BaseException as error:
+                self._error = error
+
+
+def _load(word: int) -> int:
+    return ctypes.c_int32.from_address(word).value
+
+
+def _store(word: int, value: int) -> None:
+    ctypes.c_int32.from_address(word).value = value
+
+
+class _LaneStream(CpuStream):
+    """A stream that a lane's thread waits for, while it lets others have the turn. It dawdles at random."""
+
+    def __init__(self, lane: int) -> None:
+        self._lane = lane
+        rng = random.Random(lane)
+        super().__init__(lambda: time.sleep(0.002 * (rng.random() < 0.05)))
+
+    def run(self, launch: Callable[[], None]) -> None:
+        def run() -> None:
+            with torch.inference_mode():
+                launch()
+
+        self.enqueue(run)
+
+    def fence(self) -> None:
+        from vllm_lamina.attention_backend.exchange import Exchange
+        from vllm_lamina.compat import forward_context
+
+        COUNTS["layers on streams"] += 1
+        client: Any = Exchange.current().layers._client  # type: ignore[attr-defined]
+        context = forward_context.take_aside()
+        client.end_turn(self._lane)
+        try:
+            self.synchronize()
+        finally:
+            client.begin_turn(self._lane, DEADLINE)
+            forward_context.put_back(context)
+
+
+class _Streams:
+    """See `Streams`."""
+
+    def __init__(self) -> None:
+        from vllm_lamina.device import exchange_kernels
+
+        self.pack, self.take = exchange_kernels.pack, exchange_kernels.take
+
+    def register(self, memories: Sequence[tuple[int, int]]) -> None:
+        assert all(num_bytes > 0 for _, num_bytes in memories)
+
+    def stream(self, lane: int) -> _LaneStream:
+        return _LaneStream(lane)
+
+    def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(*shape, dtype=dtype), torch.zeros(*shape, dtype=dtype)
+
+
+class StreamedCpuDevice(CpuDevice):
+    """This host's CPU, as if it were a device beside the host."""
+
+    def streams(self) -> Any:
+        return _Streams()
+
+
+def use_streams() -> None:
+    """For the engines that this process makes from now on."""
+    from triton.runtime.interpreter import GridExecutor
+
+    from vllm_lamina.worker.model_worker import worker
+
+    # The interpreter has one grid at a time, where streams and lanes launch kernels of theirs.
+    launch, one_launch = GridExecutor.__call__, threading.Lock()
+
+    def launch_alone(grid: Any, *args: Any, **kwargs: Any) -> None:
+        with one_launch:
+            launch(grid, *args, **kwargs)
+
+    GridExecutor.__call__ = launch_alone
+    worker.device_for = lambda device_type: StreamedCpuDevice()

@@ -1,0 +1,63 @@
+"""Layers exchanged as on a GPU, on vLLM's V2 runner: kernels in Triton's interpreter, streams that threads execute."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from comparison import assert_same
+from engines import Engines
+from jobs import Job, Phase, Request
+from models import ModelZoo
+from runners import V2
+from workloads import greedy, prompt
+
+PREFIX = prompt(40)
+
+PHASES = [
+    Phase(
+        "chunks, a prefix that is filled while it is hit, decodes",
+        [
+            Request(prompt(3), greedy(5)),
+            Request([*PREFIX, 5], greedy(4, logprobs=2)),
+            Request([*PREFIX, 9, 7], greedy(4)),
+            Request([*PREFIX, 8, 6, 5], greedy(3), after_step=1),
+            Request(prompt(30, seed=2), greedy(4), after_step=3),
+        ],
+    ),
+    Phase(
+        "the prefix is in the cache",
+        [Request([*PREFIX, 4], greedy(3)), Request(prompt(20, seed=3), greedy(3))],
+    ),
+]
+
+
+ENGINES: dict[str, tuple[dict[str, Any], int]] = {
+    "two lanes": ({}, 0),
+    "one lane": ({"lamina_batches": 1}, 0),
+    "head": ({"lamina_partition": "head"}, 2),
+    "sequence": ({"lamina_partition": "sequence"}, 2),
+}
+"""Options of Lamina, and attention workers that run already."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["two lanes", "sequence", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one lane", "head"))],
+)
+def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str) -> None:
+    options, num_workers = ENGINES[name]
+    engine = {"max_num_batched_tokens": 32, "block_size": 32, "max_model_len": 256, "max_num_seqs": 8}
+    stock = Job(model_zoo("four_kv_heads"), PHASES, engine, kv_memory_mib=16, runner=V2)
+    lamina = replace(
+        stock,
+        executor="lamina",
+        streams=True,
+        engine=engine | options,
+        worker_memory_mib=(16,) * num_workers,
+    )
+    expected, actual = engines.run(stock), engines.run(lamina)
+    assert_same(expected, actual)
+    assert actual.phases[1].prefix_cache_hits == expected.phases[1].prefix_cache_hits > 0
+    assert actual.counts["layers on streams"] > 20

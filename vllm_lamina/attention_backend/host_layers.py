@@ -1,0 +1,180 @@
+"""A layer's exchange where the host does all work, in its own memory: it sends q, k, v and waits for the output."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from vllm_lamina._native import AttentionClient, Channel, ChannelError
+from vllm_lamina.compat import forward_context
+
+if TYPE_CHECKING:
+    from vllm_lamina.attention_backend.step import Step
+    from vllm_lamina.device.base import LocalAttention
+
+
+class StepFailed(Exception):
+    """Ends a step that cannot be completed because an attention worker was lost."""
+
+
+class HostLayers:
+    """See `Layers`.
+
+    ``ranks_wait`` says whether other ranks of the model wait in every layer for this one: then a step that cannot be
+    completed runs to its end, without the workers, for nothing. Else `StepFailed` ends it.
+    """
+
+    def __init__(self, client: AttentionClient, timeout: float, ranks_wait: bool) -> None:
+        self._client = client
+        self._timeout = timeout
+        self._ranks_wait = ranks_wait
+        self._failures: dict[int, str] = {}
+
+    def announce(self, lane: int) -> None:
+        self._client.join_turn(lane)
+
+    def replace_channel(self, worker: int, channel: Channel) -> None:
+        self._client.replace_channel(worker, channel)
+
+    def take_failure(self, lane: int) -> str | None:
+        return self._failures.pop(lane, None)
+
+    def attend(
+        self,
+        lane: int,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        attend_locally: LocalAttention,
+    ) -> None:
+        step.send_once(self._client, lane, self._timeout)
+        q, k, v = (_with_contiguous_rows(rows) for rows in (query, key, value))
+        call = _LayerCall(self._client, self._timeout, lane, layer, q, k, v, output)
+        try:
+            if step.prefill_chunks:
+                self._attend_chunks(call, step, query, key, value, output, attend_locally)
+            else:
+                call.attend()
+        except ChannelError as error:
+            self._fail_step(lane, error)
+            output.zero_()
+
+    def _attend_chunks(
+        self,
+        call: _LayerCall,
+        step: Step,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        attend_locally: LocalAttention,
+    ) -> None:
+        """While the attention worker stores k, v and attends over the context, chunks attend among themselves here."""
+        call.post()
+        prefill = slice(step.first_chunk_token, step.num_tokens)
+        local_out, local_lse = attend_locally(query[prefill], key[prefill], value[prefill], step.chunks)
+        context_out = output.new_empty(step.num_context_rows, *output.shape[1:])
+        context_lse = torch.empty(context_out.shape[:2], dtype=torch.float32)
+        call.collect(context_out, context_lse)
+        for chunk in step.prefill_chunks:
+            if chunk.context_start is None:
+                continue
+            rows = slice(chunk.start - prefill.start, chunk.end - prefill.start)
+            context = slice(chunk.context_start, chunk.context_start + chunk.end - chunk.start)
+            local_out[rows] = merge_by_lse(
+                local_out[rows], local_lse[rows], context_out[context], context_lse[context]
+            )
+        output[prefill] = local_out
+
+    def _fail_step(self, lane: int, error: ChannelError) -> None:
+        """An attention worker was lost; raises ``error`` where none is."""
+        if lane not in self._failures:
+            if not self._client.failed_workers:
+                raise error
+            self._failures[lane] = str(error)
+            self._client.fail_step(lane, str(error))
+        if not self._ranks_wait:
+            raise StepFailed(str(error)) from error
+
+
+class _LayerCall:
+    """The tensors of one layer as the native client takes them: addresses, and bytes from token to token.
+
+    While it waits for the attention worker, another lane may use the compute device.
+    """
+
+    def __init__(
+        self,
+        client: AttentionClient,
+        timeout: float,
+        lane: int,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+    ) -> None:
+        self.client = client
+        self.timeout = timeout
+        self.where = (lane, layer)
+        size = q.element_size()
+        self.qkv = (
+            q.data_ptr(),
+            q.stride(0) * size,
+            k.data_ptr(),
+            k.stride(0) * size,
+            v.data_ptr(),
+            v.stride(0) * size,
+        )
+        self.out = (out.data_ptr(), out.stride(0) * size)
+
+    def attend(self) -> None:
+        context = forward_context.take_aside()
+        try:
+            self.client.attend(*self.where, *self.qkv, *self.out, timeout=self.timeout)
+        finally:
+            forward_context.put_back(context)
+
+    def post(self) -> None:
+        self.client.post(*self.where, *self.qkv, timeout=self.timeout)
+
+    def collect(self, context_out: torch.Tensor, context_lse: torch.Tensor) -> None:
+        context = forward_context.take_aside()
+        try:
+            self.client.collect(
+                *self.where, *self.out, context_out.data_ptr(), context_lse.data_ptr(), timeout=self.timeout
+            )
+        finally:
+            forward_context.put_back(context)
+
+
+def _with_contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor[0].is_contiguous() else tensor.contiguous()
+
+
+def merge_by_lse(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> torch.Tensor:
+    """Attention over the union of two disjoint sets of tokens, from the attention over each.
+
+    ``A = (A_a S_a + A_b S_b) / (S_a + S_b)`` with ``S = exp(LSE)`` (the merge of the Lamina paper), written as
+    ``A_a + (A_b - A_a) sigmoid(LSE_b - LSE_a)`` so that nothing overflows.
+
+    Parameters
+    ----------
+    out_a, out_b
+        [tokens, num_heads, head_size], the same dtype.
+    lse_a, lse_b
+        [tokens, num_heads], float32; ``lse_b`` may be -inf (an empty set), ``lse_a`` may not.
+
+    Returns
+    -------
+    torch.Tensor
+        [tokens, num_heads, head_size] in the dtype of ``out_a``.
+    """
+    weight = torch.sigmoid(lse_b - lse_a).unsqueeze(-1)
+    return torch.lerp(out_a.float(), out_b.float(), weight).to(out_a.dtype)

@@ -1,0 +1,219 @@
+"""A layer's exchange where a device works beside the host: all of it is enqueued on the lane's stream.
+
+The host runs ahead and waits for nothing but, at the end of a step, for its last reply. Streams and attention workers
+speak through words and frames in memory that both reach, see csrc/worker/model_worker/streamed_exchange.h.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from vllm_lamina._native import AttentionClient, Channel, StreamedExchange
+from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
+from vllm_lamina.errors import LaminaError
+
+if TYPE_CHECKING:
+    from vllm_lamina.attention_backend.step import Step
+    from vllm_lamina.device.base import LocalAttention, Streams
+    from vllm_lamina.kv_cache.geometry import Geometry
+    from vllm_lamina.kv_cache.partition import Partition
+
+FRAMES = 2
+"""Places for the frames of a lane: layers take them in turn (``kFrames``)."""
+
+
+def memory_bytes(geometry: Geometry, num_lanes: int, max_tokens: int) -> int:
+    """What the lanes' frames add to the ring of a worker with this geometry."""
+    num_bytes: int = StreamedExchange.memory_bytes(geometry.to_native(), num_lanes, max_tokens)
+    return num_bytes
+
+
+class StreamedLayers:
+    """See `Layers`."""
+
+    def __init__(
+        self,
+        client: AttentionClient,
+        streams: Streams,
+        partition: Partition,
+        num_lanes: int,
+        max_tokens: int,
+        spin_us: int,
+        timeout: float,
+    ) -> None:
+        self._client = client
+        self._streams = streams
+        self._exchange = StreamedExchange(client, num_lanes, max_tokens, spin_us)
+        self._exchange.set_timeout(timeout)
+        self._timeout = timeout
+        self._register()
+        self._lanes = [
+            _Lane(self._exchange, lane, streams, partition, max_tokens, timeout) for lane in range(num_lanes)
+        ]
+
+    def announce(self, lane: int) -> None:
+        self._client.join_turn(lane)
+        self._exchange.announce(lane)
+
+    def attend(
+        self,
+        lane: int,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        attend_locally: LocalAttention,
+    ) -> None:
+        if step.send_once(self._exchange, lane, self._timeout):
+            self._lanes[lane].prepare(step)
+        self._lanes[lane].attend(step, layer, query, key, value, output, attend_locally)
+
+    def take_failure(self, lane: int) -> str | None:
+        failure: str | None = self._exchange.finish_step(lane, self._timeout)
+        if failure is None:
+            return None
+        # Frames and replies may lie in memory that is given back next.
+        self._lanes[lane].stream.synchronize()
+        if not self._client.failed_workers:
+            raise LaminaError(failure)
+        return failure
+
+    def replace_channel(self, worker: int, channel: Channel) -> None:
+        """Give a worker's part to whoever serves ``channel``. No lane may be in a step."""
+        self._exchange.replace_channel(worker, channel)
+        self._register()
+        for lane in self._lanes:
+            lane.find_frames()
+
+    def _register(self) -> None:
+        self._streams.register(self._exchange.memories)
+
+
+class _Lane:
+    """One lane's stream, and its tables on the device: see `exchange_kernels`."""
+
+    def __init__(
+        self,
+        exchange: StreamedExchange,
+        lane: int,
+        streams: Streams,
+        partition: Partition,
+        max_tokens: int,
+        timeout: float,
+    ) -> None:
+        self.stream = streams.stream(lane)
+        self._exchange, self._lane, self._streams, self._timeout = exchange, lane, streams, timeout
+        self._geometry = partition.geometry
+        self._packed, self._taken, self._free, self._replied, replies = exchange.words(lane)
+        workers = len(partition.shares)
+        self._heads = _heads(partition)
+        self._replies = torch.frombuffer((ctypes.c_int64 * workers).from_address(replies), dtype=torch.int64)
+        heads = torch.tensor([(heads.first_q, heads.num_q) for heads in self._heads], dtype=torch.int32)
+        self._head_ranges, host = streams.tensor((workers, 2), torch.int32)
+        host.copy_(heads)
+        self._head_ranges.copy_(host)
+        # What differs from step to step: by worker, q tokens, kv tokens and the tokens' rows in the reply; then which
+        # tokens are in prefill chunks.
+        self._tables, self._tables_on_host = streams.tensor((3 * workers + 1, max_tokens), torch.int32)
+        shape = (FRAMES, workers, len(FrameDescriptor._fields))
+        self._descriptors, self._descriptors_on_host = streams.tensor(shape, torch.int64)
+        self._local_lse, _ = streams.tensor((max_tokens, self._geometry.num_heads), torch.float32)
+        self._rows: list[tuple[int, int]] = []
+        self.find_frames()
+
+    def find_frames(self) -> None:
+        """Ask where the frames' payloads are."""
+        self._payloads = [
+            [self._exchange.payload(self._lane, worker, place) for worker in range(len(self._heads))]
+            for place in range(FRAMES)
+        ]
+
+    def prepare(self, step: Step) -> None:
+        """Bring the step's tables to the device. The lane's step before is over, so nobody reads the old ones."""
+        num_tokens, workers = step.num_tokens, len(self._heads)
+        tables = self._tables_on_host.numpy()
+        index = tables[2 * workers : 3 * workers, :num_tokens]
+        index[:] = -1
+        self._rows = []
+        for worker, heads in enumerate(self._heads):
+            q_tokens, kv_tokens, rows_without_lse = self._exchange.part(self._lane, worker)
+            num_q, num_kv = len(q_tokens), len(kv_tokens)
+            tables[worker, :num_q] = q_tokens
+            tables[workers + worker, :num_kv] = kv_tokens
+            index[worker, q_tokens] = np.arange(num_q)
+            self._rows.append((num_q, num_kv))
+            size, dtype = self._geometry.head_size, getattr(torch, self._geometry.dtype)
+            for place in range(FRAMES):
+                payload = self._payloads[place][worker]
+                FrameDescriptor.of(
+                    payload, num_q, num_kv, rows_without_lse, heads, (size, size), dtype
+                ).write(self._descriptors_on_host[place, worker])
+        tables[3 * workers, :num_tokens] = np.arange(num_tokens) >= step.first_chunk_token
+        # Where every frame is answered, the reply says that its place is free again.
+        self._answers_all = all(num_q > 0 for num_q, _ in self._rows)
+        self._answers = any(num_q > 0 for num_q, _ in self._rows)
+        self.stream.run(self._copy_tables)
+
+    def _copy_tables(self) -> None:
+        self._tables.copy_(self._tables_on_host, non_blocking=True)
+        self._descriptors.copy_(self._descriptors_on_host, non_blocking=True)
+
+    def attend(
+        self,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+        attend_locally: LocalAttention,
+    ) -> None:
+        stream, number, workers = self.stream, layer + 1, len(self._heads)
+        descriptors = self._descriptors[layer % FRAMES]
+        if not self._answers_all:
+            stream.wait(self._free, number)
+
+        def pack() -> None:
+            for worker, (heads, (num_q, num_kv)) in enumerate(zip(self._heads, self._rows, strict=True)):
+                if num_q or num_kv:
+                    q_tokens = self._tables[worker, :num_q]
+                    kv_tokens = self._tables[workers + worker, :num_kv]
+                    self._streams.pack(query, key, value, q_tokens, kv_tokens, descriptors[worker], heads)
+
+        stream.run(pack)
+        stream.write(self._packed, number)
+        local: tuple[torch.Tensor, ...] = ()
+        if step.prefill_chunks:
+            chunks = slice(step.first_chunk_token, step.num_tokens)
+            local_out, local_lse = attend_locally(query[chunks], key[chunks], value[chunks], step.chunks)
+            output[chunks] = local_out
+            self._local_lse[chunks] = local_lse
+            local = (self._tables[3 * workers, : step.num_tokens], self._local_lse[: step.num_tokens])
+        if self._answers:
+            index = self._tables[2 * workers : 3 * workers, : step.num_tokens]
+            stream.wait(self._replied, number)
+            stream.run(
+                lambda: self._streams.take(
+                    output, index, self._head_ranges, descriptors, self._replies, *local
+                )
+            )
+            stream.write(self._taken, number)
+        stream.fence()
+
+
+def _heads(partition: Partition) -> Sequence[Heads]:
+    heads, first_q, first_kv = [], 0, 0
+    for share in partition.shares:
+        geometry = share.geometry
+        heads.append(Heads(first_q, geometry.num_heads, first_kv, geometry.num_kv_heads))
+        if geometry.num_kv_heads < partition.geometry.num_kv_heads:
+            first_q += geometry.num_heads
+            first_kv += geometry.num_kv_heads
+    return heads

@@ -44,7 +44,7 @@ ENGINES: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.mark.parametrize(
     "name",
-    ["two lanes", "sequence", *(pytest.param(name, marks=pytest.mark.slow) for name in ("one lane", "head"))],
+    ["two lanes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequence", "one lane", "head"))],
 )
 def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str) -> None:
     options, num_workers = ENGINES[name]

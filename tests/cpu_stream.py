@@ -96,6 +96,19 @@ class _LaneStream(CpuStream):
 
         self.enqueue(run)
 
+    def enter(self) -> None:
+        pass
+
+    def mark(self) -> threading.Event:
+        done = threading.Event()
+        self.enqueue(done.set)
+        return done
+
+    def wait_for(self, mark: threading.Event) -> None:
+        self.enqueue(
+            lambda: None if mark.wait(DEADLINE) else _fail("another stream does not come to its mark")
+        )
+
     def fence(self) -> None:
         from vllm_lamina.attention_backend.exchange import Exchange
         from vllm_lamina.compat import forward_context
@@ -109,6 +122,10 @@ class _LaneStream(CpuStream):
         finally:
             client.begin_turn(self._lane, DEADLINE)
             forward_context.put_back(context)
+
+
+def _fail(why: str) -> None:
+    raise AssertionError(why)
 
 
 class _Streams:

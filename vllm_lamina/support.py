@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import DTYPES
 
@@ -209,6 +210,15 @@ REFUSALS: tuple[Refusal, ...] = (
         ),
         in_arguments=lambda a: a.decode_context_parallel_size > 1 or a.prefill_context_parallel_size > 1,
         fields=frozenset({"dcp_local_seq_lens", "dcp_local_seq_lens_cpu_upper_bound"}),
+    ),
+    Refusal(
+        "two batches in flight with tensor parallelism on GPUs",
+        "use --lamina-batches 1",
+        lambda c: (
+            c.device_config.device_type == "cuda"
+            and c.parallel_config.tensor_parallel_size > 1
+            and LaminaConfig.from_additional_config(c.additional_config).batches > 1
+        ),
     ),
     Refusal(
         "vLLM's V1 model runner on GPUs",

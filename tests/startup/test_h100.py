@@ -37,6 +37,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {},
         "its own scheduler; remove --scheduler-cls a.Scheduler",
     ),
+    "batches": (
+        {"tensor_parallel_size": 2, "lamina_batches": 2},
+        {},
+        "two batches in flight with tensor parallelism on GPUs, .*: use --lamina-batches 1",
+    ),
     "worker": ({"worker_cls": "a.Worker"}, {}, "its own model worker; remove --worker-cls .*a.Worker"),
 }
 
@@ -50,6 +55,7 @@ def outcomes(configure: Callable[..., Outcomes], model_zoo: ModelZoo) -> Outcome
         "lamina": {"arguments": model | LAMINA},
         "given": {"arguments": model | LAMINA | {"block_size": 64, "async_scheduling": False}},
         "asked for": {"arguments": model | LAMINA | {"async_scheduling": True}},
+        "ranks": {"arguments": model | LAMINA | {"tensor_parallel_size": 2}},
     } | {
         name: {"arguments": model | LAMINA | arguments, "environment": environment}
         for name, (arguments, environment, _) in REFUSED.items()
@@ -105,6 +111,12 @@ def test_what_a_user_gives_is_kept(outcomes: Outcomes) -> None:
 def test_asynchronous_scheduling_has_no_effect(outcomes: Outcomes) -> None:
     assert outcomes["asked for"]["chosen"] == outcomes["lamina"]["chosen"]
     assert any("--async-scheduling has no effect" in text for text in outcomes["asked for"]["log"])
+
+
+def test_ranks_have_one_batch(outcomes: Outcomes) -> None:
+    assert "chosen" in outcomes["ranks"], outcomes["ranks"]
+    assert any("one batch is in flight" in text for text in outcomes["ranks"]["log"])
+    assert not any("one batch is in flight" in text for text in outcomes["lamina"]["log"])
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -250,6 +250,7 @@ NOT_HERE = (
     "KV sharing between layers",
     "other attention options of the model",
     "vLLM's V1 model runner on GPUs",
+    "two batches in flight with tensor parallelism on GPUs",
 )
 
 FILE = "engine.yaml"

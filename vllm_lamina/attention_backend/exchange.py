@@ -25,8 +25,14 @@ class Layers(Protocol):
     Decodes are answered by the attention workers, prefill chunks by both sides, merged by LSE.
     """
 
+    def enter(self, lane: int) -> None:
+        """Called once on the lane's thread, where it has one."""
+
     def announce(self, lane: int) -> None:
         """The lane's next step comes after all that were announced before."""
+
+    def begin(self, lane: int) -> None:
+        """The lane's step begins: it finds what all steps that are over left in what lanes share."""
 
     def attend(
         self,
@@ -55,8 +61,17 @@ class Layers(Protocol):
             The layer's attention within prefill chunks.
         """
 
+    def wait(self, lane: int) -> None:
+        """Wait for the end of the step's exchange, after its layers; without the turn."""
+
     def take_failure(self, lane: int) -> str | None:
-        """Why the lane's step cannot be completed, if an attention worker was lost; once a step, after its layers."""
+        """Why the lane's step cannot be completed, if an attention worker was lost; once a step, after `wait`."""
+
+    def end(self, lane: int) -> None:
+        """All of the lane's step is enqueued, its sampling too."""
+
+    def synchronize(self, lane: int) -> None:
+        """Wait until a device has done what was enqueued for the lane."""
 
     def replace_channel(self, worker: int, channel: Channel) -> None:
         """Give a lost worker's part to whoever serves ``channel``. No lane may be in a step."""

@@ -31,8 +31,23 @@ class HostLayers:
         self._ranks_wait = ranks_wait
         self._failures: dict[int, str] = {}
 
+    def enter(self, lane: int) -> None:
+        pass
+
     def announce(self, lane: int) -> None:
         self._client.join_turn(lane)
+
+    def begin(self, lane: int) -> None:
+        pass
+
+    def wait(self, lane: int) -> None:
+        pass
+
+    def end(self, lane: int) -> None:
+        pass
+
+    def synchronize(self, lane: int) -> None:
+        pass
 
     def replace_channel(self, worker: int, channel: Channel) -> None:
         self._client.replace_channel(worker, channel)

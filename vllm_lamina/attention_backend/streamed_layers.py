@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_lamina._native import AttentionClient, Channel, StreamedExchange
+from vllm_lamina.compat.workspaces import add_workspace, use_workspace
 from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
 from vllm_lamina.errors import LaminaError
 
@@ -53,12 +54,31 @@ class StreamedLayers:
         self._timeout = timeout
         self._register()
         self._lanes = [
-            _Lane(self._exchange, lane, streams, partition, max_tokens, timeout) for lane in range(num_lanes)
+            _Lane(self._exchange, lane, streams, partition, max_tokens) for lane in range(num_lanes)
         ]
+        self._lanes[0].compile_kernels()
+        for _ in range(1, num_lanes):
+            add_workspace()
+
+    def enter(self, lane: int) -> None:
+        self._lanes[lane].stream.enter()
+        use_workspace(lane)
 
     def announce(self, lane: int) -> None:
         self._client.join_turn(lane)
         self._exchange.announce(lane)
+
+    def begin(self, lane: int) -> None:
+        # A request may come from another lane, whose stream wrote what is known of it.
+        for other in self._lanes:
+            if other.mark is not None and other is not self._lanes[lane]:
+                self._lanes[lane].stream.wait_for(other.mark)
+
+    def end(self, lane: int) -> None:
+        self._lanes[lane].mark = self._lanes[lane].stream.mark()
+
+    def synchronize(self, lane: int) -> None:
+        self._lanes[lane].stream.synchronize()
 
     def attend(
         self,
@@ -75,8 +95,11 @@ class StreamedLayers:
             self._lanes[lane].prepare(step)
         self._lanes[lane].attend(step, layer, query, key, value, output, attend_locally)
 
+    def wait(self, lane: int) -> None:
+        self._lanes[lane].failure = self._exchange.finish_step(lane, self._timeout)
+
     def take_failure(self, lane: int) -> str | None:
-        failure: str | None = self._exchange.finish_step(lane, self._timeout)
+        failure = self._lanes[lane].failure
         if failure is None:
             return None
         # Frames and replies may lie in memory that is given back next.
@@ -106,10 +129,13 @@ class _Lane:
         streams: Streams,
         partition: Partition,
         max_tokens: int,
-        timeout: float,
     ) -> None:
         self.stream = streams.stream(lane)
-        self._exchange, self._lane, self._streams, self._timeout = exchange, lane, streams, timeout
+        self.failure: str | None = None
+        """Why the last step failed, if it did."""
+        self.mark: Any = None
+        """Where on the stream the last step ended."""
+        self._exchange, self._lane, self._streams = exchange, lane, streams
         self._geometry = partition.geometry
         self._packed, self._taken, self._free, self._replied, replies = exchange.words(lane)
         workers = len(partition.shares)
@@ -134,6 +160,24 @@ class _Lane:
             [self._exchange.payload(self._lane, worker, place) for worker in range(len(self._heads))]
             for place in range(FRAMES)
         ]
+
+    def compile_kernels(self) -> None:
+        """Launch each once, over nothing: compiling takes seconds, and a step has a time limit."""
+        num_heads, size = self._geometry.num_heads, self._geometry.head_size
+        dtype = getattr(torch, self._geometry.dtype)
+        q, _ = self._streams.tensor((1, num_heads, size), dtype)
+        kv, _ = self._streams.tensor((1, self._geometry.num_kv_heads, size), dtype)
+        one, index = self._tables[0, :1], self._tables[: len(self._heads), :1]
+
+        def launch() -> None:
+            for heads, descriptor in zip(self._heads, self._descriptors[0], strict=True):
+                self._streams.pack(q, kv, kv, one, one, descriptor, heads)
+            taken = (q, index, self._head_ranges, self._descriptors[0], self._replies)
+            self._streams.take(*taken)
+            self._streams.take(*taken, one, self._local_lse[:1])
+
+        self.stream.run(launch)
+        self.stream.synchronize()
 
     def prepare(self, step: Step) -> None:
         """Bring the step's tables to the device. The lane's step before is over, so nobody reads the old ones."""

@@ -61,6 +61,15 @@ def settle_attention_backend(config: VllmConfig, name: str) -> bool:
     return differs
 
 
+def settle_batches(config: VllmConfig) -> bool:
+    """With tensor parallelism, let one batch be in flight, unless the user says how many; True where it were two."""
+    options: dict[str, object] = config.additional_config.setdefault("lamina", {})
+    if config.parallel_config.tensor_parallel_size == 1 or "batches" in options:
+        return False
+    options["batches"] = 1
+    return True
+
+
 def settle_scheduler(config: VllmConfig, name: str) -> bool:
     """Let the engine schedule with this class; True where it would not have.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from vllm.config import VllmConfig, set_current_vllm_config
@@ -27,8 +27,8 @@ class LaneRunner(Protocol):
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Run a step up to its logits; None where it has tokens to sample, which `sample` does."""
 
-    def sample(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        """Sample from the step that was executed last."""
+    def sample(self, grammar_output: GrammarOutput | None) -> Callable[[], ModelRunnerOutput]:
+        """Sample from the step that was executed last; what is returned waits for the tokens."""
 
     def forget_step(self) -> None:
         """Do not sample from the step that was executed last, and stand where it did not happen."""

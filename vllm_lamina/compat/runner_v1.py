@@ -5,7 +5,7 @@ So each lane has a model runner of its own, with the model of the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -28,9 +28,10 @@ class Runner:
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
         return self._runner.execute_model(output)
 
-    def sample(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
+    def sample(self, grammar_output: GrammarOutput | None) -> Callable[[], ModelRunnerOutput]:
         keep_random_states(self._runner)
-        return self._runner.sample_tokens(grammar_output)
+        sampled = self._runner.sample_tokens(grammar_output)
+        return lambda: sampled
 
     def forget_step(self) -> None:
         # The runner holds nothing else of it: token counts come with the next step, tokens and random states change

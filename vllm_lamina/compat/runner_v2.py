@@ -8,7 +8,7 @@ requests' states alone.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ class Runner:
         executed: ModelRunnerOutput | None = self._runner.execute_model(output)
         return executed
 
-    def sample(self, grammar_output: GrammarOutput | None) -> ModelRunnerOutput:
-        sampled: ModelRunnerOutput = self._runner.sample_tokens(grammar_output).get_output()
-        return sampled
+    def sample(self, grammar_output: GrammarOutput | None) -> Callable[[], ModelRunnerOutput]:
+        get_output: Callable[[], ModelRunnerOutput] = self._runner.sample_tokens(grammar_output).get_output
+        return get_output
 
     def forget_step(self) -> None:
         # Token counts and tokens move on when something is sampled; requests and blocks that the step added stay.

@@ -76,6 +76,9 @@ class Stream(Protocol):
     A *word* is the address of an int32 in memory that was registered: see `Streams.register`.
     """
 
+    def enter(self) -> None:
+        """What the calling thread does with tensors goes to this stream from now on."""
+
     def run(self, launch: Callable[[], None]) -> None:
         """Enqueue what ``launch`` launches."""
 
@@ -84,6 +87,12 @@ class Stream(Protocol):
 
     def wait(self, word: int, value: int) -> None:
         """Enqueue: wait until a word is at least ``value``."""
+
+    def mark(self) -> Any:
+        """All that was enqueued so far, for `wait_for` of another stream."""
+
+    def wait_for(self, mark: Any) -> None:
+        """Enqueue: wait until what is marked on another stream is done."""
 
     def fence(self) -> None:
         """What the caller does next with tensors comes after what was enqueued."""

@@ -44,7 +44,7 @@ class CudaStreams:
             self._registered.append(address)
 
     def stream(self, lane: int) -> CudaStream:
-        return CudaStream(self._driver, self._failed)
+        return CudaStream(self._driver, self._failed, torch.cuda.current_device())
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         host = torch.zeros(*shape, dtype=dtype, pin_memory=True)
@@ -52,11 +52,16 @@ class CudaStreams:
 
 
 class CudaStream:
-    """See `Stream`: whatever stream PyTorch says is the current one."""
+    """See `Stream`: the one that is PyTorch's current one on the lane's thread."""
 
-    def __init__(self, driver: Any, failed: torch.Tensor) -> None:
+    def __init__(self, driver: Any, failed: torch.Tensor, device: int) -> None:
         self._driver = driver
         self._failed = failed
+        self._device = device
+
+    def enter(self) -> None:
+        torch.cuda.set_device(self._device)
+        torch.cuda.set_stream(torch.cuda.Stream())
 
     def run(self, launch: Callable[[], None]) -> None:
         launch()
@@ -76,6 +81,12 @@ class CudaStream:
         at_least = self._driver.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
         (status,) = self._driver.cuStreamWaitValue32(_current(), word, value, int(at_least))
         _check(status, "cannot wait for a word on a stream")
+
+    def mark(self) -> torch.cuda.Event:
+        return torch.cuda.current_stream().record_event()
+
+    def wait_for(self, mark: torch.cuda.Event) -> None:
+        torch.cuda.current_stream().wait_event(mark)
 
     def fence(self) -> None:
         pass  # PyTorch's operators go to the same stream

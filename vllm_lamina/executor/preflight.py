@@ -6,7 +6,12 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from vllm_lamina.compat.config import settle_attention_backend, settle_block_size, settle_scheduler
+from vllm_lamina.compat.config import (
+    settle_attention_backend,
+    settle_batches,
+    settle_block_size,
+    settle_scheduler,
+)
 from vllm_lamina.compat.geometry import geometry_of
 from vllm_lamina.compat.kv_cache import fits_length_to_pool
 from vllm_lamina.config import LaminaConfig
@@ -55,6 +60,10 @@ def settle(config: Any) -> None:
     if device.backend_is_asked_for and settle_attention_backend(config, device.backend_name):
         logger.info(
             "Lamina: its own attention backend is used (--attention-backend %s).", device.backend_name
+        )
+    if device.backend_is_asked_for and settle_batches(config):
+        logger.info(
+            "Lamina: one batch is in flight, for tensor parallelism on GPUs has one at a time (--lamina-batches 1)."
         )
     if settle_scheduler(config, SCHEDULER):
         logger.info("Lamina: its own scheduler is used (--scheduler-cls %s).", SCHEDULER)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ class Lane:
     """One lane: its steps run one after the other.
 
     Where there are several, each runs on its own thread and they take turns; a single one runs on the caller's. A
-    runner's tensors are touched by the lane's thread alone, in its turn.
+    runner's tensors are touched by the lane's thread alone, in its turn. What waits for a device has no turn.
     """
 
     def __init__(
@@ -49,7 +50,8 @@ class Lane:
         """Requests that are over, whose last step was this lane's; its runner forgets them with its next step."""
         self._exchange = exchange
         self._client = client
-        self._execute_seconds = 0.0
+        self._seconds = 0.0
+        """What the step took so far, without what it waited for its turns."""
         self._executed: Future[Any] = Future()
         self._num_threads = torch.get_num_threads()
         self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
@@ -67,14 +69,14 @@ class Lane:
         self.to_forget = set()
 
         def execute() -> Any:
-            begin = time.perf_counter()
-            try:
-                with self._exchange.running(self.index, plan):
-                    return self.runner.execute(output)
-            except StepFailed:
-                return None
-            finally:
-                self._execute_seconds = time.perf_counter() - begin
+            self._seconds = 0.0
+            with self._turn(), self._timed():
+                self._exchange.layers.begin(self.index)
+                try:
+                    with self._exchange.running(self.index, plan):
+                        return self.runner.execute(output)
+                except StepFailed:
+                    return None
 
         self._executed = self._submit(execute)
 
@@ -83,23 +85,27 @@ class Lane:
         executed = self._executed
 
         def sample() -> Any:
-            begin = time.perf_counter()
             output = executed.result()
-            # The ranks agree: sampling with log-probabilities of the prompt waits for all of them.
-            if any_rank(self._exchange.layers.take_failure(self.index) is not None):
-                self.runner.forget_step()
-                return failed_step()
-            if output is None:
-                output = self.runner.sample(grammar_output)
-            report_times(output, self._times(self._execute_seconds + time.perf_counter() - begin))
+            with self._timed():
+                self._exchange.layers.wait(self.index)
+            with self._turn(), self._timed():
+                # The ranks agree: sampling with log-probabilities of the prompt waits for all of them.
+                if any_rank(self._exchange.layers.take_failure(self.index) is not None):
+                    self.runner.forget_step()
+                    return failed_step()
+                get_output = None if output is not None else self.runner.sample(grammar_output)
+                self._exchange.layers.end(self.index)
+            if get_output is not None:
+                with self._timed():
+                    output = get_output()
+            report_times(output, self._times())
             return output
 
         return self._submit(sample)
 
     def finish_steps(self) -> None:
         """Wait until the steps that were begun are over, whatever came of them."""
-        if self._thread is not None:
-            self._submit(lambda: None).result()
+        self._submit(lambda: self._exchange.layers.synchronize(self.index)).result()
 
     def stop(self) -> None:
         """End the thread, after what it is doing."""
@@ -107,10 +113,10 @@ class Lane:
             self._tasks.put(None)
             self._thread.join(JOIN_SECONDS)
 
-    def _times(self, seconds: float) -> StepTimes:
-        """The times of the step that took ``seconds`` from its begin to its output."""
+    def _times(self) -> StepTimes:
+        """The times of the step that is over."""
         waiting, attention = self._client.step_times(self.index)
-        return StepTimes(seconds - waiting, attention, *self._client.step_waits(self.index))
+        return StepTimes(self._seconds - waiting, attention, *self._client.step_waits(self.index))
 
     def _submit(self, task: Callable[[], Any]) -> Future[Any]:
         future: Future[Any] = Future()
@@ -120,19 +126,33 @@ class Lane:
             self._run_task(future, task)
         return future
 
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The host's turn of all lanes: to work on tensors, or to enqueue such work."""
+        self._client.begin_turn(self.index, self._exchange.timeout)
+        try:
+            yield
+        finally:
+            self._client.end_turn(self.index)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds += time.perf_counter() - begin
+
     def _run(self) -> None:
         set_num_threads(self._num_threads)  # a setting of the thread
+        self._exchange.layers.enter(self.index)
         while (item := self._tasks.get()) is not None:
             self._run_task(*item)
 
     def _run_task(self, future: Future[Any], task: Callable[[], Any]) -> None:
         try:
-            self._client.begin_turn(self.index, self._exchange.timeout)
-            try:
-                with torch.inference_mode():  # another one
-                    result = task()
-            finally:
-                self._client.end_turn(self.index)
+            with torch.inference_mode():  # another one
+                result = task()
         except BaseException as error:
             future.set_exception(error)
         else:

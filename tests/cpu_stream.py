@@ -13,6 +13,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,13 +129,11 @@ def _fail(why: str) -> None:
     raise AssertionError(why)
 
 
-class _Streams:
-    """See `Streams`."""
+class CpuStreams:
+    """See `Streams`. ``kernels`` is the module of the exchange's kernels, interpreted."""
 
-    def __init__(self) -> None:
-        from vllm_lamina.device import exchange_kernels
-
-        self.pack, self.take = exchange_kernels.pack, exchange_kernels.take
+    def __init__(self, kernels: Any) -> None:
+        self.pack, self.take = kernels.pack, kernels.take
 
     def register(self, memories: Sequence[tuple[int, int]]) -> None:
         assert all(num_bytes > 0 for _, num_bytes in memories)
@@ -150,16 +149,16 @@ class StreamedCpuDevice(CpuDevice):
     """This host's CPU, as if it were a device beside the host."""
 
     def streams(self) -> Any:
-        return _Streams()
+        from vllm_lamina.device import exchange_kernels
+
+        return CpuStreams(exchange_kernels)
 
 
-def use_streams() -> None:
-    """For the engines that this process makes from now on."""
+@cache
+def launch_one_at_a_time() -> None:
+    """The interpreter has one grid at a time, where streams and lanes launch kernels of theirs."""
     from triton.runtime.interpreter import GridExecutor
 
-    from vllm_lamina.worker.model_worker import worker
-
-    # The interpreter has one grid at a time, where streams and lanes launch kernels of theirs.
     launch, one_launch = GridExecutor.__call__, threading.Lock()
 
     def launch_alone(grid: Any, *args: Any, **kwargs: Any) -> None:
@@ -167,4 +166,11 @@ def use_streams() -> None:
             launch(grid, *args, **kwargs)
 
     GridExecutor.__call__ = launch_alone
+
+
+def use_streams() -> None:
+    """For the engines that this process makes from now on."""
+    from vllm_lamina.worker.model_worker import worker
+
+    launch_one_at_a_time()
     worker.device_for = lambda device_type: StreamedCpuDevice()

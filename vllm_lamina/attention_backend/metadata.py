@@ -29,7 +29,7 @@ class LaminaMetadata:
 class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
     """Hands the step on. vLLM builds as often as it likes; what it says of the step is checked, and not read."""
 
-    # An exchange runs on the host: vLLM captures the pieces between the layers' attention, see docs/gpu.md.
+    # A step of another size has other grids and frames: vLLM captures the pieces between layers, see docs/gpu.md.
     _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
     # Requests with one query token and a full prompt behind them come first in the batch.
     reorder_batch_threshold = 1

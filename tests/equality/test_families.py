@@ -10,7 +10,13 @@ from models import SUPPORTED, ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
 
-@pytest.mark.parametrize("family", SUPPORTED)
+MUCH_AS_LLAMA = {"mistral", "qwen2"}
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in MUCH_AS_LLAMA)) for name in SUPPORTED],
+)
 def test_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     prompts = requests((*EDGE_LENGTHS, 600))
     phases = [Phase("cold", prompts), Phase("warm", prompts)]

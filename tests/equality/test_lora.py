@@ -90,7 +90,7 @@ def assert_same_requests(stock: PhaseResult, lamina: PhaseResult) -> None:
         assert_same_phase(stock, lamina)
 
 
-@pytest.mark.parametrize("batches", [1, 2])
+@pytest.mark.parametrize("batches", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_slot_for_each(engines: Engines, stock_job: Job, batches: int) -> None:
     stock = engines.run(stock_job)
     options = {"lamina_batches": batches}

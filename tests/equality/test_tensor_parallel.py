@@ -36,7 +36,7 @@ def job(model_zoo: ModelZoo) -> Job:
     [
         ({}, ()),
         # Each rank's blocks on two workers; by heads see partition/test_engines_of_several_workers.py.
-        ({"lamina_partition": "sequence"}, (64, 32, 64, 32)),
+        pytest.param({"lamina_partition": "sequence"}, (64, 32, 64, 32), marks=pytest.mark.slow),
     ],
     ids=["two lanes", "sequence"],
 )

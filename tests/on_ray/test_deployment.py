@@ -174,6 +174,7 @@ def test_killed_while_it_waits_for_room(ray_cluster: RayCluster) -> None:
         wait_for(lambda: not any("ray up" in command for command in ray_cluster.host.processes().values()))
 
 
+@pytest.mark.slow
 def test_up_by_hand(ray_cluster: RayCluster) -> None:
     """`ray up` finds what is there, also while an engine uses it, and replaces what died; it stays until `down`."""
 

@@ -43,7 +43,10 @@ def job(model_zoo: ModelZoo) -> Job:
     return Job(model_zoo("four_kv_heads"), PHASES, engine)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "sequence, 4 workers")) for name in ENGINES],
+)
 def test_equal_to_stock(engines: Engines, job: Job, name: str) -> None:
     options, memory = ENGINES[name]
     stock = engines.run(job)

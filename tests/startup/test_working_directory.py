@@ -31,6 +31,7 @@ def misleading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(standing)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("misleading")
 def test_server(model_zoo: ModelZoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Empty: vLLM keeps there what it learns of a model from a process of its own.

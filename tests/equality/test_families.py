@@ -9,7 +9,6 @@ from jobs import Job, Phase
 from models import SUPPORTED, ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
-
 MUCH_AS_LLAMA = {"mistral", "qwen2"}
 
 

@@ -20,7 +20,7 @@ from workloads import greedy, prompt
 def test_two_places(engines: Engines, model_zoo: ModelZoo, runner: str) -> None:
     requests = [
         Request(prompt(10 + i, seed=i), greedy(12, presence_penalty=1.0), abort_after=2, abort_delay=i % 3)
-        for i in range(10)
+        for i in range(7)
     ]
     requests.append(Request(prompt(30, seed=30), greedy(12, presence_penalty=1.0)))
     stock = Job(model_zoo("llama"), [Phase("aborts", requests)], {"max_num_seqs": 2}, runner=runner)

@@ -18,7 +18,7 @@ SMALL = {
 MEASURED = {"latency": "Avg latency: ", "throughput": "Throughput: "}
 
 
-@pytest.mark.parametrize("benchmark", SMALL)
+@pytest.mark.parametrize("benchmark", [pytest.param("latency", marks=pytest.mark.slow), "throughput"])
 def test_bench(model_zoo: ModelZoo, log: Path, benchmark: str) -> None:
     command = console("vllm", "bench", benchmark, *SMALL[benchmark].split(), *RANDOM_WEIGHTS)
     command += ["--model", model_zoo("llama"), *TINY_ENGINE, "--enforce-eager", *LAMINA]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -129,19 +130,23 @@ def test_a_client_that_disconnects_frees_its_request(server: VllmServer, client:
 
 
 def test_the_prefix_cache_is_reset_under_load(server: VllmServer, client: OpenAI) -> None:
-    def ask(prompt: str) -> str:
-        options = {"temperature": 0.0, "max_tokens": 200, "extra_body": {"ignore_eos": True}}
-        return client.completions.create(model=MODEL, prompt=prompt, **options).choices[0].text
+    def ask(prompt: str, began: threading.Event) -> str:
+        options = {"temperature": 0.0, "max_tokens": 250, "extra_body": {"ignore_eos": True}}
+        text = ""
+        for chunk in client.completions.create(model=MODEL, prompt=prompt, stream=True, **options):
+            began.set()
+            text += chunk.choices[0].text
+        return text
 
     prompts = [f"Number {i}" for i in range(4)]
-    alone = [ask(prompt) for prompt in prompts]
+    alone = [ask(prompt, threading.Event()) for prompt in prompts]
     with ThreadPoolExecutor(len(prompts)) as pool:
-        answers = [pool.submit(ask, prompt) for prompt in prompts]
-        assert wait_for(lambda: metric(server, "num_requests_running") == len(prompts), 10.0)
+        began = [threading.Event() for _ in prompts]
+        answers = [pool.submit(ask, *arguments) for arguments in zip(prompts, began, strict=True)]
+        assert all(event.wait(60.0) for event in began)
         for _ in range(5):
             reset = json.loads(post(server, "reset_prefix_cache?reset_running_requests=true"))
             assert reset == {"success": True}
-        assert not all(answer.done() for answer in answers)
         assert [answer.result() for answer in answers] == alone
 
 

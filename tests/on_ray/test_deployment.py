@@ -147,6 +147,7 @@ def test_one_engine_and_one_shape(ray_cluster: RayCluster) -> None:
     assert "there is no deployment 'lamina'" in ray_cluster.cli("down", "lamina").stderr
 
 
+@pytest.mark.slow
 def test_errors(ray_cluster: RayCluster) -> None:
     def problem(**options: object) -> str:
         with ray_cluster.deployed(**options) as engine:

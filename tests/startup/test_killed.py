@@ -65,7 +65,9 @@ def left_in_shared_memory(inodes: set[int]) -> set[str]:
     [
         pytest.param("vllm serve", signal.SIGINT, id="SIGINT", marks=pytest.mark.slow),
         pytest.param("vllm serve", signal.SIGKILL, id="SIGKILL"),
-        pytest.param("VLLM::EngineCore", signal.SIGKILL, id="SIGKILL of the engine core"),
+        pytest.param(
+            "VLLM::EngineCore", signal.SIGKILL, id="SIGKILL of the engine core", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_nothing_is_left(

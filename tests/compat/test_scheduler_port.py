@@ -275,18 +275,24 @@ def test_vllm_can_be_kept_from_preempting() -> None:
     """Relies on its order of preemption; on it preempting nobody whose blocks would not be free at once, and then not
     scheduling the request that lacks them, nor those after it; and on who is preempted being asked for before.
     """
-    schedule = re.sub(r"\s+", " ", source_of(Scheduler.schedule))
-    wanted, chosen, asked, preempted, given_up = (
+    schedule = re.sub(r"\s+", " ", re.sub(r"#[^\n]*", "", source_of(Scheduler.schedule)))
+    # 0.33 goes on after a request that has preempted itself.
+    given_up = re.search(
+        r"if new_blocks is None: (if \( self\.policy == SchedulingPolicy\.PRIORITY and request\.status == "
+        r"RequestStatus\.PREEMPTED \): continue )?break",
+        schedule,
+    )
+    assert given_up is not None
+    wanted, chosen, asked, preempted = (
         schedule.index(text)
         for text in (
             "new_blocks = self.kv_cache_manager.allocate_slots(",
             "key=lambda r: (r.priority, r.arrival_time),",
             "if not self._request_blocks_can_be_freed(preempted_req): break",
             "self._preempt_request(",
-            "if new_blocks is None: # Cannot schedule this request. break",
         )
     )
-    assert wanted < chosen < asked < preempted < given_up
+    assert wanted < chosen < asked < preempted < given_up.start()
     assert "preempted_req = self.running[-1]" in schedule[:asked]
 
 

@@ -253,6 +253,8 @@ NOT_HERE = (
     "two batches in flight with tensor parallelism on GPUs",
 )
 
+OTHER_KV_DTYPE = "a KV cache dtype other than the model's"
+
 FILE = "engine.yaml"
 """Written beside the test's other files."""
 
@@ -347,6 +349,8 @@ def test_every_unsupported_model_is_here() -> None:
 def test_every_row_of_the_table_is_here(outcomes: Outcomes) -> None:
     messages = [outcomes[name]["message"] for name in CASES]
     for refusal in REFUSALS:
+        if refusal.feature == OTHER_KV_DTYPE and any("`--kv-cache-dtype` to `auto`" in m for m in messages):
+            continue  # vLLM 0.33 says so itself, and first
         shown = any(f"does not support {refusal.feature}," in message for message in messages)
         assert shown != (refusal.feature in NOT_HERE), refusal.feature
 

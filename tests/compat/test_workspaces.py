@@ -10,6 +10,7 @@ import torch
 from vllm.v1.worker import workspace
 
 from vllm_lamina.compat.workspaces import add_workspace, let_workspaces_grow, use_workspace
+from vllm_lamina.errors import UnsupportedError
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_without_a_manager_there_is_nothing_to_divide() -> None:
 def test_micro_batches_are_refused() -> None:
     workspace.init_workspace_manager(torch.device("cpu"), num_ubatches=2)
     try:
-        with pytest.raises(NotImplementedError, match=r"--enable-dbo.*: use --lamina-batches 1"):
+        with pytest.raises(UnsupportedError, match=r"--enable-dbo.*: use --lamina-batches 1"):
             add_workspace()
     finally:
         workspace.reset_workspace_manager()

@@ -110,6 +110,7 @@ class StreamedLayers:
 
     def replace_channel(self, worker: int, channel: Channel) -> None:
         """Give a worker's part to whoever serves ``channel``. No lane may be in a step."""
+        self._streams.register([])  # before the old channel's memory is gone
         self._exchange.replace_channel(worker, channel)
         self._register()
         for lane in self._lanes:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from vllm.v1.worker import workspace
 
+from vllm_lamina.errors import UnsupportedError
+
 
 def add_workspace() -> None:
     """Have scratch memory for one lane more; it is taken when it is needed.
 
     Raises
     ------
-    NotImplementedError
+    UnsupportedError
         vLLM divides batches in micro-batches (``--enable-dbo``), which have scratch memory each.
     """
     if not workspace.is_workspace_manager_initialized():
         return
     manager = workspace.current_workspace_manager()
     if manager._num_ubatches > 1:
-        raise NotImplementedError(
-            "micro-batches (--enable-dbo) with two batches in flight: use --lamina-batches 1"
+        raise UnsupportedError(
+            "Lamina does not support micro-batches (--enable-dbo) with two batches in flight: use --lamina-batches 1."
         )
     manager._num_lanes += 1
     manager._current_workspaces.append(None)

@@ -480,10 +480,11 @@ class StreamedExchange:
         """Tokens of the step whose q, and whose k and v, the worker gets, int32; and how many rows it answers without
         LSE."""
     def finish_step(self, lane: int, timeout: float = 60.0) -> str | None:
-        """Wait until all layers are sent and answered, or the step failed: why. Raises ChannelTimeout."""
+        """Wait until all layers are sent and answered, or the step failed: why. Raises ChannelTimeout if a layer takes
+        the device longer than `timeout` seconds."""
     def fail_step(self, lane: int, why: str) -> None:
         """Let the step run to its end for nothing."""
     def replace_channel(self, worker: int, channel: Channel) -> None:
         """As `AttentionClient.replace_channel`."""
     def set_timeout(self, seconds: float) -> None:
-        """How long one reply may take."""
+        """How long an attention worker may take for one layer."""

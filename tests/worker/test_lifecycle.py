@@ -138,7 +138,7 @@ def test_stuck_serving_loop_is_noticed(
     connection: AttentionWorkerConnection, worker: EmbeddedAttentionWorker
 ) -> None:
     """Its process goes on to answer heartbeats."""
-    connection.configure(GEOMETRY, NUM_BLOCKS)
+    connection.configure(GEOMETRY, NUM_BLOCKS, heartbeat_timeout=0.2)
     engine = Engine.on(connection, GEOMETRY, NUM_BLOCKS)
     engine.begin_step(1, [Request(3, 1, [1])])
     with stuck_thread(worker.pid, "lamina-serve"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from engine import Engine, Request
 from random_steps import Workload, ranges
-from worker_processes import pause
+from worker_processes import DEADLINE, pause
 
 from vllm_lamina._native import AttentionClient, AttentionWorkerError, ChannelTimeout, Partition
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
@@ -54,6 +54,7 @@ def connect(workers: list[EmbeddedAttentionWorker]) -> Iterator[Connect]:
                     ring_bytes=4 << 20,
                     spin_us=0,
                     worker_spin_us=0,
+                    heartbeat_timeout=DEADLINE,
                 )
                 connections.append(connection)
             make = Partition.by_heads if kind == "heads" else Partition.by_blocks

@@ -15,7 +15,7 @@ from cpu_stream import CpuStream
 from engine import Request
 from random_steps import Workload, ranges
 from streams import StreamedEngine, partition_of
-from worker_processes import pause
+from worker_processes import DEADLINE, pause
 
 from vllm_lamina._native import AttentionClient, FrameTooLarge, StreamedExchange
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
@@ -73,6 +73,7 @@ class Setup:
             ring_bytes=aside + share.ring_bytes(MAX_TOKENS, 16, 1024),
             spin_us=50,
             worker_spin_us=50,
+            heartbeat_timeout=DEADLINE,
             transport=transport,  # type: ignore[arg-type]
         )
         return connection
@@ -205,20 +206,26 @@ def test_a_lost_worker_fails_the_steps_of_all_lanes(setup: Setup) -> None:
             engine.step(1, [Request(40, 1, [2 * engine.lane, 2 * engine.lane + 1])])
 
 
-def test_a_worker_that_does_not_answer(setup: Setup) -> None:
+@pytest.mark.parametrize(
+    ("next_step", "what"),
+    [(Request(20, 1, [0]), "output did not come"), (Request(0, 20, [1]), "did not take the oldest layer")],
+)
+def test_a_worker_that_stands_still(setup: Setup, next_step: Request, what: str) -> None:
+    """A prompt is answered nothing, but has more layers than there is room for."""
     worker = EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))])
     setup.stack.callback(worker.stop)
     setup.workers = [worker]
     [engine] = setup.open("heads", [4])
-    engine.step(0, [Request(0, 20, [0])])
-    setup.exchange.set_timeout(0.2)
+    engine.step(0, [Request(0, 19, [0])])
+    engine.step(1, [Request(19, 1, [0])])  # answered: all is taken
     pause(worker.pid)
     setup.stack.callback(os.kill, worker.pid, signal.SIGCONT)
+    setup.exchange.set_timeout(0.2)
     engine.exchange.announce(0)
-    engine.enqueue_step(1, [Request(20, 1, [0])])
+    engine.enqueue_step(0, [next_step])
     failure = engine.finish()
     assert failure is not None
-    assert "did not come in time" in failure
+    assert f"{what} in time" in failure
     assert setup.client.failed_workers == [0]
 
 

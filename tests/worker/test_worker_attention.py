@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 from engine import Engine, Request
-from worker_processes import pause
+from worker_processes import DEADLINE, pause
 
 from vllm_lamina._native import ChannelTimeout, FrameTooLarge
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
@@ -26,7 +26,14 @@ def geometry(
 
 @pytest.fixture
 def engine(connection: AttentionWorkerConnection) -> Engine:
-    connection.configure(geometry(), NUM_BLOCKS, ring_bytes=8 << 20, spin_us=20, worker_spin_us=20)
+    connection.configure(
+        geometry(),
+        NUM_BLOCKS,
+        ring_bytes=8 << 20,
+        spin_us=20,
+        worker_spin_us=20,
+        heartbeat_timeout=DEADLINE,
+    )
     return Engine.on(connection, geometry(), NUM_BLOCKS)
 
 

@@ -15,7 +15,8 @@ from vllm_lamina.wire.messages import Heartbeat, HeartbeatReply, Refused, decode
 BEATS_PER_TIMEOUT = 5
 
 PATIENCE = 5
-"""How many timeouts a worker on this host has for an answer as long as the system runs its process."""
+"""How many timeouts a worker on this host has for an answer as long as the system runs its process, and a serving loop
+anywhere to go on: its threads may wait for a CPU."""
 
 
 class HeartbeatThread:
@@ -28,8 +29,8 @@ class HeartbeatThread:
     lease_seconds
         How long the worker keeps the engine's pool without a heartbeat; 0 for ever.
     timeout
-        Seconds after which the worker is lost: without an answer, or with answers that say that its serving loop
-        stands still.
+        Seconds without an answer after which the worker is lost. With answers that say that its serving loop stands
+        still, it is so after `PATIENCE` of them.
     pid
         Process of a worker on this host, None elsewhere. Where it is neither gone nor stopped it may be waiting for a
         CPU, and gets `PATIENCE` timeouts.
@@ -96,8 +97,8 @@ class HeartbeatThread:
         silent = time.monotonic() - self._answered
         if overdue and (silent > PATIENCE * self._timeout or not _runs(self._pid)):
             return f"it has not answered for {silent:.1f} s"
-        if self._answered - self._progressed > self._timeout:
-            return f"it answers, but its serving loop has stood still for {self._timeout:g} s"
+        if self._answered - self._progressed > PATIENCE * self._timeout:
+            return f"it answers, but its serving loop has stood still for {PATIENCE * self._timeout:g} s"
         return None
 
 

@@ -204,12 +204,7 @@ void bind_model_worker(nb::module_& m) {
             return nb::make_tuple(tokens_of(part.q_tokens), tokens_of(part.kv_tokens), part.num_rows_without_lse);
           },
           "lane"_a, "worker"_a)
-      .def(
-          "finish_step",
-          [](StreamedExchange& exchange, uint32_t lane, double timeout) {
-            return exchange.finish_step(lane, deadline_after(timeout));
-          },
-          "lane"_a, "timeout"_a = 60.0, Released())
+      .def("finish_step", &StreamedExchange::finish_step, "lane"_a, "timeout"_a = 60.0, Released())
       .def("fail_step", &StreamedExchange::fail_step, "lane"_a, "why"_a, Released())
       .def("replace_channel", &StreamedExchange::replace_channel, "worker"_a, "channel"_a, Released())
       .def("set_timeout", &StreamedExchange::set_timeout, "seconds"_a);

@@ -136,6 +136,7 @@ AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const S
   if (lane.ordinal == 0) throw std::logic_error("a step begins that was not announced");
   lane.posted = lane.replied = lane.free = 0;
   lane.num_replies = 0;
+  lane.room_wanted = Clock::now();
   lane.slowest = {};
   lane.failure.reset();
   const SplitStep& split = client_.split(lane_id);
@@ -155,15 +156,19 @@ AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const S
   return rows;
 }
 
-std::optional<std::string> StreamedExchange::finish_step(uint32_t lane_id, Deadline deadline) {
+std::optional<std::string> StreamedExchange::finish_step(uint32_t lane_id, double timeout) {
   Lane& lane = lanes_.at(lane_id);
   Entry entry(*this);
   const auto is_over = [&] {
     const int32_t layers = client_.partition().geometry().num_layers();
     return !lane.begun || lane.failure || (lane.posted == layers && (lane.num_owed == 0 || lane.replied == layers));
   };
-  if (!progress_.wait_until(entry.lock, deadline, is_over)) {
-    throw ChannelTimeout("the device did not come to the end of the step in time");
+  while (!is_over()) {
+    const auto layers = std::pair(lane.posted, lane.replied);
+    const auto goes_on = [&] { return is_over() || std::pair(lane.posted, lane.replied) != layers; };
+    if (progress_.wait_until(entry.lock, deadline_after(timeout), goes_on)) continue;
+    look();  // it may be a worker that keeps the device
+    if (!is_over()) throw ChannelTimeout("the device did not come to the next layer in time");
   }
   lane.ordinal = 0;
   lane.begun = false;
@@ -197,17 +202,27 @@ bool StreamedExchange::may_post(const Lane& lane) const {
   });
 }
 
-// Lets the stream write one more layer's frames, if nothing lies any more where they go.
+// Whether the stream may come to write one more layer's frames.
+bool StreamedExchange::wants_room(const Lane& lane) const {
+  const auto num_layers = client_.partition().geometry().num_layers();
+  return lane.free < num_layers && lane.free < lane.posted + static_cast<int32_t>(kFrames);
+}
+
+// Whether nothing of a worker's lies any more where they go.
+bool StreamedExchange::has_room(Lane& lane, uint32_t w) {
+  auto& sent = lane.sent[w][static_cast<uint32_t>(lane.free) % kFrames];
+  if (sent && client_.link(w).num_consumed() <= *sent) return false;
+  sent.reset();
+  return true;
+}
+
 bool StreamedExchange::free_one(uint32_t lane_id) {
   Lane& lane = lanes_[lane_id];
-  const auto num_layers = client_.partition().geometry().num_layers();
-  if (lane.free == num_layers || lane.free >= lane.posted + static_cast<int32_t>(kFrames)) return false;
+  if (!wants_room(lane)) return false;
   for (uint32_t w = 0; w < workers_.size(); ++w) {
-    auto& sent = lane.sent[w][static_cast<uint32_t>(lane.free) % kFrames];
-    if (!sent) continue;
-    if (client_.link(w).num_consumed() <= *sent) return false;
-    sent.reset();
+    if (!has_room(lane, w)) return false;
   }
+  lane.room_wanted = Clock::now();
   publish(words_[lane_id].free, ++lane.free);
   return true;
 }
@@ -227,6 +242,7 @@ void StreamedExchange::post_layer(uint32_t lane_id) {
   }
   if (lane.num_owed > 0 && lane.replied == lane.posted) lane.since = Clock::now();
   ++lane.posted;
+  lane.room_wanted = Clock::now();
   progress_.notify_all();
 }
 
@@ -304,7 +320,7 @@ void StreamedExchange::replied(uint32_t lane_id) {
   progress_.notify_all();
 }
 
-// Fails the steps that a lost worker has a part in.
+// Fails the steps that a lost worker has a part in, or holds up: it does not answer, or leaves frames where they lie.
 void StreamedExchange::look() {
   const Deadline oldest = Clock::now() - std::chrono::duration_cast<Clock::duration>(
                                              std::chrono::duration<double>(timeout_.load()));
@@ -314,12 +330,14 @@ void StreamedExchange::look() {
     for (uint32_t w = 0; w < workers_.size(); ++w) {
       WorkerLink& link = client_.link(w);
       const WorkerStep& part = client_.split(lane_id).part(w);
-      if (!part.takes_part()) continue;
       if (part.num_rows > 0 && lane.replied < lane.posted && lane.since < oldest && !workers_[w].held_by) {
         link.set_failed();
         fail(lane_id, "the attention worker's output did not come in time");
-      } else if (link.failed() && !link.channel().has_frame()) {
+      } else if (part.takes_part() && link.failed() && !link.channel().has_frame()) {
         fail(lane_id, "the attention worker is gone");
+      } else if (wants_room(lane) && lane.room_wanted < oldest && !has_room(lane, w)) {
+        link.set_failed();
+        fail(lane_id, "the attention worker did not take the oldest layer in time");
       }
     }
   }

@@ -69,14 +69,14 @@ class StreamedExchange {
   const WorkerStep& part(uint32_t lane, uint32_t worker) const { return client_.split(lane).part(worker); }
   // Waits until all layers of the step are sent and answered, or it failed: why, if it did. The stream may still read the
   // last reply; before the lane's next step begins it must have come to the end. A step that was only announced, and
-  // does not begin, is over at once. Throws ChannelTimeout.
-  std::optional<std::string> finish_step(uint32_t lane, Deadline deadline);
+  // does not begin, is over at once. Throws ChannelTimeout if a layer takes the device longer than `timeout` seconds.
+  std::optional<std::string> finish_step(uint32_t lane, double timeout);
   // Lets a step run to its end for nothing.
   void fail_step(uint32_t lane, const std::string& why);
   // Gives a worker's part to whoever serves `channel`; no lane may be in a step. What memories() returns is other memory
   // afterwards.
   void replace_channel(uint32_t worker, std::shared_ptr<Channel> channel);
-  // How long one reply may take.
+  // How long an attention worker may take for one layer.
   void set_timeout(double seconds) { timeout_ = seconds; }
 
  private:
@@ -93,6 +93,7 @@ class StreamedExchange {
     size_t num_owed = 0;                        // workers that answer a layer
     size_t num_replies = 0;                     // of these, for the oldest layer that is not replied
     Clock::time_point since;                    // that layer was sent
+    Clock::time_point room_wanted;              // for the next layer's frames, at the latest
     std::chrono::nanoseconds slowest{0};        // of its workers, as they say themselves
     // By worker: the number of the frame that lay last in each place, until it is consumed.
     std::vector<std::array<std::optional<uint64_t>, kFrames>> sent;
@@ -118,6 +119,8 @@ class StreamedExchange {
   void look();
   void post_layer(uint32_t lane);
   bool may_post(const Lane& lane) const;
+  bool wants_room(const Lane& lane) const;
+  bool has_room(Lane& lane, uint32_t worker);
   bool free_one(uint32_t lane);
   void fail(uint32_t lane, const std::string& why);
   void let_go(uint32_t worker);

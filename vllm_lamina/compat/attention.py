@@ -1,6 +1,6 @@
 """What vLLM says of attention: of a layer, its KV cache spec and a step's metadata. What is not served is refused.
 
-Some fields of these objects are read, or mean nothing to Lamina. Every other one must have its default, which is full
+Some fields of these objects are read, or mean nothing to Lamina. Every other one must have its default, which is plain
 causal attention: with another value the layer would be computed as if it had that one. So a field that is new in vLLM
 is refused as soon as a model uses it.
 """
@@ -12,13 +12,33 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    SlidingWindowSpec,
+)
 
 from vllm_lamina.support import refuse_fields
 
-# `geometry` compares them with the configuration; dcp_sharded is for context parallelism, which is refused.
-SPEC_FIELDS = frozenset({"block_size", "num_kv_heads", "head_size", "dtype", "dcp_sharded"})
-"""Fields of a ``FullAttentionSpec`` that may have any value."""
+SPECS: tuple[type[KVCacheSpec], ...] = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+
+# `geometry` reads them, but for page_size_padded, which is vLLM's accounting, and dcp_sharded, for context parallelism,
+# which is refused.
+SPEC_FIELDS = frozenset(
+    {
+        "block_size",
+        "num_kv_heads",
+        "head_size",
+        "head_size_v",
+        "dtype",
+        "sliding_window",
+        "attention_chunk_size",
+        "page_size_padded",
+        "dcp_sharded",
+    }
+)
+"""Fields of these specs that may have any value."""
 
 # The scheduler says them all: what is sent to the attention workers is made of that, see `attention_backend.step`.
 METADATA_FIELDS = frozenset(
@@ -52,8 +72,9 @@ _METADATA_DEFAULTS = tuple(
 )
 
 
-def check_layers(config: VllmConfig, backend: type) -> None:
-    """Refuse a loaded model in which a layer attends otherwise than ``backend`` does.
+def settle_layers(config: VllmConfig, backend: type) -> None:
+    """Tell the layers' implementations what vLLM tells the layers alone, and refuse a loaded model in which one attends
+    otherwise than ``backend`` does.
 
     Raises
     ------
@@ -61,28 +82,32 @@ def check_layers(config: VllmConfig, backend: type) -> None:
         Names the feature, the layer and what it says.
     """
     # The attention backend imports this module, and they import their backends.
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
     for name, layer in config.compilation_config.static_forward_context.items():
         if isinstance(layer, AttentionLayerBase):
             said = _said_by_spec(layer.get_kv_cache_spec(config))
-            if type(layer) is Attention:
+            if type(layer) is ChunkedLocalAttention:
+                # vLLM's own makes a backend that turns chunks into requests; ours knows chunks.
+                layer.attn_backend = backend
+            if type(layer) in (Attention, ChunkedLocalAttention):
                 said |= _said_by_layer(layer, backend)
             else:
                 said["class"] = type(layer).__name__
             if said:
                 refuse_fields(said, f"the attention layer {name}")
+            layer.impl.complete(layer.head_size_v, getattr(layer, "attention_chunk_size", 0))
 
 
 def check_spec(name: str, spec: Any) -> None:
-    """Refuse the KV cache spec of a layer that is not one of full causal attention. Raises as `check_layers`."""
+    """Refuse the KV cache spec of a layer that is not one of causal attention. Raises as `settle_layers`."""
     if said := _said_by_spec(spec):
         refuse_fields(said, f"the KV cache of {name}")
 
 
 def check_metadata(metadata: CommonAttentionMetadata) -> None:
-    """Refuse a step that is not one of full causal attention. Raises as `check_layers`."""
+    """Refuse a step that is not one of causal attention. Raises as `settle_layers`."""
     said = {
         name: value
         for name, default in _METADATA_DEFAULTS
@@ -95,15 +120,12 @@ def check_metadata(metadata: CommonAttentionMetadata) -> None:
 
 def _said_by_spec(spec: Any) -> dict[str, Any]:
     """What a spec says beside the fields that may have any value."""
-    if type(spec) is not FullAttentionSpec:
+    if type(spec) not in SPECS:
         return {"KV cache spec": type(spec).__name__}
-    defaults = {field.name: field.default for field in dataclasses.fields(spec)} | {
-        "head_size_v": spec.head_size
-    }
     return {
-        name: value
-        for name, default in defaults.items()
-        if name not in SPEC_FIELDS and (value := getattr(spec, name)) != default
+        field.name: value
+        for field in dataclasses.fields(spec)
+        if field.name not in SPEC_FIELDS and (value := getattr(spec, field.name)) != field.default
     }
 
 

@@ -2,70 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
+import torch
 from vllm.config import VllmConfig
-from vllm.v1.kv_cache_interface import KVCacheSpec
+from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
+from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, UniformTypeKVCacheSpecs
 
 from vllm_lamina.compat.attention import check_spec
 from vllm_lamina.errors import UnsupportedError
-from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
 
 
-def geometry_of(config: VllmConfig) -> Geometry:
-    """The geometry of one rank of a model that need not be loaded yet; its scales, which layers choose, are 1."""
+def geometry_of(config: VllmConfig) -> Geometry | None:
+    """The geometry of one rank of a model that need not be loaded yet; its scales, which layers choose, are 1.
+
+    None where layers may be of several kinds: only the loaded model says of which.
+    """
     model, parallel = config.model_config, config.parallel_config
+    if not _layers_are_alike(model):
+        return None
     num_layers = model.get_num_layers_by_block_type(parallel, "attention")
-    return Geometry(
+    return Geometry.uniform(
         num_layers=num_layers,
         block_size=config.cache_config.block_size,
         num_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
-        dtype=str(model.dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dtype=_name(model.dtype),
         scales=(1.0,) * num_layers,
     )
 
 
-def geometry_of_layers(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Geometry:
-    """The same with the scales of the loaded layers, which must be as the configuration says.
+def _layers_are_alike(model: Any) -> bool:
+    """Whether nothing in the configuration tells one attention layer from another."""
+    text = model.hf_text_config
+    kinds = set(getattr(text, "layer_types", None) or ())
+    told = ("attention_chunk_size", "num_kv_shared_layers", "num_attention_heads_per_layer", "hybrid_layer_pattern")
+    return (
+        len(kinds) <= 1
+        and "sliding_attention" not in kinds
+        and model.get_sliding_window() is None
+        and not any(getattr(text, name, None) for name in told)
+    )
 
-    Parameters
-    ----------
-    specs
-        By layer, in their order.
+
+def groups_of(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Sequence[KVCacheGroupSpec]:
+    """The KV cache groups that vLLM's engine will make of the layers' specs."""
+    groups: Sequence[KVCacheGroupSpec] = get_kv_cache_groups(config, dict(specs))
+    return groups
+
+
+def counted_bytes(groups: Sequence[KVCacheGroupSpec], num_blocks: int) -> int:
+    """Bytes of so many blocks as vLLM counts them: the groups overlay one another, and the largest counts.
+
+    Its page size knows nothing of the padding in the attention worker's layout.
+    """
+    sizes = (sum(spec_of(group, name).page_size_bytes for name in group.layer_names) for group in groups)
+    return num_blocks * int(max(sizes))
+
+
+def spec_of(group: KVCacheGroupSpec, name: str) -> Any:
+    """The KV cache spec of a layer of a group."""
+    spec = group.kv_cache_spec
+    return spec.kv_cache_specs[name] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
+
+
+def geometry_of_layers(config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> tuple[Sequence[str], Geometry]:
+    """The names of a loaded model's attention layers, in the model's order, and their geometry.
 
     Raises
     ------
     UnsupportedError
-        A layer is of another kind or shape; the text says what differs.
+        A layer is of a kind that is not served, or does not see what its KV cache spec keeps for it.
     """
-    expected = geometry_of(config)
-    if len(specs) != expected.num_layers:
-        raise UnsupportedError(
-            f"Lamina does not support models with {len(specs)} attention layers where their configuration says "
-            f"{expected.num_layers}: {WITHOUT_LAMINA}."
-        )
-    scales = []
-    for name, spec in specs.items():
-        layer: Any = config.compilation_config.static_forward_context[name]
+    places = {
+        name: (number, position, spec_of(group, name))
+        for number, group in enumerate(groups)
+        for position, name in enumerate(group.layer_names)
+    }
+    names: list[str] = []
+    layers: list[LayerSpec] = []
+    caches: dict[CacheSpec, int] = {}
+    for name, layer in config.compilation_config.static_forward_context.items():
+        shared = getattr(layer, "kv_sharing_target_layer_name", None)
+        if (shared or name) not in places:
+            continue
+        group, position, spec = places[shared or name]
         check_spec(name, spec)
-        found = {
-            "block_size": spec.block_size,
-            "num_heads": layer.num_heads,
-            "num_kv_heads": spec.num_kv_heads,
-            "head_size": spec.head_size,
-            "dtype": str(spec.dtype).removeprefix("torch."),
-        }
-        for field, value in found.items():
-            if value != getattr(expected, field):
+        shape = layer.impl.shape
+        for kept, seen in (("sliding_window", shape.window), ("attention_chunk_size", shape.chunk)):
+            if (getattr(spec, kept, None) or seen) != seen:
                 raise UnsupportedError(
-                    f"Lamina does not support models whose attention layers differ from each other or from their "
-                    f"configuration: {field} of {name} is {value}, by the configuration {getattr(expected, field)}: "
-                    f"{WITHOUT_LAMINA}."
+                    f"Lamina does not support models whose layers see other tokens than their KV cache keeps: "
+                    f"{kept} of {name} is {seen}, of its KV cache {getattr(spec, kept)}: {WITHOUT_LAMINA}."
                 )
-        scales.append(layer.impl.scale)
-    return msgspec.structs.replace(expected, scales=tuple(scales))
+        cache = CacheSpec(
+            spec.block_size, spec.num_kv_heads, spec.head_size, spec.head_size_v, _name(spec.dtype)
+        )
+        names.append(name)
+        layers.append(
+            LayerSpec(
+                cache=caches.setdefault(cache, len(caches)),
+                group=group,
+                position=position,
+                num_heads=shape.num_heads,
+                scale=shape.scale,
+                window=shape.window,
+                chunk=shape.chunk,
+                soft_cap=shape.soft_cap,
+                sinks=_by_head(shape.sinks),
+                alibi_slopes=_by_head(shape.alibi_slopes),
+                stores=shared is None,
+            )
+        )
+    return names, Geometry(tuple(caches), tuple(layers))
+
+
+def _by_head(values: torch.Tensor | None) -> tuple[float, ...]:
+    return () if values is None else tuple(values.float().tolist())
+
+
+def _name(dtype: torch.dtype) -> Any:
+    return str(dtype).removeprefix("torch.")

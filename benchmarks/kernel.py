@@ -94,7 +94,9 @@ def lamina_call(case: Case, pool: Pool, threads: ThreadPool, isa: str | None) ->
     starts = np.arange(case.batch + 1, dtype=np.int32) * case.query_len
     lens = np.full(case.batch, case.context, np.int32)
     rule, blocks = ScoreRule(HEAD_SIZE**-0.5), (-1, kernel.block_bytes)
-    return lambda n: kernel.attend(pool.layer(case, n).reshape(blocks), q, starts, lens, tables, rule, threads)
+    return lambda n: kernel.attend(
+        pool.layer(case, n).reshape(blocks), q, starts, lens, tables, rule, threads
+    )
 
 
 def vllm_call(case: Case, pool: Pool) -> Callable[[int], object]:

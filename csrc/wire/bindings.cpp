@@ -18,7 +18,7 @@ void bind_wire(nb::module_& m) {
           "__init__",
           [](ModelGeometry* self, int32_t block_size, int32_t num_heads, int32_t num_kv_heads,
              int32_t head_size, const std::string& dtype, std::vector<float> scales) {
-            new (self) ModelGeometry{{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size},
+            new (self) ModelGeometry{{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size, head_size},
                                      std::move(scales)};
           },
           "block_size"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "dtype"_a, "scales"_a)

@@ -42,12 +42,12 @@ std::string names(const std::vector<Isa>& isas) {
 
 }  // namespace
 
-void AttentionKernel::copy_block(std::byte* layer, int32_t from, int32_t to) const {
-  std::memcpy(layer + to * block_bytes(), layer + from * block_bytes(), block_bytes());
+void AttentionKernel::copy_block(LayerPool layer, int32_t from, int32_t to) const {
+  std::memcpy(layer.data + to * layer.stride, layer.data + from * layer.stride, block_bytes());
 }
 
-void AttentionKernel::zero_block(std::byte* layer, int32_t block) const {
-  std::memset(layer + block * block_bytes(), 0, block_bytes());
+void AttentionKernel::zero_block(LayerPool layer, int32_t block) const {
+  std::memset(layer.data + block * layer.stride, 0, block_bytes());
 }
 
 std::vector<Isa> available_isas() {

@@ -29,6 +29,8 @@ struct AttentionGeometry {
   int32_t num_kv_heads;
   int32_t head_size;     // 32..256, a multiple of 16
   int32_t block_size;    // tokens per KV block, a multiple of 32, at most kMaxBlockSize
+  int32_t head_size_v;   // of v and the output; head_size is that of q and k
+  bool operator==(const AttentionGeometry&) const = default;
 };
 
 }  // namespace lamina

@@ -53,7 +53,7 @@ class CheckedKernel {
  public:
   CheckedKernel(const std::string& dtype, int32_t num_heads, int32_t num_kv_heads, int32_t head_size,
                 int32_t block_size, const std::optional<std::string>& isa)
-      : geometry_{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size},
+      : geometry_{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size, head_size},
         kernel_(make_attention_kernel(geometry_, isa ? std::optional(parse_isa(*isa)) : std::nullopt)) {}
 
   std::string isa() const { return std::string(isa_name(kernel_->isa())); }
@@ -71,19 +71,19 @@ class CheckedKernel {
         throw std::invalid_argument("slot " + std::to_string(slot_mapping(i)) + " is outside the layer's " +
                                     std::to_string(slots) + " slots");
     nb::gil_scoped_release release;
-    kernel_->append(reinterpret_cast<std::byte*>(layer.data()), k.data(), v.data(), slot_mapping.data(),
+    kernel_->append(pool(layer), k.data(), v.data(), slot_mapping.data(),
                     static_cast<int32_t>(slot_mapping.shape(0)), threads);
   }
 
   void copy_block(const Bytes& layer, int32_t from, int32_t to) const {
     check_block(layer, from);
     check_block(layer, to);
-    if (from != to) kernel_->copy_block(reinterpret_cast<std::byte*>(layer.data()), from, to);
+    if (from != to) kernel_->copy_block(pool(layer), from, to);
   }
 
   void zero_block(const Bytes& layer, int32_t block) const {
     check_block(layer, block);
-    kernel_->zero_block(reinterpret_cast<std::byte*>(layer.data()), block);
+    kernel_->zero_block(pool(layer), block);
   }
 
   void attend(const ConstBytes& layer, const ConstTokens& q, const Lengths& query_start_loc,
@@ -110,12 +110,17 @@ class CheckedKernel {
       requests.push_back({begin, end - begin, kv_len, table});
     }
     nb::gil_scoped_release release;
-    kernel_->attend(reinterpret_cast<const std::byte*>(layer.data()), q.data(), requests.data(),
-                    static_cast<int32_t>(num_requests), scale, out.data(), lse ? lse->data() : nullptr,
+    kernel_->attend(pool(layer), q.data(), requests.data(),
+                    static_cast<int32_t>(num_requests), ScoreRule{scale}, 0, out.data(), lse ? lse->data() : nullptr,
                     threads);
   }
 
  private:
+  template <class Layer>
+  LayerPool pool(const Layer& layer) const {
+    return {reinterpret_cast<std::byte*>(const_cast<uint8_t*>(layer.data())), kernel_->block_bytes()};
+  }
+
   template <class Layer>
   int64_t num_blocks(const Layer& layer) const {
     return static_cast<int64_t>(layer.shape(0) / kernel_->block_bytes());

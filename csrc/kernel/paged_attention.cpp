@@ -110,15 +110,15 @@ struct Workspace {
 class Attend {
  public:
   Attend(const AttentionGeometry& geometry, const BlockShape& shape, const RowOps& ops,
-         const std::byte* layer, const void* q, const AttendRequest* requests, float scale, void* out,
+         LayerPool layer, const void* q, const AttendRequest* requests, float scale, void* out,
          float* lse)
       : geometry_(geometry),
         shape_(shape),
         ops_(ops),
         group_(geometry.num_heads / geometry.num_kv_heads),
         row_bytes_(static_cast<size_t>(geometry.head_size) * shape.element_size),
-        block_bytes_(shape.region_bytes() * geometry.num_kv_heads),
-        layer_(layer),
+        block_bytes_(layer.stride),
+        layer_(layer.data),
         q_(static_cast<const std::byte*>(q)),
         requests_(requests),
         scale_log2_(scale * kLog2E),
@@ -284,7 +284,7 @@ PagedAttention::PagedAttention(const AttentionGeometry& geometry, Isa isa, Block
                                const RowOps& ops)
     : geometry_(geometry), isa_(isa), shape_(make_shape(geometry, layout, ops)), ops_(ops) {}
 
-void PagedAttention::append(std::byte* layer, const void* k, const void* v, const int64_t* slot_mapping,
+void PagedAttention::append(LayerPool layer, const void* k, const void* v, const int64_t* slot_mapping,
                             int32_t num_tokens, ThreadPool& threads) const {
   const int64_t block_size = geometry_.block_size;
   const size_t head_bytes = geometry_.head_size * shape_.element_size;
@@ -304,7 +304,7 @@ void PagedAttention::append(std::byte* layer, const void* k, const void* v, cons
       int32_t count = 1;  // tokens that lie one after another in this block
       while (t + count < num_tokens && slot_mapping[t + count] == slot + count && offset + count < block_size)
         ++count;
-      std::byte* region = layer + block * block_bytes();
+      std::byte* region = layer.data + block * layer.stride;
       for (int32_t head = 0; head < geometry_.num_kv_heads; ++head, region += shape_.region_bytes()) {
         // A region always belongs to the same thread, so zeroing it cannot race with other tokens of the
         // block.
@@ -321,10 +321,10 @@ void PagedAttention::append(std::byte* layer, const void* k, const void* v, cons
   });
 }
 
-void PagedAttention::attend(const std::byte* layer, const void* q, const AttendRequest* requests,
-                            int32_t num_requests, float scale, void* out, float* lse,
+void PagedAttention::attend(LayerPool layer, const void* q, const AttendRequest* requests,
+                            int32_t num_requests, const ScoreRule& rule, int32_t, void* out, float* lse,
                             ThreadPool& threads) const {
-  const Attend attend(geometry_, shape_, ops_, layer, q, requests, scale, out, lse);
+  const Attend attend(geometry_, shape_, ops_, layer, q, requests, rule.scale, out, lse);
   for (int32_t r = 0; r < num_requests; ++r)
     if (requests[r].kv_len <= 0) attend.write_empty(requests[r]);
   const int num_threads = threads.size();

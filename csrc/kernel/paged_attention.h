@@ -14,10 +14,11 @@ class PagedAttention final : public AttentionKernel {
 
   Isa isa() const override { return isa_; }
   size_t block_bytes() const override { return shape_.region_bytes() * geometry_.num_kv_heads; }
-  void append(std::byte* layer, const void* k, const void* v, const int64_t* slot_mapping, int32_t num_tokens,
+  void append(LayerPool layer, const void* k, const void* v, const int64_t* slot_mapping, int32_t num_tokens,
               ThreadPool& threads) const override;
-  void attend(const std::byte* layer, const void* q, const AttendRequest* requests, int32_t num_requests,
-              float scale, void* out, float* lse, ThreadPool& threads) const override;
+  void attend(LayerPool layer, const void* q, const AttendRequest* requests, int32_t num_requests,
+              const ScoreRule& rule, int32_t num_complete_tokens, void* out, float* lse,
+              ThreadPool& threads) const override;
 
  private:
   const AttentionGeometry geometry_;

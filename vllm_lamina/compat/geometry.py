@@ -19,7 +19,7 @@ def geometry_of(config: VllmConfig) -> Geometry:
     """The geometry of one rank of a model that need not be loaded yet; its scales, which layers choose, are 1."""
     model, parallel = config.model_config, config.parallel_config
     num_layers = model.get_num_layers_by_block_type(parallel, "attention")
-    return Geometry(
+    return Geometry.uniform(
         num_layers=num_layers,
         block_size=config.cache_config.block_size,
         num_heads=model.get_num_attention_heads(parallel),
@@ -60,12 +60,24 @@ def geometry_of_layers(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> 
             "head_size": spec.head_size,
             "dtype": str(spec.dtype).removeprefix("torch."),
         }
+        cache, first = expected.caches[0], expected.layers[0]
+        said = {
+            "block_size": cache.block_size,
+            "num_heads": first.num_heads,
+            "num_kv_heads": cache.num_kv_heads,
+            "head_size": cache.head_size,
+            "dtype": cache.dtype,
+        }
         for field, value in found.items():
-            if value != getattr(expected, field):
+            if value != said[field]:
                 raise UnsupportedError(
                     f"Lamina does not support models whose attention layers differ from each other or from their "
-                    f"configuration: {field} of {name} is {value}, by the configuration {getattr(expected, field)}: "
+                    f"configuration: {field} of {name} is {value}, by the configuration {said[field]}: "
                     f"{WITHOUT_LAMINA}."
                 )
         scales.append(layer.impl.scale)
-    return msgspec.structs.replace(expected, scales=tuple(scales))
+    layers = (
+        msgspec.structs.replace(layer, scale=scale)
+        for layer, scale in zip(expected.layers, scales, strict=True)
+    )
+    return Geometry(expected.caches, tuple(layers))

@@ -204,7 +204,7 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   // Everything is appended before anything is attended: a request may find, as its cached context, a prefix
   // block that another request of this very step fills. It also lets a decode attend its own token like any
   // other.
-  std::byte* layer = layer_data(header.layer);
+  const LayerPool layer = layer_data(header.layer);
   if (num_tokens > 0) {
     const Timer timer(counters_.ns_appending);
     kernel_->append(layer, payload.data() + layout.k, payload.data() + layout.v, step.slot_mapping(),
@@ -233,8 +233,8 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   {
     const Timer timer(counters_.ns_attending);
     kernel_->attend(layer, payload.data(), step.requests().data(),
-                    static_cast<int32_t>(step.requests().size()), geometry_.scales[header.layer], out, lse,
-                    threads_);
+                    static_cast<int32_t>(step.requests().size()), geometry_.layers()[header.layer].rule,
+                    static_cast<int32_t>(rows_without_lse), out, lse, threads_);
   }
   if (threads_.cancelled()) return;
   if (lse != nullptr && lse != reply_lse) {

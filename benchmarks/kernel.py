@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from lamina_benchmarks import linear_read
 
-from vllm_lamina.kernels import BFLOAT16_ISAS, Arena, AttentionKernel, ThreadPool
+from vllm_lamina.kernels import BFLOAT16_ISAS, Arena, AttentionKernel, ScoreRule, ThreadPool
 
 POOL_BYTES = 1 << 30
 BLOCK_SIZE = 128
@@ -93,8 +93,10 @@ def lamina_call(case: Case, pool: Pool, threads: ThreadPool, isa: str | None) ->
         q = (q.view(np.uint32) >> 16).astype(np.uint16)
     starts = np.arange(case.batch + 1, dtype=np.int32) * case.query_len
     lens = np.full(case.batch, case.context, np.int32)
-    scale = HEAD_SIZE**-0.5
-    return lambda n: kernel.attend(pool.layer(case, n), q, starts, lens, tables, scale, threads)
+    rule, blocks = ScoreRule(HEAD_SIZE**-0.5), (-1, kernel.block_bytes)
+    return lambda n: kernel.attend(
+        pool.layer(case, n).reshape(blocks), q, starts, lens, tables, rule, threads
+    )
 
 
 def vllm_call(case: Case, pool: Pool) -> Callable[[int], object]:

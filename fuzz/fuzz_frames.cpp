@@ -17,8 +17,8 @@ Totals totals;
 
 WorkerUnderTest& worker(size_t index) {
   static const std::unique_ptr<WorkerUnderTest> workers[kNumWorkers] = {
-      std::make_unique<WorkerUnderTest>(ModelGeometry{{DType::kFloat32, 2, 2, 32, 32}, {0.17f, 0.2f}}, 5, 1),
-      std::make_unique<WorkerUnderTest>(ModelGeometry{{DType::kFloat32, 2, 1, 48, 64}, {0.15f}}, 3, 2),
+      std::make_unique<WorkerUnderTest>(ModelGeometry{{DType::kFloat32, 2, 2, 32, 32, 32}, {0.17f, 0.2f}}, 5, 1),
+      std::make_unique<WorkerUnderTest>(ModelGeometry{{DType::kFloat32, 2, 1, 48, 64, 48}, {0.15f}}, 3, 2),
   };
   return *workers[index];
 }

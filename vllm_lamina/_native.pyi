@@ -28,6 +28,36 @@ class ThreadPool:
     def pin_caller(self) -> None:
         """Pin the calling thread to cpus[0]."""
 
+class ScoreRule:
+    """What a layer does with the scores ``q.k``: a key at position j is seen by the query at position p, j <= p, if
+    window and chunk allow it.
+
+    Parameters
+    ----------
+    scale
+        Softmax scale.
+    soft_cap
+        The score is ``soft_cap * tanh(scale * q.k / soft_cap)``; 0 for none.
+    window
+        Tokens that a query sees, its own among them: ``j > p - window``; 0 for all.
+    chunk
+        ``j >= p // chunk * chunk``; 0 for none.
+    sinks
+        By query head: a logit that is added to the softmax denominator only; or empty.
+    alibi_slopes
+        By query head: ``slope * (j - p)`` is added to the score, after scale and soft-cap; or empty.
+    """
+
+    def __init__(
+        self,
+        scale: float,
+        soft_cap: float = 0.0,
+        window: int = 0,
+        chunk: int = 0,
+        sinks: Sequence[float] = (),
+        alibi_slopes: Sequence[float] = (),
+    ) -> None: ...
+
 class AttentionKernel:
     """Paged attention of one geometry on one instruction set."""
 
@@ -39,6 +69,7 @@ class AttentionKernel:
         head_size: int,
         block_size: int,
         isa: str | None = None,
+        head_size_v: int | None = None,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -52,10 +83,13 @@ class AttentionKernel:
         query_start_loc: Any,
         kv_lens: Any,
         block_tables: Any,
-        scale: float,
+        rule: ScoreRule,
         out: Any,
         lse: Any | None,
         threads: ThreadPool,
+        positions: Any | None = None,
+        block_positions: Any | None = None,
+        num_complete_tokens: int = 0,
     ) -> None: ...
     def copy_block(self, layer: Any, source: int, destination: int) -> None: ...
     def zero_block(self, layer: Any, block: int) -> None: ...

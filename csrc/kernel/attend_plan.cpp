@@ -17,23 +17,41 @@ constexpr int64_t kBlocksPerThread = 8;
 constexpr int kRounds = 5, kRoundsWide = 2;
 constexpr int32_t kWideRows = 128;
 
+struct BlockRange {
+  int32_t first, count;
+};
+
+// The blocks of a request but those before the first that a query token, counted from the request's first, sees. Later
+// query tokens see none of these either.
+BlockRange seen_blocks(const AttendRequest& request, int32_t query_token, const ScoreRule& rule,
+                       int32_t block_size) {
+  // In 64 bits: a length may be close to the largest 32-bit one.
+  const auto blocks = static_cast<int32_t>((int64_t{request.kv_len} + block_size - 1) / block_size);
+  if (!rule.hides()) return {0, blocks};
+  const int64_t first_seen = rule.first_seen(int64_t{request.position} + query_token);
+  int32_t first = 0;
+  for (; first < blocks; ++first) {
+    const int32_t tokens = std::min(block_size, request.kv_len - first * block_size);
+    if (int64_t{block_position(request, first, block_size)} + tokens > first_seen) break;
+  }
+  return {first, blocks - first};
+}
+
 }  // namespace
 
 AttendPlan::AttendPlan(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests,
-                       int num_threads, int32_t max_rows, int32_t row_granule) {
-  add_items(geometry, requests, num_requests, num_threads, max_rows, row_granule);
+                       const ScoreRule& rule, int num_threads, int32_t max_rows, int32_t row_granule) {
+  add_items(geometry, requests, num_requests, rule, num_threads, max_rows, row_granule);
   cut(num_threads);
 }
 
 void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendRequest* requests,
-                           int32_t num_requests, int num_threads, int32_t max_rows, int32_t row_granule) {
+                           int32_t num_requests, const ScoreRule& rule, int num_threads, int32_t max_rows,
+                           int32_t row_granule) {
   const int32_t group = geometry.num_heads / geometry.num_kv_heads;
-  const auto blocks_of = [&](const AttendRequest& request) {
-    // In 64 bits: a length may be close to the largest 32-bit one.
-    return static_cast<int32_t>((int64_t{request.kv_len} + geometry.block_size - 1) / geometry.block_size);
-  };
   int64_t all_blocks = 0;
-  for (int32_t r = 0; r < num_requests; ++r) all_blocks += blocks_of(requests[r]);
+  for (int32_t r = 0; r < num_requests; ++r)
+    all_blocks += seen_blocks(requests[r], 0, rule, geometry.block_size).count;
   const int64_t wanted = kBlocksPerThread * num_threads;
   const int64_t divisor =
       num_threads == 1 ? 1 : std::max<int64_t>(1, wanted / std::max<int64_t>(1, all_blocks));
@@ -41,7 +59,6 @@ void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendReques
 
   for (int32_t r = 0; r < num_requests; ++r) {
     const AttendRequest& request = requests[r];
-    if (request.kv_len <= 0) continue;
     const int32_t rows = request.query_len * group;
     const int32_t tile_rows = std::min(rows, max_rows), padded = round_up(tile_rows, row_granule);
     const int32_t heads = std::clamp(max_rows / padded, 1, most_heads);
@@ -51,8 +68,9 @@ void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendReques
         const int32_t item_heads = std::min(heads, geometry.num_kv_heads - head);
         const int32_t item_rows = std::min(tile_rows, rows - begin);
         const int64_t cost = item_heads * (kRowsPerBlockRead + item_rows);
-        items_.push_back({r, head, item_heads, begin, item_rows, blocks_of(request), cost, total_cost_});
-        total_cost_ += cost * blocks_of(request);
+        const BlockRange blocks = seen_blocks(request, begin / group, rule, geometry.block_size);
+        items_.push_back({r, head, item_heads, begin, item_rows, blocks.first, blocks.count, cost, total_cost_});
+        total_cost_ += cost * blocks.count;
       }
     }
   }

@@ -8,8 +8,8 @@
 
 namespace lamina {
 
-// A tile of query rows of one request, for one or several KV heads, with all the request's KV blocks to
-// visit.
+// A tile of query rows of one request, for one or several KV heads, with the KV blocks to visit: all of the
+// request's but those at the front that none of the rows sees.
 //
 // Decode has few rows per head and takes as many heads together as it can: a block is then read from front to
 // back. (Measured: a core reads 18 GB/s linearly, 14 in chunks of 64 KiB, in random order on huge pages.)
@@ -19,12 +19,13 @@ struct RowItem {
   int32_t num_kv_heads;
   int32_t row_begin;  // row = query token * group size + head within the group
   int32_t rows;       // for each KV head
-  int32_t num_blocks;
+  int32_t first_block;
+  int32_t num_blocks;  // 0: the rows see nothing
   int64_t block_cost;  // relative cost of one block
   int64_t cost_begin;  // of this item in the flattened list
 };
 
-// Blocks block_begin .. block_end - 1 of one item.
+// Blocks block_begin .. block_end - 1 of one item, counted from its first.
 struct WorkSlice {
   int32_t item;
   int32_t block_begin;
@@ -33,13 +34,14 @@ struct WorkSlice {
 
 class AttendPlan {
  public:
-  // Flattens (request, KV heads, row tile); requests without KV are left out. An item has at most `max_rows`
-  // rows over all its KV heads, where those of each head count in multiples of `row_granule`.
+  // Flattens (request, KV heads, row tile). An item has at most `max_rows` rows over all its KV heads, where
+  // those of each head count in multiples of `row_granule`.
   AttendPlan(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests,
-             int num_threads, int32_t max_rows, int32_t row_granule);
+             const ScoreRule& rule, int num_threads, int32_t max_rows, int32_t row_granule);
 
   const std::vector<RowItem>& items() const { return items_; }
-  bool empty() const { return items_.empty(); }
+  // No item has a block.
+  bool empty() const { return total_cost_ == 0; }
   // Most rows of one item over all its KV heads, with the padding.
   int32_t widest_item() const { return widest_item_; }
 
@@ -51,7 +53,7 @@ class AttendPlan {
 
  private:
   void add_items(const AttentionGeometry& geometry, const AttendRequest* requests, int32_t num_requests,
-                 int num_threads, int32_t max_rows, int32_t row_granule);
+                 const ScoreRule& rule, int num_threads, int32_t max_rows, int32_t row_granule);
   void cut(int num_threads);
 
   std::vector<RowItem> items_;
@@ -59,5 +61,10 @@ class AttendPlan {
   int64_t total_cost_ = 0;
   int32_t widest_item_ = 0;
 };
+
+// Position of the first token of one of a request's blocks.
+inline int32_t block_position(const AttendRequest& request, int32_t block, int32_t block_size) {
+  return request.block_positions != nullptr ? request.block_positions[block] : block * block_size;
+}
 
 }  // namespace lamina

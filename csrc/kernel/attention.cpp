@@ -22,11 +22,16 @@ void check(const AttentionGeometry& g) {
   if (g.num_kv_heads < 1 || g.num_heads < g.num_kv_heads || g.num_heads % g.num_kv_heads != 0)
     refuse("num_heads = " + std::to_string(g.num_heads) +
            " must be a positive multiple of num_kv_heads = " + std::to_string(g.num_kv_heads));
-  if (g.head_size < 32 || g.head_size > 256 || g.head_size % 16 != 0)
-    refuse("head_size = " + std::to_string(g.head_size) + " must be a multiple of 16 from 32 to 256");
-  if (g.block_size < 32 || g.block_size % 32 != 0)
+  const auto check_head_size = [](const char* name, int32_t size) {
+    if (size < kMinHeadSize || size > kMaxHeadSize || size % 16 != 0)
+      refuse(std::string(name) + " = " + std::to_string(size) + " must be a multiple of 16 from " +
+             std::to_string(kMinHeadSize) + " to " + std::to_string(kMaxHeadSize));
+  };
+  check_head_size("head_size", g.head_size);
+  check_head_size("head_size_v", g.head_size_v);
+  if (g.block_size < 16 || g.block_size % 16 != 0)
     refuse("block_size = " + std::to_string(g.block_size) +
-           " must be a multiple of 32: set vLLM's --block-size to 32, 64 or 128");
+           " must be a multiple of 16: set vLLM's --block-size to 32, 64 or 128");
   // Far beyond any model's; no size of a block or a row can overflow then.
   if (g.num_heads > kMaxHeads)
     refuse("num_heads = " + std::to_string(g.num_heads) + " is more than " + std::to_string(kMaxHeads));
@@ -43,11 +48,11 @@ std::string names(const std::vector<Isa>& isas) {
 }  // namespace
 
 void AttentionKernel::copy_block(LayerPool layer, int32_t from, int32_t to) const {
-  std::memcpy(layer.data + to * layer.stride, layer.data + from * layer.stride, block_bytes());
+  std::memcpy(layer.block(to), layer.block(from), block_bytes());
 }
 
 void AttentionKernel::zero_block(LayerPool layer, int32_t block) const {
-  std::memset(layer.data + block * layer.stride, 0, block_bytes());
+  std::memset(layer.block(block), 0, block_bytes());
 }
 
 std::vector<Isa> available_isas() {

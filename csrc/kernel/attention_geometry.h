@@ -20,6 +20,7 @@ inline DType parse_dtype(const std::string& name) {
 }
 
 inline constexpr int32_t kMaxHeads = 1 << 14;
+inline constexpr int32_t kMinHeadSize = 32, kMaxHeadSize = 512;
 inline constexpr int32_t kMaxBlockSize = 1 << 14;
 
 // Shape of one layer's attention. KV is kept in `dtype`, the dtype of q, k, v and the output.
@@ -27,10 +28,9 @@ struct AttentionGeometry {
   DType dtype;
   int32_t num_heads;     // query heads, a multiple of num_kv_heads, at most kMaxHeads
   int32_t num_kv_heads;
-  int32_t head_size;     // 32..256, a multiple of 16
-  int32_t block_size;    // tokens per KV block, a multiple of 32, at most kMaxBlockSize
-  int32_t head_size_v;   // of v and the output; head_size is that of q and k
-  bool operator==(const AttentionGeometry&) const = default;
+  int32_t head_size;     // of q and k: kMinHeadSize..kMaxHeadSize, a multiple of 16
+  int32_t block_size;    // tokens per KV block, a multiple of 16, at most kMaxBlockSize
+  int32_t head_size_v;   // of v and the output: as head_size
 };
 
 }  // namespace lamina

@@ -30,25 +30,24 @@ void store_columns(Element* panel, int32_t column, int32_t tokens, const std::by
 }
 
 template <class Element>
-void store_panels(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
-                  const std::byte* k, const std::byte* v, size_t stride) {
-  const int32_t head_size = shape.head_size, block_size = shape.block_size;
+void store_panels(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k,
+                  TokenRows v) {
   auto* keys = reinterpret_cast<Element*>(region);
-  auto* values = keys + static_cast<size_t>(head_size) * block_size;
+  auto* values = reinterpret_cast<Element*>(region + shape.key_bytes());
   for (int32_t t = 0; t < num_tokens;) {
     const int32_t column = (offset + t) % 16, count = std::min(16 - column, num_tokens - t);
-    store_columns(keys + static_cast<size_t>(offset + t - column) * head_size, column, count, k + t * stride,
-                  stride, head_size);
+    store_columns(keys + static_cast<size_t>(offset + t - column) * shape.head_size, column, count, k.token(t),
+                  k.stride, shape.head_size);
     t += count;
   }
   for (int32_t t = 0; t < num_tokens; ++t)
-    for (int32_t d = 0; d < head_size; d += 16)
-      std::memcpy(values + static_cast<size_t>(d) * block_size + (offset + t) * 16,
-                  v + t * stride + d * sizeof(Element), 16 * sizeof(Element));
+    for (int32_t d = 0; d < shape.head_size_v; d += 16)
+      std::memcpy(values + static_cast<size_t>(d) * shape.stored_block_size + (offset + t) * 16,
+                  v.token(t) + d * sizeof(Element), 16 * sizeof(Element));
 }
 
-void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
-                 const std::byte* k, const std::byte* v, size_t stride) {
+void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k,
+                 TokenRows v) {
   constexpr int32_t kTileDwords = 256;
   const int32_t padded = shape.stored_head_size, pairs = shape.head_size / 2;
   auto* keys = reinterpret_cast<uint32_t*>(region);
@@ -56,22 +55,22 @@ void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int
     const int32_t token = offset + t, column = token % 16, count = std::min(16 - column, num_tokens - t);
     for (int32_t pair = 0; pair < pairs; pair += 16) {
       const int32_t tile = (token / 32 * (padded / 32) + pair / 16) * 2 + token / 16 % 2;
-      store_columns(keys + tile * kTileDwords, column, count, k + t * stride + pair * sizeof(uint32_t),
-                    stride, std::min(16, pairs - pair));
+      store_columns(keys + tile * kTileDwords, column, count, k.token(t) + pair * sizeof(uint32_t), k.stride,
+                    std::min(16, pairs - pair));
     }
     t += count;
   }
-  auto* values = reinterpret_cast<uint16_t*>(region + shape.region_bytes() / 2);
+  auto* values = reinterpret_cast<uint16_t*>(region + shape.key_bytes());
   for (int32_t t = 0; t < num_tokens;) {
     const int32_t token = offset + t;
     const bool both = token % 2 == 0 && t + 1 < num_tokens;
-    for (int32_t d = 0; d < shape.head_size; d += 16) {
-      const int32_t tile = (d / 32 * (shape.block_size / 32) + token / 32) * 2 + d / 16 % 2;
+    for (int32_t d = 0; d < shape.head_size_v; d += 16) {
+      const int32_t tile = (d / 32 * (shape.stored_block_size / 32) + token / 32) * 2 + d / 16 % 2;
       uint16_t* row = values + tile * kTileDwords * 2 + token % 32 / 2 * 32;
       uint16_t even[16], odd[16];
-      std::memcpy(even, v + t * stride + d * sizeof(uint16_t), sizeof(even));
+      std::memcpy(even, v.token(t) + d * sizeof(uint16_t), sizeof(even));
       if (both) {
-        std::memcpy(odd, v + (t + 1) * stride + d * sizeof(uint16_t), sizeof(odd));
+        std::memcpy(odd, v.token(t + 1) + d * sizeof(uint16_t), sizeof(odd));
         for (int32_t i = 0; i < 16; ++i) {
           row[2 * i] = even[i];
           row[2 * i + 1] = odd[i];
@@ -86,14 +85,14 @@ void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int
 
 }  // namespace
 
-void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
-                  const std::byte* k, const std::byte* v, size_t token_stride) {
+void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k,
+                  TokenRows v) {
   if (shape.layout == BlockLayout::kTiles)
-    store_tiles(shape, region, offset, num_tokens, k, v, token_stride);
+    store_tiles(shape, region, offset, num_tokens, k, v);
   else if (shape.element_size == 4)
-    store_panels<uint32_t>(shape, region, offset, num_tokens, k, v, token_stride);
+    store_panels<uint32_t>(shape, region, offset, num_tokens, k, v);
   else
-    store_panels<uint16_t>(shape, region, offset, num_tokens, k, v, token_stride);
+    store_panels<uint16_t>(shape, region, offset, num_tokens, k, v);
 }
 
 }  // namespace lamina

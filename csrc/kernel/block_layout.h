@@ -11,7 +11,9 @@
 // reduction axis:
 //   K: [block_size / 32][head_size / 32][2 tiles of 16 tokens][16 dim pairs][16 tokens][2 dims];
 //   V: [head_size / 32][block_size / 32][2 tiles of 16 dims][16 token pairs][16 dims][2 tokens].
-//   The head size is padded with zeros to a multiple of 32.
+//   Head sizes and the block size are padded with zeros to multiples of 32: a block of 16 tokens takes as much memory
+//   as one of 32.
+// The head size is k's for K and v's for V.
 #pragma once
 
 #include <cstddef>
@@ -26,17 +28,28 @@ enum class BlockLayout : uint8_t { kPanels, kTiles };
 struct BlockShape {
   BlockLayout layout;
   size_t element_size;
-  int32_t head_size;         // of the model
-  int32_t stored_head_size;  // with padding
-  int32_t block_size;
+  int32_t head_size, head_size_v;                // of the model
+  int32_t stored_head_size, stored_head_size_v;  // with padding
+  int32_t stored_block_size;                     // with padding
 
+  // Bytes of K, which V follows, of one (block, KV head).
+  size_t key_bytes() const { return element_size * stored_head_size * stored_block_size; }
   // Bytes of one (block, KV head).
-  size_t region_bytes() const { return 2 * element_size * stored_head_size * block_size; }
+  size_t region_bytes() const {
+    return element_size * (stored_head_size + stored_head_size_v) * stored_block_size;
+  }
 };
 
-// Writes tokens offset .. offset + num_tokens - 1 of one region. k, v: the KV head's first element of the
-// first token; tokens are `token_stride` bytes apart.
-void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens,
-                  const std::byte* k, const std::byte* v, size_t token_stride);
+// One KV head of some tokens: its first element of the first token; tokens are `stride` bytes apart.
+struct TokenRows {
+  const std::byte* data;
+  size_t stride;
+
+  const std::byte* token(int32_t t) const { return data + t * stride; }
+};
+
+// Writes tokens offset .. offset + num_tokens - 1 of one region.
+void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k,
+                  TokenRows v);
 
 }  // namespace lamina

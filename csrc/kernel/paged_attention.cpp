@@ -6,10 +6,11 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <new>
 #include <vector>
 
+#include "base/round_up.h"
 #include "kernel/attend_plan.h"
+#include "kernel/attend_workspace.h"
 #include "kernel/thread_pool.h"
 
 namespace lamina {
@@ -18,110 +19,24 @@ namespace {
 constexpr float kNegInf = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504088896340736f, kLn2 = 0.69314718055994530942f;
 
-// Cache-line aligned scratch that only grows, so that a decode step allocates nothing. It starts with
-// arbitrary bytes: rows of padding are computed with and thrown away.
-class Scratch {
- public:
-  Scratch() = default;
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  ~Scratch() { release(); }
-
-  std::byte* reserve(size_t bytes) {
-    if (bytes > size_) {
-      release();
-      data_ = static_cast<std::byte*>(::operator new(bytes, kAlignment));
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  static constexpr std::align_val_t kAlignment{64};
-
-  void release() {
-    if (data_ != nullptr) ::operator delete(data_, kAlignment);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
-  std::byte* data_ = nullptr;
-  size_t size_ = 0;
-};
-
-// Running softmax state of one item, KV head after KV head; `item` < 0 while unused.
-struct Accumulator {
-  int32_t item = -1;
-  float* out;
-  float* max;
-  float* sum;
-};
-
-// What one thread works in. An item that lies wholly within a piece uses `whole`.
-struct alignas(64) ThreadScratch {
-  std::vector<WorkSlice> slices;
-  std::vector<RowTile> tiles;
-  Accumulator whole;
-  std::byte* queries;
-  float* weights;
-};
-
-// Only the first and the last item of a piece can be partial; they wait here for the merge.
-struct Partials {
-  Accumulator part[2];
-};
-
-struct Workspace {
-  Scratch scratch;
-  std::vector<ThreadScratch> threads;
-  std::vector<Partials> pieces;
-
-  void prepare(const RowOps& ops, int num_threads, const AttendPlan& plan, const BlockShape& shape) {
-    const auto lines = [](size_t bytes) { return (bytes + 63) / 64 * 64; };
-    const size_t rows = plan.widest_item(), width = shape.stored_head_size;
-    const size_t out_bytes = lines(rows * width * sizeof(float)), row_bytes = lines(rows * sizeof(float));
-    const size_t state_bytes = out_bytes + 2 * row_bytes;
-    const size_t query_bytes = lines(rows * width * ops.query_bytes);
-    const size_t weights_bytes = lines(ops.weights_bytes(shape.block_size));
-    threads.resize(num_threads);
-    pieces.resize(plan.num_pieces());
-    const size_t states = threads.size() + 2 * pieces.size();
-    std::byte* at = scratch.reserve(states * state_bytes + threads.size() * (query_bytes + weights_bytes));
-    const auto take = [&at](size_t bytes) {
-      std::byte* taken = at;
-      at += bytes;
-      return taken;
-    };
-    const auto take_state = [&](Accumulator& a) {
-      a = {-1, reinterpret_cast<float*>(take(out_bytes)), reinterpret_cast<float*>(take(row_bytes)),
-           reinterpret_cast<float*>(take(row_bytes))};
-    };
-    for (ThreadScratch& thread : threads) {
-      take_state(thread.whole);
-      thread.queries = take(query_bytes);
-      thread.weights = reinterpret_cast<float*>(take(weights_bytes));
-    }
-    for (Partials& piece : pieces)
-      for (Accumulator& part : piece.part) take_state(part);
-  }
-};
-
 // One attend call; `run` for every piece on some thread, then `merge` on the caller's.
 class Attend {
  public:
-  Attend(const AttentionGeometry& geometry, const BlockShape& shape, const RowOps& ops,
-         LayerPool layer, const void* q, const AttendRequest* requests, float scale, void* out,
-         float* lse)
+  Attend(const AttentionGeometry& geometry, const BlockShape& shape, const RowOps& ops, LayerPool layer,
+         const void* q, const AttendRequest* requests, const ScoreRule& rule, int32_t num_complete_tokens,
+         void* out, float* lse)
       : geometry_(geometry),
         shape_(shape),
         ops_(ops),
         group_(geometry.num_heads / geometry.num_kv_heads),
-        row_bytes_(static_cast<size_t>(geometry.head_size) * shape.element_size),
-        block_bytes_(layer.stride),
-        layer_(layer.data),
+        q_row_bytes_(static_cast<size_t>(geometry.head_size) * shape.element_size),
+        out_row_bytes_(static_cast<size_t>(geometry.head_size_v) * shape.element_size),
+        layer_(layer),
         q_(static_cast<const std::byte*>(q)),
         requests_(requests),
-        scale_log2_(scale * kLog2E),
+        rule_(rule),
+        num_complete_rows_(rule.sinks.empty() ? 0 : static_cast<size_t>(num_complete_tokens) * geometry.num_heads),
+        scale_log2_(rule.scale * kLog2E),
         out_(static_cast<std::byte*>(out)),
         lse_(lse) {}
 
@@ -144,10 +59,14 @@ class Attend {
             b + 1 < slice.block_end ? regions(item, b + 1)
             : s + 1 < slices.size() ? regions(plan.items()[slices[s + 1].item], slices[s + 1].block_begin)
                                     : block;
-        const int32_t left = requests_[item.request].kv_len - b * geometry_.block_size;
-        const int32_t tokens = std::min(left, geometry_.block_size);
+        const AttendRequest& request = requests_[item.request];
+        const int32_t index = item.first_block + b;
+        const int32_t tokens = std::min(request.kv_len - index * geometry_.block_size, geometry_.block_size);
+        const int32_t position =
+            rule_.needs_positions() ? block_position(request, index, geometry_.block_size) : 0;
         for (int32_t head = 0; head < item.num_kv_heads; ++head) {
           const std::byte* region = block + head * shape_.region_bytes();
+          thread.tiles[head].block_position = position;
           const bool last = head + 1 == item.num_kv_heads;
           ops_.attend_block(thread.tiles[head], region, last ? next_block : region + shape_.region_bytes(),
                             tokens);
@@ -181,18 +100,18 @@ class Attend {
     close();
   }
 
-  // A request without KV: output 0, LSE -inf.
-  void write_empty(const AttendRequest& request) const {
-    const size_t first = static_cast<size_t>(request.query_start) * geometry_.num_heads;
-    const size_t rows = static_cast<size_t>(request.query_len) * geometry_.num_heads;
-    std::memset(out_ + first * row_bytes_, 0, rows * row_bytes_);
-    if (lse_ != nullptr) std::fill_n(lse_ + first, rows, kNegInf);
+  // An item whose rows see nothing.
+  void write_empty(const RowItem& item) const {
+    for_each_row(item, [&](size_t row, size_t) {
+      std::memset(out_ + row * out_row_bytes_, 0, out_row_bytes_);
+      if (lse_ != nullptr) lse_[row] = row < num_complete_rows_ ? rule_.sinks[row % geometry_.num_heads] : kNegInf;
+    });
   }
 
  private:
   // The item's first region of one of its blocks; those of its other KV heads follow.
   const std::byte* regions(const RowItem& item, int32_t block) const {
-    return layer_ + static_cast<size_t>(requests_[item.request].block_table[block]) * block_bytes_ +
+    return layer_.block(requests_[item.request].block_table[item.first_block + block]) +
            item.kv_head_begin * shape_.region_bytes();
   }
 
@@ -210,22 +129,50 @@ class Attend {
   }
 
   void begin_tiles(const RowItem& item, const Accumulator& acc, ThreadScratch& thread) const {
-    const size_t width = shape_.stored_head_size;
+    const size_t width = shape_.stored_head_size, width_v = shape_.stored_head_size_v;
+    if (rule_.needs_positions()) place_rows(item, thread);
     thread.tiles.clear();
     for (int32_t head = 0; head < item.num_kv_heads; ++head) {
       const size_t first = state_row(item, head);
       std::byte* queries = thread.queries + first * width * ops_.query_bytes;
       for (int32_t r = 0; r < item.rows; ++r)
-        ops_.pack_row(q_ + row_index(item, head, r) * row_bytes_, geometry_.head_size, scale_log2_,
+        ops_.pack_row(q_ + row_index(item, head, r) * q_row_bytes_, geometry_.head_size, scale_log2_,
                       queries + r * width * ops_.query_bytes);
-      float* out = acc.out + first * width;
-      std::memset(out, 0, item.rows * width * sizeof(float));
+      float* out = acc.out + first * width_v;
+      std::memset(out, 0, item.rows * width_v * sizeof(float));
       std::fill_n(acc.max + first, item.rows, kNegInf);
       std::fill_n(acc.sum + first, item.rows, 0.0f);
-      thread.tiles.push_back({item.rows, shape_.stored_head_size, shape_.block_size, scale_log2_,
-                              shape_.region_bytes(), queries, thread.weights, out, acc.max + first,
-                              acc.sum + first});
+      thread.tiles.push_back({item.rows, shape_.stored_head_size, shape_.stored_head_size_v,
+                              shape_.stored_block_size, scale_log2_, shape_.key_bytes(), shape_.region_bytes(),
+                              queries, thread.weights, out, acc.max + first, acc.sum + first,
+                              row_rule(item, head, thread), 0});
     }
+  }
+
+  // Where an item's rows are, what they see and how steeply their scores fall.
+  void place_rows(const RowItem& item, ThreadScratch& thread) const {
+    thread.positions.clear();
+    thread.first_seen.clear();
+    thread.slopes_log2.clear();
+    for (int32_t r = 0; r < item.rows; ++r) {
+      const int64_t position = int64_t{requests_[item.request].position} + (item.row_begin + r) / group_;
+      thread.positions.push_back(static_cast<int32_t>(position));
+      thread.first_seen.push_back(static_cast<int32_t>(rule_.first_seen(position)));
+    }
+    if (rule_.alibi_slopes.empty()) return;
+    for (int32_t head = 0; head < item.num_kv_heads; ++head)
+      for (int32_t r = 0; r < item.rows; ++r)
+        thread.slopes_log2.push_back(kLog2E *
+                                     rule_.alibi_slopes[row_index(item, head, r) % geometry_.num_heads]);
+  }
+
+  RowRule row_rule(const RowItem& item, int32_t head, const ThreadScratch& thread) const {
+    const float* slopes = thread.slopes_log2.data() + static_cast<size_t>(head) * item.rows;
+    return {.plain = rule_.soft_cap == 0 && !rule_.needs_positions(),
+            .soft_cap_log2 = rule_.soft_cap * kLog2E,
+            .positions = thread.positions.data(),
+            .first_seen = rule_.hides() ? thread.first_seen.data() : nullptr,
+            .slopes_log2 = rule_.alibi_slopes.empty() ? nullptr : slopes};
   }
 
   template <class Function>
@@ -236,7 +183,7 @@ class Attend {
 
   // Log-sum-exp merge: rescale both parts to the larger maximum and add.
   void merge_rows(const RowItem& item, Accumulator& into, const Accumulator& from) const {
-    const size_t width = shape_.stored_head_size;
+    const size_t width = shape_.stored_head_size_v;
     for_each_row(item, [&](size_t, size_t r) {
       const float max = std::max(into.max[r], from.max[r]);
       const float reference = max == kNegInf ? 0.0f : max;
@@ -251,11 +198,19 @@ class Attend {
 
   void write(const RowItem& item, const Accumulator& acc) const {
     for_each_row(item, [&](size_t row, size_t r) {
+      float max = acc.max[r], sum = acc.sum[r], shrink = 1.0f;
+      if (row < num_complete_rows_) {
+        const float sink = rule_.sinks[row % geometry_.num_heads] * kLog2E;
+        const float larger = std::max(max, sink);
+        shrink = std::exp2(max - larger);
+        sum = sum * shrink + std::exp2(sink - larger);
+        max = larger;
+      }
       // A sum of 0 is a row whose every score is -inf.
-      const float factor = acc.sum[r] == 0.0f ? 0.0f : 1.0f / acc.sum[r];
-      ops_.store_row(acc.out + r * shape_.stored_head_size, geometry_.head_size, factor,
-                     out_ + row * row_bytes_);
-      if (lse_ != nullptr) lse_[row] = (acc.max[r] + std::log2(acc.sum[r])) * kLn2;
+      const float factor = sum == 0.0f ? 0.0f : shrink / sum;
+      ops_.store_row(acc.out + r * shape_.stored_head_size_v, geometry_.head_size_v, factor,
+                     out_ + row * out_row_bytes_);
+      if (lse_ != nullptr) lse_[row] = (max + std::log2(sum)) * kLn2;
     });
   }
 
@@ -263,32 +218,51 @@ class Attend {
   const BlockShape& shape_;
   const RowOps& ops_;
   const int32_t group_;
-  const size_t row_bytes_;
-  const size_t block_bytes_;
-  const std::byte* layer_;
+  const size_t q_row_bytes_, out_row_bytes_;
+  const LayerPool layer_;
   const std::byte* q_;
   const AttendRequest* requests_;
+  const ScoreRule& rule_;
+  const size_t num_complete_rows_;  // of [tokens, heads], whose sinks are counted here; 0 without sinks
   const float scale_log2_;
   std::byte* out_;
   float* lse_;
 };
 
 BlockShape make_shape(const AttentionGeometry& geometry, BlockLayout layout, const RowOps& ops) {
-  const int32_t stored = (geometry.head_size + ops.head_granule - 1) / ops.head_granule * ops.head_granule;
-  return {layout, element_size(geometry.dtype), geometry.head_size, stored, geometry.block_size};
+  return {layout,
+          element_size(geometry.dtype),
+          geometry.head_size,
+          geometry.head_size_v,
+          round_up(geometry.head_size, ops.size_granule),
+          round_up(geometry.head_size_v, ops.size_granule),
+          round_up(geometry.block_size, ops.size_granule)};
+}
+
+// A row of K, V and state of this many elements in all is what a variant's max_rows is for.
+constexpr int32_t kUsualWidth = 512;
+
+int32_t most_rows(const BlockShape& shape, const RowOps& ops) {
+  const int32_t width = std::max(kUsualWidth, shape.stored_head_size + shape.stored_head_size_v);
+  return ops.max_rows * kUsualWidth / width / ops.row_granule * ops.row_granule;
 }
 
 }  // namespace
 
 PagedAttention::PagedAttention(const AttentionGeometry& geometry, Isa isa, BlockLayout layout,
                                const RowOps& ops)
-    : geometry_(geometry), isa_(isa), shape_(make_shape(geometry, layout, ops)), ops_(ops) {}
+    : geometry_(geometry),
+      isa_(isa),
+      shape_(make_shape(geometry, layout, ops)),
+      max_rows_(most_rows(shape_, ops)),
+      ops_(ops) {}
 
 void PagedAttention::append(LayerPool layer, const void* k, const void* v, const int64_t* slot_mapping,
                             int32_t num_tokens, ThreadPool& threads) const {
   const int64_t block_size = geometry_.block_size;
-  const size_t head_bytes = geometry_.head_size * shape_.element_size;
-  const size_t token_bytes = head_bytes * geometry_.num_kv_heads;
+  const size_t k_bytes = geometry_.head_size * shape_.element_size;
+  const size_t v_bytes = geometry_.head_size_v * shape_.element_size;
+  const size_t k_stride = k_bytes * geometry_.num_kv_heads, v_stride = v_bytes * geometry_.num_kv_heads;
   const auto num_threads = static_cast<uint32_t>(threads.size());
   const auto* keys = static_cast<const std::byte*>(k);
   const auto* values = static_cast<const std::byte*>(v);
@@ -304,7 +278,7 @@ void PagedAttention::append(LayerPool layer, const void* k, const void* v, const
       int32_t count = 1;  // tokens that lie one after another in this block
       while (t + count < num_tokens && slot_mapping[t + count] == slot + count && offset + count < block_size)
         ++count;
-      std::byte* region = layer.data + block * layer.stride;
+      std::byte* region = layer.block(block);
       for (int32_t head = 0; head < geometry_.num_kv_heads; ++head, region += shape_.region_bytes()) {
         // A region always belongs to the same thread, so zeroing it cannot race with other tokens of the
         // block.
@@ -312,8 +286,8 @@ void PagedAttention::append(LayerPool layer, const void* k, const void* v, const
             static_cast<uint32_t>(block * geometry_.num_kv_heads + head) * 0x9E3779B1u >> 16;
         if (owner % num_threads != static_cast<uint32_t>(thread)) continue;
         if (offset == 0) std::memset(region, 0, shape_.region_bytes());
-        store_tokens(shape_, region, offset, count, keys + t * token_bytes + head * head_bytes,
-                     values + t * token_bytes + head * head_bytes, token_bytes);
+        store_tokens(shape_, region, offset, count, {keys + t * k_stride + head * k_bytes, k_stride},
+                     {values + t * v_stride + head * v_bytes, v_stride});
       }
       t += count;
       threads.advance(thread);
@@ -321,14 +295,14 @@ void PagedAttention::append(LayerPool layer, const void* k, const void* v, const
   });
 }
 
-void PagedAttention::attend(LayerPool layer, const void* q, const AttendRequest* requests,
-                            int32_t num_requests, const ScoreRule& rule, int32_t, void* out, float* lse,
+void PagedAttention::attend(LayerPool layer, const void* q, const AttendRequest* requests, int32_t num_requests,
+                            const ScoreRule& rule, int32_t num_complete_tokens, void* out, float* lse,
                             ThreadPool& threads) const {
-  const Attend attend(geometry_, shape_, ops_, layer, q, requests, rule.scale, out, lse);
-  for (int32_t r = 0; r < num_requests; ++r)
-    if (requests[r].kv_len <= 0) attend.write_empty(requests[r]);
+  const Attend attend(geometry_, shape_, ops_, layer, q, requests, rule, num_complete_tokens, out, lse);
   const int num_threads = threads.size();
-  const AttendPlan plan(geometry_, requests, num_requests, num_threads, ops_.max_rows, ops_.row_granule);
+  const AttendPlan plan(geometry_, requests, num_requests, rule, num_threads, max_rows_, ops_.row_granule);
+  for (const RowItem& item : plan.items())
+    if (item.num_blocks == 0) attend.write_empty(item);
   if (plan.empty()) return;
   static thread_local Workspace workspace;  // the caller's; the pool's threads work in it
   Workspace& shared = workspace;

@@ -24,6 +24,7 @@ class PagedAttention final : public AttentionKernel {
   const AttentionGeometry geometry_;
   const Isa isa_;
   const BlockShape shape_;
+  const int32_t max_rows_;  // of one item
   const RowOps& ops_;
 };
 

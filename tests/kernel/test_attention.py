@@ -4,42 +4,38 @@ import doctest
 
 import numpy as np
 import pytest
-from pool import Geometry, Pool
+from pool import LSE_TOLERANCE, OUT_TOLERANCE, VARIANTS, Geometry, Pool, Queries
+from reference import Rule
 
 from vllm_lamina import kernels
-from vllm_lamina.kernels import AttentionKernel, available_isas
-
-# K, V and q are the same rounded values on both sides: what differs is arithmetic and the output's rounding.
-# Outputs are averages of unit normals, of order 1 / sqrt(kv_len) up to 4.
-# float32: sums of up to a thousand float32 products and exponentials within 2 ulp.
-# bfloat16, float16: half an ulp of the output (2^-9, 2^-12 relative); with AMX and AVX-512 BF16 the softmax
-# weights are bf16 too, of which the errors average out over the tokens. LSE never leaves float32.
-OUT_TOLERANCE = {
-    "float32": {"rtol": 2e-5, "atol": 5e-6},
-    "bfloat16": {"rtol": 1e-2, "atol": 6e-3},
-    "float16": {"rtol": 1e-3, "atol": 2e-4},
-}
-LSE_TOLERANCE = {"rtol": 2e-6, "atol": 2e-5}
-
-VARIANTS = [(dtype, isa) for dtype in OUT_TOLERANCE for isa in available_isas(dtype)]
-
-
-def check(pool: Pool, query_lens: list[int], scale: float | None = None, slack: float = 1.0) -> None:
-    """Compare output and LSE of one attend call with the reference."""
-    geometry = pool.geometry
-    scale = scale or geometry.head_size**-0.5
-    q = pool.tokens(sum(query_lens), geometry.num_heads)
-    out, lse = pool.attend(q, query_lens, scale)
-    expected_out, expected_lse = pool.expected(q, query_lens, scale)
-    np.testing.assert_allclose(lse, expected_lse, **LSE_TOLERANCE)
-    tolerance = {name: slack * value for name, value in OUT_TOLERANCE[geometry.dtype].items()}
-    np.testing.assert_allclose(out, expected_out, **tolerance)
+from vllm_lamina.kernels import AttentionKernel
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
-@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 112, 128, 160, 192, 256])
+@pytest.mark.parametrize("head_size", [32, 64, 80, 96, 112, 128, 160, 192, 256, 320, 512])
 def test_head_sizes(dtype: str, isa: str, head_size: int) -> None:
-    check(Pool(Geometry(dtype, 6, 2, head_size, 32), isa, [1, 45, 97]), [1, 1, 2])
+    Pool(Geometry(dtype, 6, 2, head_size, 32), isa, [1, 45, 97]).check(Queries([1, 1, 2]))
+
+
+@pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
+@pytest.mark.parametrize(("head_size", "head_size_v"), [(192, 128), (64, 512), (48, 32), (80, 96), (512, 64)])
+def test_values_of_another_size(dtype: str, isa: str, head_size: int, head_size_v: int) -> None:
+    geometry = Geometry(dtype, 6, 2, head_size, 32, head_size_v)
+    pool = Pool(geometry, isa, [1, 45, 97], num_threads=2, chunk=13)
+    pool.check(Queries([1, 1, 50]))
+
+
+@pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
+def test_blocks_that_lie_apart(dtype: str, isa: str) -> None:
+    """Between the blocks is other memory: neither written nor read."""
+    pool = Pool(Geometry(dtype, 4, 2, 64, 32), isa, [70, 33], padding=192)
+    pool.check(Queries([1, 1]))
+    first, second = pool.block_tables[1, :2].tolist()
+    pool.kernel.copy_block(pool.layer, first, second)
+    pool.kernel.zero_block(pool.layer, first)
+    assert pool.layer[second].any()
+    assert not pool.layer[first].any()
+    assert np.all(pool.memory[:, pool.kernel.block_bytes :] == 0xFF)
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
@@ -48,18 +44,20 @@ def test_head_sizes(dtype: str, isa: str, head_size: int) -> None:
     [(2, 2), (4, 2), (3, 1), (8, 2), (5, 1), (6, 1), (14, 2), (16, 2), (16, 1), (64, 2), (40, 1), (71, 1)],
 )
 def test_groups(dtype: str, isa: str, num_heads: int, num_kv_heads: int) -> None:
-    check(Pool(Geometry(dtype, num_heads, num_kv_heads, 64, 64), isa, [70, 129], num_threads=2), [1, 2])
+    Pool(Geometry(dtype, num_heads, num_kv_heads, 64, 64), isa, [70, 129], num_threads=2).check(
+        Queries([1, 2])
+    )
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
-@pytest.mark.parametrize("block_size", [32, 64, 96, 128])
+@pytest.mark.parametrize("block_size", [16, 32, 48, 64, 128])
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_lengths(dtype: str, isa: str, block_size: int, num_threads: int) -> None:
     """Around the edges of vectors, tiles and blocks, with empty contexts between, split over threads."""
     edges = [0, 1, 2, 15, 16, 17, 31, 32, 33, 0]
     edges += [n * block_size + d for n in (1, 2, 5) for d in (-1, 0, 1)]
     pool = Pool(Geometry(dtype, 4, 1, 64, block_size), isa, edges, num_threads=num_threads)
-    check(pool, [1] * len(edges))
+    pool.check(Queries([1] * len(edges)))
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
@@ -68,18 +66,18 @@ def test_lengths(dtype: str, isa: str, block_size: int, num_threads: int) -> Non
 def test_prefill_over_context(dtype: str, isa: str, query_len: int, num_threads: int) -> None:
     """Many query tokens beside decodes, in tiles of rows."""
     pool = Pool(Geometry(dtype, 6, 2, 64, 64), isa, [200, 64, 0, 500], num_threads=num_threads)
-    check(pool, [1, query_len, 2, query_len])
+    pool.check(Queries([1, query_len, 2, query_len]))
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
 @pytest.mark.parametrize("chunk", [1, 5, 16, 50])
 def test_append_in_pieces(dtype: str, isa: str, chunk: int) -> None:
     """Decode's single tokens and prefill chunks fill a block to the same bytes."""
-    geometry = Geometry(dtype, 2, 2, 80, 32)
+    geometry = Geometry(dtype, 2, 2, 80, 32, 48)
     whole = Pool(geometry, isa, [75], seed=3)
     pieces = Pool(geometry, isa, [75], seed=3, chunk=chunk, num_threads=2)
     np.testing.assert_array_equal(whole.layer, pieces.layer)
-    check(pieces, [1])
+    pieces.check(Queries([1]))
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
@@ -101,12 +99,12 @@ def test_random_grid(dtype: str, isa: str) -> None:
             kv_heads * int(rng.integers(1, 33)),
             kv_heads,
             16 * int(rng.integers(2, 17)),
-            32 * int(rng.integers(1, 5)),
+            16 * int(rng.integers(1, 9)),
         )
         requests = int(rng.integers(1, 5))
         lens = rng.integers(0, 400, requests).tolist()
         pool = Pool(geometry, isa, lens, num_threads=int(rng.integers(1, 3)), seed=seed)
-        check(pool, rng.integers(1, 40, requests).tolist())
+        pool.check(Queries(rng.integers(1, 40, requests).tolist()))
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
@@ -116,8 +114,8 @@ def test_peaked_and_flat_scores(dtype: str, isa: str) -> None:
     An ulp of such a score is 3e-5, and that is the relative error of its weight.
     """
     pool = Pool(Geometry(dtype, 8, 2, 64, 32), isa, [100, 333], num_threads=2)
-    check(pool, [3, 1], scale=8.0, slack=10)
-    check(pool, [3, 1], scale=1e-6)
+    pool.check(Queries([3, 1]), Rule(8.0), slack=10)
+    pool.check(Queries([3, 1]), Rule(1e-6))
 
 
 @pytest.mark.parametrize(("dtype", "isa"), VARIANTS)
@@ -133,7 +131,7 @@ def test_infinite_and_nan_scores(dtype: str, isa: str) -> None:
     pool.append(0, 0, k, v)
     q = pool.tokens(3, 2)
     q[0], q[1] = minus_inf, nan
-    out, lse = pool.attend(q, [3], 1.0)
+    out, lse = pool.attend(q, Queries([3]), Rule(1.0))
     assert np.all(out[0] == 0)
     assert np.all(lse[0] == -np.inf)
     assert np.all(np.isnan(out[1]))
@@ -147,7 +145,8 @@ def test_threads_agree(dtype: str, isa: str) -> None:
     geometry, lens = Geometry(dtype, 8, 2, 128, 128), [1000, 3, 700]
     one, three = (Pool(geometry, isa, lens, num_threads=n) for n in (1, 3))
     q = one.tokens(3, 8)
-    for a, b in zip(one.attend(q, [1, 1, 1], 0.1), three.attend(q, [1, 1, 1], 0.1), strict=True):
+    asked = q, Queries([1, 1, 1]), Rule(0.1)
+    for a, b in zip(one.attend(*asked), three.attend(*asked), strict=True):
         np.testing.assert_allclose(a, b, **OUT_TOLERANCE[dtype])
 
 
@@ -157,10 +156,10 @@ def test_copy_and_zero_block(dtype: str, isa: str) -> None:
     q = pool.tokens(2, 2)
     first, second = (int(table[0]) for table in pool.block_tables)
     pool.kernel.copy_block(pool.layer, first, second)
-    out, lse = pool.attend(np.concatenate([q[:1], q[:1]]), [1, 1], 0.1)
+    out, lse = pool.attend(np.concatenate([q[:1], q[:1]]), Queries([1, 1]), Rule(0.1))
     np.testing.assert_array_equal(out[0], out[1])
     pool.kernel.zero_block(pool.layer, second)
-    out, lse = pool.attend(q, [1, 1], 0.1)
+    out, lse = pool.attend(q, Queries([1, 1]), Rule(0.1))
     assert not out[1].any()
     np.testing.assert_allclose(lse[1], np.log(32), **LSE_TOLERANCE)
     with pytest.raises(ValueError, match="block -1 is outside the layer's 4 blocks"):
@@ -170,9 +169,9 @@ def test_copy_and_zero_block(dtype: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"head_size": 72}, r"head_size = 72 must be a multiple of 16 from 32 to 256"),
-        ({"head_size": 288}, r"head_size = 288 must be"),
-        ({"block_size": 16}, r"block_size = 16 must be a multiple of 32: set vLLM's --block-size"),
+        ({"head_size": 72}, r"head_size = 72 must be a multiple of 16 from 32 to 512"),
+        ({"head_size_v": 528}, r"head_size_v = 528 must be"),
+        ({"block_size": 24}, r"block_size = 24 must be a multiple of 16: set vLLM's --block-size"),
         ({"num_heads": 5}, r"num_heads = 5 must be a positive multiple of num_kv_heads = 2"),
         ({"isa": "amx", "dtype": "float32"}, r"amx kernel is not available .*; available: portable"),
         (
@@ -192,21 +191,24 @@ def test_refusals_say_what_to_change(changed: dict[str, object], message: str) -
 def test_out_of_range_arguments_are_refused() -> None:
     pool = Pool(Geometry("float32", 4, 2, 64, 32), "portable", [10])
     tokens = pool.tokens(1, 2)
-    slots = len(pool.layer) // pool.kernel.block_bytes * 32
+    slots = len(pool.layer) * 32
     with pytest.raises(ValueError, match=f"slot {slots} is outside the layer's {slots} slots"):
         pool.kernel.append(pool.layer, tokens, tokens, np.array([slots]), pool.threads)
     with pytest.raises(ValueError, match=r"k must be \[tokens, 2, 64\]"):
         pool.kernel.append(pool.layer, tokens[:, :, :32].copy(), tokens, np.array([0]), pool.threads)
     pool.kv_lens[0] = 33
     with pytest.raises(ValueError, match="kv_len 33 does not fit its block table"):
-        pool.attend(pool.tokens(1, 4), [1], 1.0)
+        pool.attend(pool.tokens(1, 4), Queries([1]), Rule(1.0))
 
 
 def test_a_copy_is_never_written_instead_of_the_layer() -> None:
     pool = Pool(Geometry("float32", 4, 2, 64, 32), "portable", [10])
     tokens = pool.tokens(1, 2)
     with pytest.raises(TypeError):
-        pool.kernel.append(pool.layer[::2], tokens, tokens, np.array([0]), pool.threads)
+        pool.kernel.append(pool.layer.astype(np.int8), tokens, tokens, np.array([0]), pool.threads)
+    halves = pool.layer.reshape(len(pool.layer) * 2, -1)
+    with pytest.raises(ValueError, match=r"a layer must be \[blocks, 32768\], each block contiguous"):
+        pool.kernel.append(halves, tokens, tokens, np.array([0]), pool.threads)
 
 
 def test_examples_in_docstrings() -> None:

@@ -13,13 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_lamina import _native
+from vllm_lamina._native import ScoreRule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from vllm_lamina.kv_cache.geometry import DType
 
-__all__ = ["Arena", "AttentionKernel", "ThreadPool", "available_isas"]
+__all__ = ["Arena", "AttentionKernel", "ScoreRule", "ThreadPool", "available_isas"]
 
 ISA = Literal["portable", "avx2", "avx512", "avx512_bf16", "amx"]
 BFLOAT16_ISAS = ("avx512_bf16", "amx")
@@ -101,8 +102,8 @@ class ThreadPool:
 class AttentionKernel:
     """Paged attention of one geometry: `append` stores tokens into KV blocks, `attend` reads them.
 
-    The KV pool of one layer is a uint8 array of ``num_blocks * block_bytes``; block ``b`` begins at
-    ``b * block_bytes``. What lies inside a block depends on the variant.
+    The KV pool of one layer is a uint8 array ``[num_blocks, block_bytes]``, of which the blocks may lie apart. What
+    lies inside a block depends on the variant.
 
     Parameters
     ----------
@@ -111,11 +112,13 @@ class AttentionKernel:
     num_heads, num_kv_heads
         Query heads, a multiple of the KV heads.
     head_size
-        32 to 256, a multiple of 16.
+        Of q and k: 32 to 512, a multiple of 16.
     block_size
-        Tokens per KV block, a multiple of 32.
+        Tokens per KV block, a multiple of 16. The variants for bfloat16 only pad it to a multiple of 32.
     isa
         One of `available_isas`, by default the best of them.
+    head_size_v
+        Of v and the output, in the range of ``head_size``, which is its default.
 
     Raises
     ------
@@ -127,11 +130,11 @@ class AttentionKernel:
     One request of 3 tokens in block 1 of a pool of 4 blocks:
 
     >>> kernel, threads = AttentionKernel("float32", 4, 2, 64, 32), ThreadPool()
-    >>> layer = Arena(4 * kernel.block_bytes).array()
+    >>> layer = Arena(4 * kernel.block_bytes).array()[: 4 * kernel.block_bytes].reshape(4, -1)
     >>> tokens = np.ones((3, 2, 64), np.float32)
     >>> kernel.append(layer, tokens, tokens, np.array([32, 33, 34]), threads)
     >>> out, lse = kernel.attend(layer, np.zeros((1, 4, 64), np.float32), np.array([0, 1], np.int32),
-    ...                          np.array([3], np.int32), np.array([[1]], np.int32), 0.125, threads)
+    ...                          np.array([3], np.int32), np.array([[1]], np.int32), ScoreRule(0.125), threads)
     >>> out[0, 0, 0], lse[0, 0]  # the mean of V, and log(3)
     (np.float32(1.0), np.float32(1.0986123))
     """
@@ -144,8 +147,12 @@ class AttentionKernel:
         head_size: int,
         block_size: int,
         isa: str | None = None,
+        head_size_v: int | None = None,
     ) -> None:
-        self._native = _native.AttentionKernel(dtype, num_heads, num_kv_heads, head_size, block_size, isa)
+        self._native = _native.AttentionKernel(
+            dtype, num_heads, num_kv_heads, head_size, block_size, isa, head_size_v
+        )
+        self._head_size_v = head_size if head_size_v is None else head_size_v
 
     @property
     def isa(self) -> str:
@@ -170,9 +177,9 @@ class AttentionKernel:
         Parameters
         ----------
         layer
-            ``[num_blocks * block_bytes]``, uint8: written.
+            ``[num_blocks, block_bytes]``, uint8: written.
         k, v
-            ``[num_tokens, num_kv_heads, head_size]``, KV dtype.
+            ``[num_tokens, num_kv_heads, head_size]``, for ``v`` ``head_size_v``, KV dtype.
         slot_mapping
             ``[num_tokens]``, int64: block id * block size + offset; a negative slot is skipped. A token at
             offset 0 zeroes its block first.
@@ -191,30 +198,43 @@ class AttentionKernel:
         query_start_loc: npt.NDArray[np.int32],
         kv_lens: npt.NDArray[np.int32],
         block_tables: npt.NDArray[np.int32],
-        scale: float,
+        rule: ScoreRule,
         threads: ThreadPool,
+        *,
+        positions: npt.NDArray[np.int32] | None = None,
+        block_positions: npt.NDArray[np.int32] | None = None,
+        num_complete_tokens: int = 0,
     ) -> tuple[TokenArray, npt.NDArray[np.float32]]:
-        """Compute ``softmax(scale * q K^T) V`` with its log-sum-exp; a request's queries see all its KV.
+        """Compute ``softmax(scale * q K^T) V`` with its log-sum-exp; a request's queries see all its KV but what the
+        rule hides.
 
         Parameters
         ----------
         layer
-            ``[num_blocks * block_bytes]``, uint8.
+            ``[num_blocks, block_bytes]``, uint8.
         q
             ``[num_tokens, num_heads, head_size]``, KV dtype.
         query_start_loc
             ``[num_requests + 1]``, int32: first query token of each request, then the number of tokens.
         kv_lens
-            ``[num_requests]``, int32: tokens to attend; 0 gives output 0 and LSE -inf.
+            ``[num_requests]``, int32: tokens in the blocks of its table.
         block_tables
             ``[num_requests, max_blocks]``, int32: block ids.
-        scale
-            Softmax scale.
+        rule
+            What the layer does with scores.
+        positions
+            ``[num_requests]``, int32: position of each request's first query token. Needed for a window, a chunk and
+            ALiBi.
+        block_positions
+            ``[num_requests, max_blocks]``, int32: position of each block's first token, by default as if a table held
+            all of its request's blocks.
+        num_complete_tokens
+            The first query tokens, in whose output and LSE the sinks are counted; for the others who merges them does.
 
         Returns
         -------
         out
-            ``[num_tokens, num_heads, head_size]``, KV dtype.
+            ``[num_tokens, num_heads, head_size_v]``, KV dtype. 0 where nothing is seen.
         lse
             ``[num_tokens, num_heads]``, float32: natural logarithm of the softmax denominator.
 
@@ -223,10 +243,21 @@ class AttentionKernel:
         ValueError
             Shapes or dtypes that do not fit, a block outside the layer.
         """
-        out = np.empty_like(q)
+        out = np.empty((*q.shape[:2], self._head_size_v), q.dtype)
         lse = np.empty(q.shape[:2], np.float32)
         self._native.attend(
-            layer, q, query_start_loc, kv_lens, block_tables, scale, out, lse, threads._native
+            layer,
+            q,
+            query_start_loc,
+            kv_lens,
+            block_tables,
+            rule,
+            out,
+            lse,
+            threads._native,
+            positions,
+            block_positions,
+            num_complete_tokens,
         )
         return out, lse
 

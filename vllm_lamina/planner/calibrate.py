@@ -220,7 +220,7 @@ def kernel_read_rate(batch: int, context: int, cpus: list[int], seconds: float =
     cpus
         CPU of each thread.
     """
-    from vllm_lamina.kernels import Arena, AttentionKernel, ThreadPool
+    from vllm_lamina.kernels import Arena, AttentionKernel, ScoreRule, ThreadPool
 
     kernel = AttentionKernel("bfloat16", HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE)
     threads = ThreadPool(len(cpus), cpus)
@@ -228,7 +228,7 @@ def kernel_read_rate(batch: int, context: int, cpus: list[int], seconds: float =
     layer_bytes = batch * blocks * kernel.block_bytes
     count = max(2, POOL_BYTES // layer_bytes)
     memory = Arena(count * layer_bytes).array()
-    layers = [memory[i * layer_bytes : (i + 1) * layer_bytes] for i in range(count)]
+    layers = memory[: count * layer_bytes].reshape(count, batch * blocks, kernel.block_bytes)
     tokens = np.full((batch * context, KV_HEADS, HEAD_SIZE), 0x3C00, np.uint16)  # 0.0078125 in bfloat16
     slots = np.concatenate([np.arange(context) + row * blocks * BLOCK_SIZE for row in range(batch)])
     for layer in layers:
@@ -237,12 +237,13 @@ def kernel_read_rate(batch: int, context: int, cpus: list[int], seconds: float =
     starts = np.arange(batch + 1, dtype=np.int32)
     lengths = np.full(batch, context, np.int32)
     tables = np.arange(batch * blocks, dtype=np.int32).reshape(batch, blocks)
+    rule = ScoreRule(HEAD_SIZE**-0.5)
     times: list[float] = []
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or len(times) < 2 * count:
         layer = layers[len(times) % count]
         start = time.perf_counter()
-        kernel.attend(layer, query, starts, lengths, tables, HEAD_SIZE**-0.5, threads)
+        kernel.attend(layer, query, starts, lengths, tables, rule, threads)
         times.append(time.perf_counter() - start)
     read = batch * context * 2 * KV_HEADS * HEAD_SIZE * 2
     return float(read / np.quantile(times[count:], 0.25))

@@ -80,9 +80,11 @@ inline void load_sums(const float* from, size_t row_floats) {
 template <int RowTiles, bool Prefetch>
 void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens,
                  Prefetcher& prefetch) {
-  const size_t head_size = tile.head_size, block_size = tile.block_size;
-  const int dim_pairs = tile.head_size / 32, token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
-  const auto* queries = static_cast<const std::byte*>(tile.queries) + first * head_size * sizeof(BFloat16);
+  const size_t width = tile.head_size_v, block_size = tile.block_size;
+  const size_t query_bytes = tile.head_size * sizeof(BFloat16);
+  const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;
+  const int token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
+  const auto* queries = static_cast<const std::byte*>(tile.queries) + first * query_bytes;
   float* scores = tile.weights;
   for (int t = 0; t < token_pairs; ++t) {
     _tile_zero(0);
@@ -92,12 +94,12 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
       _tile_zero(3);
     }
     multiply<RowTiles, Prefetch ? kLinesPerKeyTile : 0>(
-        queries, head_size * sizeof(BFloat16), region + t * dim_pairs * 2 * kTileBytes, dim_pairs, prefetch);
+        queries, query_bytes, region + t * key_pairs * 2 * kTileBytes, key_pairs, prefetch);
     store_sums<RowTiles>(scores + t * kPairTokens, block_size);
   }
 
   const int rows = tile.rows - first < RowTiles * kTileRows ? tile.rows - first : RowTiles * kTileRows;
-  const int spare_lines = Prefetch ? token_pairs * dim_pairs * 2 * (kTileLines - kLinesPerKeyTile) : 0;
+  const int spare_lines = Prefetch ? token_pairs * key_pairs * 2 * (kTileLines - kLinesPerKeyTile) : 0;
   for (int r = 0; r < rows; ++r) {
     prefetch.advance(spare_lines * (r + 1) / rows - spare_lines * r / rows);
     weigh_row(tile, first, r, num_tokens);
@@ -106,13 +108,13 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
   const size_t weight_bytes = block_size * sizeof(BFloat16);
   finish_stores(weights);
 
-  const std::byte* values = region + block_size * head_size * sizeof(BFloat16);
-  for (int d = 0; d < dim_pairs; ++d) {
-    float* out = tile.out + first * head_size + d * 32;
-    load_sums<RowTiles>(out, head_size);
+  const std::byte* values = region + tile.key_bytes;
+  for (int d = 0; d < value_pairs; ++d) {
+    float* out = tile.out + first * width + d * 32;
+    load_sums<RowTiles>(out, width);
     multiply<RowTiles, Prefetch ? kTileLines : 0>(
         weights, weight_bytes, values + d * block_size / kPairTokens * 2 * kTileBytes, token_pairs, prefetch);
-    store_sums<RowTiles>(out, head_size);
+    store_sums<RowTiles>(out, width);
   }
 }
 
@@ -128,7 +130,7 @@ void attend_block(const RowTile& tile, const std::byte* region, const std::byte*
 
 constexpr RowOps kOps{.row_granule = kTileRows,
                       .max_rows = 256,
-                      .head_granule = 32,
+                      .size_granule = 32,
                       .query_bytes = sizeof(BFloat16),
                       .weights_bytes = weights_bytes,
                       .pack_row = pack_row,

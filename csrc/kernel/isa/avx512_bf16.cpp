@@ -93,23 +93,24 @@ void multiply(bool cold, int num_rows, const std::byte* rows, size_t row_bytes, 
 }
 
 void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next, int32_t num_tokens) {
-  const size_t head_size = tile.head_size, block_size = tile.block_size;
-  const size_t query_bytes = head_size * sizeof(BFloat16), weight_bytes = block_size * sizeof(BFloat16);
-  const int dim_pairs = tile.head_size / 32, token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
-  const std::byte* values = region + block_size * query_bytes;
+  const size_t width = tile.head_size_v, block_size = tile.block_size;
+  const size_t query_bytes = tile.head_size * sizeof(BFloat16), weight_bytes = block_size * sizeof(BFloat16);
+  const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;
+  const int token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
+  const std::byte* values = region + tile.key_bytes;
   FarPrefetcher prefetch(region, tile.region_bytes, next);
   for (int first = 0; first < tile.rows; first += kRowStep) {
     const bool cold = first == 0;
     const int rows = tile.rows - first < kRowStep ? tile.rows - first : kRowStep;
     const auto* queries = static_cast<const std::byte*>(tile.queries) + first * query_bytes;
     for (int t = 0; t < token_pairs; ++t)
-      multiply<false>(cold, rows, queries, query_bytes, region + t * dim_pairs * 2 * kTileBytes, dim_pairs,
+      multiply<false>(cold, rows, queries, query_bytes, region + t * key_pairs * 2 * kTileBytes, key_pairs,
                       tile.weights + t * kPairTokens, block_size, prefetch);
     for (int r = 0; r < rows; ++r) weigh_row(tile, first, r, num_tokens);
-    for (int d = 0; d < dim_pairs; ++d)
+    for (int d = 0; d < value_pairs; ++d)
       multiply<true>(cold, rows, bf16_weights(tile), weight_bytes,
                      values + d * block_size / kPairTokens * 2 * kTileBytes, token_pairs,
-                     tile.out + first * head_size + d * 32, head_size, prefetch);
+                     tile.out + first * width + d * 32, width, prefetch);
   }
 }
 
@@ -118,7 +119,7 @@ void no_state() {}
 
 constexpr RowOps kOps{.row_granule = 1,
                       .max_rows = 4 * kRowStep,
-                      .head_granule = 32,
+                      .size_granule = 32,
                       .query_bytes = sizeof(BFloat16),
                       .weights_bytes = weights_bytes,
                       .pack_row = pack_row,

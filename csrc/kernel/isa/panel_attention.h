@@ -7,6 +7,7 @@
 #include "kernel/attention.h"
 #include "kernel/isa/elements.h"
 #include "kernel/isa/prefetch.h"
+#include "kernel/isa/rule.h"
 #include "kernel/isa/softmax.h"
 #include "kernel/row_ops.h"
 
@@ -80,9 +81,9 @@ struct PanelAttention {
 
   static void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next,
                            int32_t num_tokens) {
-    const size_t head_size = tile.head_size, block_size = tile.block_size;
+    const size_t head_size = tile.head_size, head_size_v = tile.head_size_v, block_size = tile.block_size;
     const auto* keys = reinterpret_cast<const Element*>(region);
-    const auto* values = keys + head_size * block_size;
+    const auto* values = reinterpret_cast<const Element*>(region + tile.key_bytes);
     Prefetcher prefetch(region, tile.region_bytes, next);
     for (int first = 0; first < tile.rows; first += kRowStep) {
       const int rows = tile.rows - first < kRowStep ? tile.rows - first : kRowStep;
@@ -92,12 +93,13 @@ struct PanelAttention {
                               tile.weights + t, block_size, prefetch);
       for (int r = 0; r < rows; ++r) {
         float* weights = tile.weights + r * block_size;
+        if (!tile.rule.plain) apply_rule<Lanes>(tile, first + r, weights, 1.0f, num_tokens);
         softmax_step<Lanes>(tile, first + r, weights, 1.0f, num_tokens,
                             [weights](int i, Vec x) { Lanes::store(weights + i, x); });
       }
-      for (size_t d = 0; d < head_size; d += 16)
+      for (size_t d = 0; d < head_size_v; d += 16)
         multiply_panel<true>(first == 0, rows, tile.weights, block_size, values + d * block_size, num_tokens,
-                             tile.out + first * head_size + d, head_size, prefetch);
+                             tile.out + first * head_size_v + d, head_size_v, prefetch);
     }
   }
 
@@ -108,9 +110,9 @@ struct PanelAttention {
       Lanes::store(to + d, Lanes::mul(Lanes::load(from + d), Lanes::broadcast(scale_log2)));
   }
 
-  static void store_row(const float* row, int32_t head_size, float factor, void* out) {
+  static void store_row(const float* row, int32_t head_size_v, float factor, void* out) {
     auto* to = static_cast<Element*>(out);
-    for (int d = 0; d < head_size; d += 16)
+    for (int d = 0; d < head_size_v; d += 16)
       Lanes::store(to + d, Lanes::mul(Lanes::load(row + d), Lanes::broadcast(factor)));
   }
 
@@ -120,7 +122,7 @@ struct PanelAttention {
 
   static constexpr RowOps kOps{.row_granule = 1,
                                .max_rows = 4 * kRowStep,
-                               .head_granule = 16,
+                               .size_granule = 16,
                                .query_bytes = sizeof(float),
                                .weights_bytes = weights_bytes,
                                .pack_row = pack_row,

@@ -77,6 +77,9 @@ struct PlainLanes {
   static Vec sub(const Vec& a, const Vec& b) {
     return each([&](int i) { return a.lane[i] - b.lane[i]; });
   }
+  static Vec div(const Vec& a, const Vec& b) {
+    return each([&](int i) { return a.lane[i] / b.lane[i]; });
+  }
   static Vec max(const Vec& a, const Vec& b) {
     return each([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
   }

@@ -27,9 +27,9 @@ inline void softmax_step(const RowTile& tile, int row, const float* scores, floa
     const float shrink = __builtin_exp2f(max - block_max);
     max = block_max;
     tile.sum[row] *= shrink;
-    float* out = tile.out + static_cast<size_t>(row) * tile.head_size;
+    float* out = tile.out + static_cast<size_t>(row) * tile.head_size_v;
     const auto shrink_all = Lanes::broadcast(shrink);
-    for (int d = 0; d < tile.head_size; d += 16)
+    for (int d = 0; d < tile.head_size_v; d += 16)
       Lanes::store(out + d, Lanes::mul(Lanes::load(out + d), shrink_all));
   }
   // While every score is -inf there is no maximum to subtract: -inf - -inf would be NaN.

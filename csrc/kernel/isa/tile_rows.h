@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "kernel/isa/avx512_lanes.h"
+#include "kernel/isa/rule.h"
 #include "kernel/isa/softmax.h"
 #include "kernel/row_ops.h"
 
@@ -27,11 +28,17 @@ inline std::byte* bf16_weights(const RowTile& tile) {
 // Turns the scores of row first + r, the r-th of its step, into weights.
 inline void weigh_row(const RowTile& tile, int first, int r, int num_tokens) {
   const size_t block_size = tile.block_size;
+  float* scores = tile.weights + r * block_size;
+  float scale = tile.scale_log2;
+  if (!tile.rule.plain) {
+    apply_rule<Avx512Lanes>(tile, first + r, scores, scale, num_tokens);
+    scale = 1.0f;
+  }
   std::byte* row = bf16_weights(tile) + r * block_size * sizeof(BFloat16);
   const auto put = [row](int i, __m256i x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i * sizeof(BFloat16)), x);
   };
-  softmax_step<Avx512Lanes>(tile, first + r, tile.weights + r * block_size, tile.scale_log2, num_tokens,
+  softmax_step<Avx512Lanes>(tile, first + r, scores, scale, num_tokens,
                             [put](int i, __m512 x) {
                               const __m256bh narrow = _mm512_cvtneps_pbh(x);
                               put(i, reinterpret_cast<const __m256i&>(narrow));
@@ -48,9 +55,9 @@ void pack_row(const void* q, int32_t head_size, float, void* packed) {
   if (head_size % 32 != 0) __builtin_memset(to + head_size, 0, 16 * sizeof(BFloat16));
 }
 
-void store_row(const float* row, int32_t head_size, float factor, void* out) {
+void store_row(const float* row, int32_t head_size_v, float factor, void* out) {
   auto* to = static_cast<BFloat16*>(out);
-  for (int d = 0; d < head_size; d += 16)
+  for (int d = 0; d < head_size_v; d += 16)
     Avx512Lanes::store(to + d, _mm512_mul_ps(_mm512_loadu_ps(row + d), _mm512_set1_ps(factor)));
 }
 

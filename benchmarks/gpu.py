@@ -106,7 +106,7 @@ class DecodeSteps:
         self.batch, self.num_lanes, self.num_layers = batch, num_lanes, num_layers
         dtype = "float32" if streams.tensor((1,), torch.float32)[0].device.type == "cpu" else "bfloat16"
         scales = (widths[2] ** -0.5,) * num_layers
-        self.geometry = Geometry(num_layers, BLOCK_SIZE, *widths, dtype, scales)  # type: ignore[arg-type]
+        self.geometry = Geometry.uniform(num_layers, BLOCK_SIZE, *widths, dtype, scales)  # type: ignore[arg-type]
         self.streams = streams
 
     def run(self, num_steps: int, context: int, cpus: list[int]) -> tuple[float, float]:
@@ -160,11 +160,11 @@ class DecodeSteps:
     ) -> None:
         layers.enter(lane)
         heads, kv_heads, size = (
-            self.geometry.num_heads,
-            self.geometry.num_kv_heads,
-            self.geometry.head_size,
+            self.geometry.layers[0].num_heads,
+            self.geometry.caches[0].num_kv_heads,
+            self.geometry.caches[0].head_size,
         )
-        dtype = getattr(torch, self.geometry.dtype)
+        dtype = getattr(torch, self.geometry.caches[0].dtype)
         q, _ = self.streams.tensor((self.batch, heads, size), dtype)
         kv, _ = self.streams.tensor((self.batch, kv_heads, size), dtype)
         out, _ = self.streams.tensor((self.batch, heads, size), dtype)

@@ -64,18 +64,29 @@ class Lane:
     ) -> None:
         self._index, self._exchange, self._client = index, exchange, client
         self._geometry, self._batch = geometry, batch
-        shape = (geometry.num_heads, geometry.head_size, geometry.scales[0], geometry.num_kv_heads)
+        shape = (
+            geometry.layers[0].num_heads,
+            geometry.caches[0].head_size,
+            geometry.layers[0].scale,
+            geometry.caches[0].num_kv_heads,
+        )
         self._impl = LaminaAttentionImpl(*shape)
-        heads = geometry.num_heads + 2 * geometry.num_kv_heads
-        qkv = torch.randn(batch, heads * geometry.head_size, dtype=torch.bfloat16)
-        parts = qkv.split([n * geometry.head_size for n in self._heads()], dim=1)
-        self._qkv = [part.view(batch, -1, geometry.head_size) for part in parts]
-        self._out = torch.empty(batch, geometry.num_heads, geometry.head_size, dtype=torch.bfloat16)
+        heads = geometry.layers[0].num_heads + 2 * geometry.caches[0].num_kv_heads
+        qkv = torch.randn(batch, heads * geometry.caches[0].head_size, dtype=torch.bfloat16)
+        parts = qkv.split([n * geometry.caches[0].head_size for n in self._heads()], dim=1)
+        self._qkv = [part.view(batch, -1, geometry.caches[0].head_size) for part in parts]
+        self._out = torch.empty(
+            batch, geometry.layers[0].num_heads, geometry.caches[0].head_size, dtype=torch.bfloat16
+        )
         self._layers = [SimpleNamespace(layer_name=f"{i}") for i in range(geometry.num_layers)]
         self.cpu_us: list[float] = []
 
     def _heads(self) -> tuple[int, int, int]:
-        return self._geometry.num_heads, self._geometry.num_kv_heads, self._geometry.num_kv_heads
+        return (
+            self._geometry.layers[0].num_heads,
+            self._geometry.caches[0].num_kv_heads,
+            self._geometry.caches[0].num_kv_heads,
+        )
 
     def run(self, steps: int, start: threading.Barrier) -> None:
         client = self._client
@@ -102,13 +113,13 @@ class Lane:
 
 
 def measure(shape: tuple[int, int, int], batch: int, num_lanes: int, steps: int, cpus: list[int]) -> float:
-    geometry = Geometry(NUM_LAYERS, BLOCK_SIZE, *shape, "bfloat16", (shape[2] ** -0.5,) * NUM_LAYERS)
+    geometry = Geometry.uniform(NUM_LAYERS, BLOCK_SIZE, *shape, "bfloat16", (shape[2] ** -0.5,) * NUM_LAYERS)
     worker = EmbeddedAttentionWorker.start(2 << 30, cpus[1:])
     try:
         with AttentionWorkerConnection.connect(worker.address) as connection:
             connection.configure(geometry, 2 * batch, spin_us=0, worker_spin_us=2000)
             exchange = Exchange(device_for("cpu"), TIMEOUT).activate()
-            partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+            partition = Partition.by_heads(geometry.to_native(), [[geometry.caches[0].num_kv_heads]])
             client = AttentionClient([connection.channel], partition)
             exchange.open(
                 HostLayers(client, TIMEOUT, ranks_wait=False), [f"{i}" for i in range(NUM_LAYERS)], BLOCK_SIZE

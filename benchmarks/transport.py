@@ -168,13 +168,13 @@ def measure_ucx(cpus: list[int], count: int) -> UcxRoundTrips:
 
 def measure_attend(cpus: list[int], count: int) -> list[RoundTrip]:
     """Time decode steps' attend() calls: 8 query heads, 1 KV head of 128, bfloat16, 16 tokens of context."""
-    geometry = Geometry(1, 64, 8, 1, 128, "bfloat16", (128**-0.5,))
+    geometry = Geometry.uniform(1, 64, 8, 1, 128, "bfloat16", (128**-0.5,))
     os.sched_setaffinity(0, [cpus[0]])
     worker = EmbeddedAttentionWorker.start(1 << 30, [cpus[1]])
     try:
         with AttentionWorkerConnection.connect(worker.address) as connection:
             connection.configure(geometry, max(BATCH_SIZES), spin_us=SPIN_US, worker_spin_us=SPIN_US)
-            partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+            partition = Partition.by_heads(geometry.to_native(), [[geometry.caches[0].num_kv_heads]])
             client = AttentionClient([connection.channel], partition)
             return [RoundTrip.of(batch, time_attend(client, geometry, batch, count)) for batch in BATCH_SIZES]
     finally:
@@ -183,9 +183,9 @@ def measure_attend(cpus: list[int], count: int) -> list[RoundTrip]:
 
 def time_attend(client: AttentionClient, geometry: Geometry, batch: int, count: int) -> list[int]:
     blocks = np.arange(batch, dtype=np.int32).reshape(batch, 1)
-    slots = blocks[:, 0].astype(np.int64) * geometry.block_size + CONTEXT
-    q = np.zeros((batch, geometry.num_heads, geometry.head_size), np.uint16)
-    kv = np.zeros((batch, geometry.num_kv_heads, geometry.head_size), np.uint16)
+    slots = blocks[:, 0].astype(np.int64) * geometry.block_size(0) + CONTEXT
+    q = np.zeros((batch, geometry.layers[0].num_heads, geometry.caches[0].head_size), np.uint16)
+    kv = np.zeros((batch, geometry.caches[0].num_kv_heads, geometry.caches[0].head_size), np.uint16)
     out = np.empty_like(q)
     ones = np.ones(batch, np.int32)
     client.begin_step(0, batch, ones, ones * CONTEXT, blocks, slots)

@@ -45,7 +45,7 @@ from vllm_lamina.wire.messages import (
     encode,
 )
 
-GEOMETRY = Geometry(1, 32, 4, 2, 32, "float32", (0.125,))
+GEOMETRY = Geometry.uniform(1, 32, 4, 2, 32, "float32", (0.125,))
 NUM_BLOCKS = 4
 DEADLINE_MS = 20_000
 MAX_GROWTH_BYTES = 128 << 20
@@ -88,7 +88,7 @@ def valid_requests(token: bytes) -> list[Any]:
     return [
         Hello("0.1.0", 2),
         BlockBytesRequest(GEOMETRY),
-        BlockBytesRequest(Geometry(2, 128, 32, 8, 128, "bfloat16", (0.1, 0.1))),
+        BlockBytesRequest(Geometry.uniform(2, 128, 32, 8, 128, "bfloat16", (0.1, 0.1))),
         Configure(GEOMETRY, NUM_BLOCKS, 0, engine="fuzz"),
         Configure(GEOMETRY, 2**31 - 1, 0),
         Configure(GEOMETRY, NUM_BLOCKS, 0, transport="ucx", host="127.0.0.1"),
@@ -242,7 +242,7 @@ class Engine:
     def __init__(self, address: str) -> None:
         self.connection = AttentionWorkerConnection.connect(address)
         self.connection.configure(GEOMETRY, NUM_BLOCKS)
-        partition = Partition.by_heads(GEOMETRY.to_native(), [GEOMETRY.num_kv_heads])
+        partition = Partition.by_heads(GEOMETRY.to_native(), [[GEOMETRY.caches[0].num_kv_heads]])
         self.client = AttentionClient([self.connection.channel], partition)
         self.context = 0
 
@@ -251,13 +251,13 @@ class Engine:
         context, query = np.array([self.context], np.int32), np.ones(1, np.int32)
         table = np.arange(NUM_BLOCKS, dtype=np.int32)[None]
         self.client.begin_step(0, 1, query, context, table, np.array([self.context], np.int64))
-        q = np.ones((1, GEOMETRY.num_heads * GEOMETRY.head_size), np.float32)
-        kv = np.full((1, GEOMETRY.num_kv_heads * GEOMETRY.head_size), 0.75, np.float32)
+        q = np.ones((1, GEOMETRY.layers[0].num_heads * GEOMETRY.caches[0].head_size), np.float32)
+        kv = np.full((1, GEOMETRY.caches[0].num_kv_heads * GEOMETRY.caches[0].head_size), 0.75, np.float32)
         out = np.zeros_like(q)
         rows = [(array.ctypes.data, array.strides[0]) for array in (q, kv, kv, out)]
         self.client.attend(0, 0, *rows[0], *rows[1], *rows[2], *rows[3], timeout=20.0)
         assert np.allclose(out, 0.75, atol=1e-5), "attention is wrong"
-        self.context = (self.context + 1) % (NUM_BLOCKS * GEOMETRY.block_size)
+        self.context = (self.context + 1) % (NUM_BLOCKS * GEOMETRY.block_size(0))
 
 
 def fuzz(

@@ -223,29 +223,45 @@ class UcxChannel(Channel):
 
 # csrc/worker
 
-class ModelGeometry:
-    """What both ends of the exchange must know of the model's attention; see `messages.Geometry`."""
+class CacheSpec:
+    """What a layer keeps of a token; see `geometry.CacheSpec`."""
+
+    def __init__(
+        self, block_size: int, num_kv_heads: int, head_size: int, head_size_v: int, dtype: str
+    ) -> None: ...
+
+class LayerSpec:
+    """One attention layer; see `geometry.LayerSpec`."""
 
     def __init__(
         self,
-        block_size: int,
+        cache: int,
+        group: int,
+        position: int,
         num_heads: int,
-        num_kv_heads: int,
-        head_size: int,
-        dtype: str,
-        scales: list[float],
+        scale: float,
+        window: int,
+        chunk: int,
+        soft_cap: float,
+        sinks: Sequence[float],
+        alibi_slopes: Sequence[float],
+        stores: bool,
     ) -> None: ...
+
+class ModelGeometry:
+    """What both ends of the exchange must know of the model's attention; see `geometry.Geometry`.
+
+    Raises ValueError for what does not fit together; the text names the value and the limit.
+    """
+
+    def __init__(self, caches: list[CacheSpec], layers: list[LayerSpec]) -> None: ...
     @property
     def num_layers(self) -> int: ...
-    @property
-    def q_row_bytes(self) -> int:
-        """Bytes of one token's query, and of its output, in one layer."""
-    @property
-    def kv_row_bytes(self) -> int:
-        """Bytes of one token's key, and of its value, in one layer."""
+    def row_bytes(self, layer: int) -> tuple[int, int, int, int, int]:
+        """Bytes of one token's q, k, v, output and LSE in a layer; k and v are 0 where it does not store."""
 
 def kv_block_bytes(geometry: ModelGeometry) -> int:
-    """Return the bytes of the pool that one KV block takes over all layers.
+    """Return the bytes of the pool that one KV block takes over all positions.
 
     Raises
     ------
@@ -292,11 +308,11 @@ class Partition:
     """How the KV cache is divided over the attention workers."""
 
     @staticmethod
-    def by_heads(geometry: ModelGeometry, kv_heads: list[int]) -> Partition:
-        """Worker i holds the next ``kv_heads[i]`` KV heads of all tokens, with their query heads.
+    def by_heads(geometry: ModelGeometry, kv_heads: list[list[int]]) -> Partition:
+        """Worker i holds the next ``kv_heads[i][c]`` KV heads of all tokens in cache c, with their query heads.
 
         Blocks have the same ids on all workers. Raises ValueError unless the numbers are positive and add up to the
-        model's KV heads.
+        cache's KV heads.
         """
     @staticmethod
     def by_blocks(geometry: ModelGeometry, num_blocks: list[int]) -> Partition:

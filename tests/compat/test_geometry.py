@@ -37,9 +37,9 @@ def config(model_zoo: ModelZoo) -> VllmConfig:
 
 
 def test_layers_add_their_scales(config: VllmConfig) -> None:
-    assert geometry_of(config) == Geometry(3, 32, 8, 2, 32, "float32", (1.0, 1.0, 1.0))
+    assert geometry_of(config) == Geometry.uniform(3, 32, 8, 2, 32, "float32", (1.0, 1.0, 1.0))
     found = geometry_of_layers(config, dict.fromkeys(LAYERS, SPEC))
-    assert found == Geometry(3, 32, 8, 2, 32, "float32", (0.1, 0.2, 0.1 * 3))
+    assert found == Geometry.uniform(3, 32, 8, 2, 32, "float32", (0.1, 0.2, 0.1 * 3))
 
 
 @pytest.mark.parametrize("platform", [CpuPlatform, Platform])

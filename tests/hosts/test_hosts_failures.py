@@ -48,7 +48,7 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.kv_cache.geometry import Geometry
 
 connection = AttentionWorkerConnection.connect(sys.argv[1], secret_file=sys.argv[2])
-connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8, ring_bytes=1 << 20)
+connection.configure(Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8, ring_bytes=1 << 20)
 print("ready", flush=True)
 time.sleep(600)
 """

@@ -18,7 +18,7 @@ MIB = 1 << 20
 
 
 def geometry(kv_heads: int) -> Geometry:
-    return Geometry(2, 32, 2 * kv_heads, kv_heads, 64, "float32", (0.1, 0.1))
+    return Geometry.uniform(2, 32, 2 * kv_heads, kv_heads, 64, "float32", (0.1, 0.1))
 
 
 def parts(wanted: str, kv_heads: int, pools: list[int], max_model_len: int = 1024) -> Partition:
@@ -26,15 +26,15 @@ def parts(wanted: str, kv_heads: int, pools: list[int], max_model_len: int = 102
         wanted,
         [Pool(f"127.0.0.1:{7100 + i}", size) for i, size in enumerate(pools)],
         geometry(kv_heads),
-        lambda worker, part: part.num_kv_heads * BYTES_PER_HEAD,
+        lambda worker, part: part.caches[0].num_kv_heads * BYTES_PER_HEAD,
         max_model_len,
     )
 
 
 def heads(partition: Partition) -> list[int]:
     for share in partition.shares:
-        assert share.geometry.num_heads == 2 * share.geometry.num_kv_heads
-    return [share.geometry.num_kv_heads for share in partition.shares]
+        assert share.geometry.layers[0].num_heads == 2 * share.kv_heads[0]
+    return [share.kv_heads[0] for share in partition.shares]
 
 
 @pytest.mark.parametrize("wanted", [AUTO, HEAD, SEQUENCE, REQUEST])

@@ -19,7 +19,7 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed, WorkerRefused
 
 MIB = 1 << 20
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 LAST_CPU = (max(os.sched_getaffinity(0)),)
 TWO_RANKS = CpuPlacement(None, (LAST_CPU, LAST_CPU), shared=True)
 

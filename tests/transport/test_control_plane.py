@@ -29,7 +29,7 @@ from vllm_lamina.wire.messages import (
     encode,
 )
 
-GEOMETRY = Geometry(2, 32, 4, 2, 64, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 64, "float32", (0.125, 0.125))
 
 
 @pytest.mark.parametrize(
@@ -68,13 +68,16 @@ def test_other_addresses_are_refused(address: str, reason: str) -> None:
 
 def test_scales_match_layers() -> None:
     with pytest.raises(ValueError, match="1 entries for 2 layers"):
-        msgspec.structs.replace(GEOMETRY, scales=(1.0,))
+        Geometry.uniform(2, 32, 4, 2, 64, "float32", (1.0,))
 
 
-@pytest.mark.parametrize("field", ["num_layers", "num_heads", "head_size"])
-def test_numbers_are_checked_on_arrival(field: str) -> None:
+@pytest.mark.parametrize(
+    ("of", "field"),
+    [("caches", "num_kv_heads"), ("caches", "head_size"), ("layers", "num_heads"), ("layers", "window")],
+)
+def test_numbers_are_checked_on_arrival(of: str, field: str) -> None:
     message = msgspec.to_builtins(Configure(GEOMETRY, 4, 0))
-    message["geometry"][field] = -1
+    message["geometry"][of][0][field] = -1
     with pytest.raises(msgspec.ValidationError, match=field):
         decode_request(msgspec.msgpack.encode(message))
 

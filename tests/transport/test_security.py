@@ -32,7 +32,7 @@ from vllm_lamina.transport.errors import SecretError, WorkerRefused, WorkerUnrea
 from vllm_lamina.transport.secret import ControlKeys, write_secret
 from vllm_lamina.wire.messages import StatsRequest, encode
 
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 LEASE = 5
 """Seconds: short, yet longer than a busy machine keeps a heartbeat waiting."""
 
@@ -226,7 +226,7 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.kv_cache.geometry import Geometry
 
 connection = AttentionWorkerConnection.connect(sys.argv[1], secret_file=sys.argv[2])
-connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8)
+connection.configure(Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8)
 print("ready", flush=True)
 try:
     connection.channel.receive(300.0)

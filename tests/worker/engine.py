@@ -39,7 +39,7 @@ def softmax_attention(
 
 def client_of_one(connection: AttentionWorkerConnection, geometry: Geometry) -> AttentionClient:
     """A client of one worker, which is configured and holds everything."""
-    partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+    partition = Partition.by_heads(geometry.to_native(), [[geometry.caches[0].num_kv_heads]])
     return AttentionClient([connection.channel], partition)
 
 
@@ -61,9 +61,9 @@ class Engine:
         self.client, self.geometry, self.lane = client, geometry, lane
         shape = (
             geometry.num_layers,
-            num_blocks * geometry.block_size,
-            geometry.num_kv_heads,
-            geometry.head_size,
+            num_blocks * geometry.block_size(0),
+            geometry.caches[0].num_kv_heads,
+            geometry.caches[0].head_size,
         )
         self.k, self.v = np.zeros(shape), np.zeros(shape)
         self.rng = np.random.default_rng(seed)
@@ -74,17 +74,21 @@ class Engine:
         return cls(client_of_one(connection, geometry), geometry, num_blocks)
 
     def slots(self, request: Request, begin: int, end: int) -> NDArray[np.int64]:
-        size = self.geometry.block_size
+        size = self.geometry.block_size(0)
         return np.array([request.blocks[i // size] * size + i % size for i in range(begin, end)], np.int64)
 
     def random(self, num_tokens: int, num_heads: int, padding: int) -> NDArray[np.generic]:
         """Rows of a wider tensor, as q, k and v are slices of one projection's output."""
-        values = self.rng.standard_normal((num_tokens, num_heads, self.geometry.head_size + padding))
-        rows = to_dtype(values.astype(np.float32), self.geometry.dtype)
-        return rows.reshape(num_tokens, -1)[:, : num_heads * self.geometry.head_size]
+        values = self.rng.standard_normal(
+            (num_tokens, num_heads, self.geometry.caches[0].head_size + padding)
+        )
+        rows = to_dtype(values.astype(np.float32), self.geometry.caches[0].dtype)
+        return rows.reshape(num_tokens, -1)[:, : num_heads * self.geometry.caches[0].head_size]
 
     def heads(self, rows: NDArray[np.generic]) -> NDArray[np.float64]:
-        return to_float64(np.ascontiguousarray(rows)).reshape(len(rows), -1, self.geometry.head_size)
+        return to_float64(np.ascontiguousarray(rows)).reshape(
+            len(rows), -1, self.geometry.caches[0].head_size
+        )
 
     def begin_step(self, num_decodes: int, requests: list[Request], skip: tuple[int, ...] = ()) -> None:
         """Describe a step; `skip` are tokens that are not stored."""
@@ -108,10 +112,12 @@ class Engine:
 
     def post(self, layer: int, padding: int = 0) -> None:
         geometry, num_tokens = self.geometry, len(self.slot_mapping)
-        q = self.random(num_tokens, geometry.num_heads, padding)
-        k = self.random(num_tokens, geometry.num_kv_heads, padding)
-        v = self.random(num_tokens, geometry.num_kv_heads, padding)
-        self.out = np.zeros((num_tokens, geometry.num_heads, geometry.head_size + padding), q.dtype)
+        q = self.random(num_tokens, geometry.layers[0].num_heads, padding)
+        k = self.random(num_tokens, geometry.caches[0].num_kv_heads, padding)
+        v = self.random(num_tokens, geometry.caches[0].num_kv_heads, padding)
+        self.out = np.zeros(
+            (num_tokens, geometry.layers[0].num_heads, geometry.caches[0].head_size + padding), q.dtype
+        )
         stored = self.slot_mapping >= 0
         self.k[layer, self.slot_mapping[stored]] = self.heads(k)[stored]
         self.v[layer, self.slot_mapping[stored]] = self.heads(v)[stored]
@@ -128,8 +134,10 @@ class Engine:
     def collect(self, layer: int) -> tuple[NDArray[np.generic], NDArray[np.float32]]:
         """Take the layer's output: of decodes into `out`; of prefill rows with context, and their LSE, returned."""
         geometry = self.geometry
-        context_out = np.zeros((self.context_rows, geometry.num_heads, geometry.head_size), self.out.dtype)
-        context_lse = np.zeros((self.context_rows, geometry.num_heads), np.float32)
+        context_out = np.zeros(
+            (self.context_rows, geometry.layers[0].num_heads, geometry.caches[0].head_size), self.out.dtype
+        )
+        context_lse = np.zeros((self.context_rows, geometry.layers[0].num_heads), np.float32)
         pointers = (context_out.ctypes.data, context_lse.ctypes.data) if self.context_rows else (0, 0)
         self.client.collect(
             self.lane, layer, self.out.ctypes.data, self.out.strides[0], *pointers, timeout=20.0
@@ -139,15 +147,19 @@ class Engine:
     def collect_and_check(self, layer: int) -> None:
         geometry = self.geometry
         context_out, context_lse = self.collect(layer)
-        out = self.heads(self.out.reshape(len(self.out), -1)[:, : geometry.num_heads * geometry.head_size])
-        tolerance = TOLERANCE[geometry.dtype]
+        out = self.heads(
+            self.out.reshape(len(self.out), -1)[
+                :, : geometry.layers[0].num_heads * geometry.caches[0].head_size
+            ]
+        )
+        tolerance = TOLERANCE[geometry.caches[0].dtype]
         token = row = 0
         for i, request in enumerate(self.requests):
             q = self.q[token : token + request.query]
             attended = request.context + 1 if i < self.num_decodes else request.context
             slots = self.slots(request, 0, attended)
             expected, lse = softmax_attention(
-                q, self.k[layer, slots], self.v[layer, slots], geometry.scales[layer]
+                q, self.k[layer, slots], self.v[layer, slots], geometry.layers[layer].scale
             )
             if i < self.num_decodes:
                 np.testing.assert_allclose(out[token : token + 1], expected, atol=tolerance, rtol=tolerance)

@@ -12,7 +12,7 @@ from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed
 
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
 
 

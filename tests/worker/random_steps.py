@@ -25,7 +25,7 @@ class Workload:
         piece = self.random.choice([None, *range(len(self.free))])
         prompt = self.random.choice([1, 20, 32, 33, 100, 170])
         blocks: list[int] = []
-        for _ in range(-(-(prompt + 10) // self.engine.geometry.block_size)):
+        for _ in range(-(-(prompt + 10) // self.engine.geometry.block_size(0))):
             candidates = [ids for ids in ([self.free[piece]] if piece is not None else self.free) if ids]
             if not candidates:
                 for block in blocks:

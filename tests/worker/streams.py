@@ -46,17 +46,22 @@ class StreamedEngine(Engine):
         kv = 0
         self.shares: list[tuple[Geometry, int, int]] = []
         for share in shares:
-            group = geometry.num_heads // geometry.num_kv_heads
+            group = geometry.layers[0].num_heads // geometry.caches[0].num_kv_heads
             self.shares.append((share, kv * group, kv))
-            kv += share.num_kv_heads if share.num_kv_heads < geometry.num_kv_heads else 0
-        self.dtype = to_dtype(np.zeros(1, np.float32), geometry.dtype).dtype
+            kv += (
+                share.caches[0].num_kv_heads
+                if share.caches[0].num_kv_heads < geometry.caches[0].num_kv_heads
+                else 0
+            )
+        self.dtype = to_dtype(np.zeros(1, np.float32), geometry.caches[0].dtype).dtype
         self.checks: list[Callable[[], None]] = []
 
     def send(
         self, layer: int, q: NDArray[np.generic], k: NDArray[np.generic], v: NDArray[np.generic]
     ) -> None:
         heads = [
-            np.ascontiguousarray(rows).reshape(len(rows), -1, self.geometry.head_size) for rows in (q, k, v)
+            np.ascontiguousarray(rows).reshape(len(rows), -1, self.geometry.caches[0].head_size)
+            for rows in (q, k, v)
         ]
         if layer == 0:
             self.parts = [self.exchange.part(self.lane, w) for w in range(len(self.shares))]
@@ -66,8 +71,8 @@ class StreamedEngine(Engine):
             for w, (share, q_head, kv_head) in enumerate(self.shares):
                 q_tokens, kv_tokens, _ = parts[w]
                 at = self.exchange.payload(self.lane, w, layer)
-                chosen = [heads[0][q_tokens, q_head : q_head + share.num_heads]] + [
-                    rows[kv_tokens, kv_head : kv_head + share.num_kv_heads] for rows in heads[1:]
+                chosen = [heads[0][q_tokens, q_head : q_head + share.layers[0].num_heads]] + [
+                    rows[kv_tokens, kv_head : kv_head + share.caches[0].num_kv_heads] for rows in heads[1:]
                 ]
                 for rows in chosen:
                     if rows.size:
@@ -84,8 +89,10 @@ class StreamedEngine(Engine):
         parts = self.parts
         geometry = self.geometry
         num_tokens = len(self.slot_mapping)
-        result = np.zeros((num_tokens, geometry.num_heads, geometry.head_size), np.float64)
-        lse = np.full((num_tokens, geometry.num_heads), -np.inf)
+        result = np.zeros(
+            (num_tokens, geometry.layers[0].num_heads, geometry.caches[0].head_size), np.float64
+        )
+        lse = np.full((num_tokens, geometry.layers[0].num_heads), -np.inf)
 
         def take() -> None:
             for w, (share, first, _) in enumerate(self.shares):
@@ -95,14 +102,14 @@ class StreamedEngine(Engine):
                 address = ctypes.c_uint64.from_address(self.words["replies"] + 8 * w).value
                 if address == 0:  # the step failed
                     return
-                shape = (len(q_tokens), share.num_heads, geometry.head_size)
+                shape = (len(q_tokens), share.layers[0].num_heads, geometry.caches[0].head_size)
                 out = to_float64(array_at(address, shape, self.dtype).copy())
                 lse_at = address + -(-int(np.prod(shape)) * self.dtype.itemsize // 64) * 64
                 part_lse = np.zeros(shape[:2])  # alone, any will do
                 if without_lse < len(q_tokens):
-                    rest = (len(q_tokens) - without_lse, share.num_heads)
+                    rest = (len(q_tokens) - without_lse, share.layers[0].num_heads)
                     part_lse[without_lse:] = array_at(lse_at, rest, np.dtype(np.float32))
-                heads = slice(first, first + share.num_heads)
+                heads = slice(first, first + share.layers[0].num_heads)
                 before, merged = lse[q_tokens, heads], np.logaddexp(lse[q_tokens, heads], part_lse)
                 weights = np.exp(before - merged)[..., None], np.exp(part_lse - merged)[..., None]
                 result[q_tokens, heads] = result[q_tokens, heads] * weights[0] + out * weights[1]
@@ -123,11 +130,11 @@ class StreamedEngine(Engine):
                 if request.context
             ][self.num_decodes :]
             self.taken = (
-                to_dtype(result[rows].astype(np.float32), geometry.dtype),
+                to_dtype(result[rows].astype(np.float32), geometry.caches[0].dtype),
                 lse[rows].astype(np.float32),
             )
-            decodes = to_dtype(result[: self.num_decodes].astype(np.float32), geometry.dtype)
-            width = geometry.num_heads * geometry.head_size
+            decodes = to_dtype(result[: self.num_decodes].astype(np.float32), geometry.caches[0].dtype)
+            width = geometry.layers[0].num_heads * geometry.caches[0].head_size
             self.out.reshape(num_tokens, -1)[: self.num_decodes, :width] = decodes.reshape(-1, width)
             super(StreamedEngine, self).collect_and_check(layer)
 
@@ -166,5 +173,6 @@ def _first_tokens(engine: Engine) -> list[int]:
 
 
 def partition_of(geometry: Geometry, kind: str, shares: list[int]) -> Partition:
-    make = Partition.by_heads if kind == "heads" else Partition.by_blocks
-    return make(geometry.to_native(), shares)
+    if kind == "heads":
+        return Partition.by_heads(geometry.to_native(), [[share] for share in shares])
+    return Partition.by_blocks(geometry.to_native(), shares)

@@ -16,7 +16,7 @@ from vllm_lamina.host import available_memory, cgroup_memory, memory_total
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 CLI = [sys.executable, "-m", "vllm_lamina.cli"]
 
 

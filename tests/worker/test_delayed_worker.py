@@ -12,7 +12,7 @@ from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "delayed_worker.py"
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 
 
 def test_latency() -> None:

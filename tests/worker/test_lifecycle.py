@@ -31,7 +31,7 @@ from vllm_lamina.wire.messages import (
     encode,
 )
 
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
 LONG_LIFE = 180.0
 """Seconds that a process hangs which a test ends, at the latest."""
@@ -88,7 +88,7 @@ def test_pool_too_small(connection: AttentionWorkerConnection) -> None:
 
 
 def test_unsupported_geometry_is_named(connection: AttentionWorkerConnection) -> None:
-    odd = Geometry(2, 32, 4, 2, 20, "float32", (0.125, 0.125))
+    odd = Geometry.uniform(2, 32, 4, 2, 20, "float32", (0.125, 0.125))
     for ask in (connection.block_bytes, lambda geometry: connection.configure(geometry, NUM_BLOCKS)):
         with pytest.raises(WorkerRefused, match="20"):
             ask(odd)
@@ -196,7 +196,7 @@ from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 worker = EmbeddedAttentionWorker.start(1 << 30)
 connection = AttentionWorkerConnection.connect(worker.address)
 if sys.argv[1] == "busy":
-    connection.configure(Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8)
+    connection.configure(Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125)), 8)
 print(worker.pid, flush=True)
 time.sleep(180)
 """

@@ -36,7 +36,7 @@ from vllm_lamina.wire.messages import (
     encode,
 )
 
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
 NETWORK = Network("lo", ("127.0.0.1",))
 
@@ -168,7 +168,7 @@ def test_message_that_claims_to_be_giant(local_worker: Worker) -> None:
 )
 def test_sizes_that_overflow(local_worker: Worker, values: dict[str, int], reason: str) -> None:
     shape = {"num_layers": 1, "block_size": 32, "num_heads": 4, "num_kv_heads": 2, "head_size": 32, **values}
-    geometry = Geometry(dtype="float32", scales=(0.125,), **shape)
+    geometry = Geometry.uniform(dtype="float32", scales=(0.125,), **shape)
     with AttentionWorkerConnection.connect(local_worker.address) as engine:
         for request in (engine.block_bytes, lambda geometry: engine.configure(geometry, 1)):
             with pytest.raises(WorkerRefused, match=reason):

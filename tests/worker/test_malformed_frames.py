@@ -27,7 +27,7 @@ from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
-GEOMETRY = Geometry(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
+GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
 NUM_BLOCKS = 8
 DEADLINE = 10.0
 VALID_STEP = step_payload(1, [1, 2], [41, 33], [1, 2, 3, 4], [40, 97, 98, 160, 161, 162])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from engine import Engine, Request
 from random_steps import Workload, ranges
+from streams import partition_of
 from worker_processes import DEADLINE, pause
 
 from vllm_lamina._native import AttentionClient, AttentionWorkerError, ChannelTimeout, Partition
@@ -21,7 +22,8 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 
 BLOCK_SIZE = 32
 NUM_WORKERS = 4
-GEOMETRY = Geometry(2, BLOCK_SIZE, 8, 4, 32, "float32", (0.2, 0.15))
+SCALES = (0.2, 0.15)
+GEOMETRY = Geometry.uniform(2, BLOCK_SIZE, 8, 4, 32, "float32", SCALES)
 
 Connect = Callable[..., tuple[AttentionClient, list[AttentionWorkerConnection]]]
 
@@ -47,7 +49,7 @@ def connect(workers: list[EmbeddedAttentionWorker]) -> Iterator[Connect]:
             connections = []
             for worker, share in zip(workers, shares, strict=False):
                 connection = stack.enter_context(AttentionWorkerConnection.connect(worker.address))
-                kv_heads = share if kind == "heads" else GEOMETRY.num_kv_heads
+                kv_heads = share if kind == "heads" else GEOMETRY.caches[0].num_kv_heads
                 connection.configure(
                     geometry(dtype, kv_heads),
                     num_blocks if kind == "heads" else share,
@@ -57,15 +59,14 @@ def connect(workers: list[EmbeddedAttentionWorker]) -> Iterator[Connect]:
                     heartbeat_timeout=DEADLINE,
                 )
                 connections.append(connection)
-            make = Partition.by_heads if kind == "heads" else Partition.by_blocks
-            partition = make(geometry(dtype).to_native(), shares)
+            partition = partition_of(geometry(dtype), kind, shares)
             return AttentionClient([connection.channel for connection in connections], partition), connections
 
         yield configure
 
 
-def geometry(dtype: str = "float32", kv_heads: int = GEOMETRY.num_kv_heads) -> Geometry:
-    return Geometry(2, BLOCK_SIZE, 2 * kv_heads, kv_heads, 32, dtype, GEOMETRY.scales)  # type: ignore[arg-type]
+def geometry(dtype: str = "float32", kv_heads: int = GEOMETRY.caches[0].num_kv_heads) -> Geometry:
+    return Geometry.uniform(2, BLOCK_SIZE, 2 * kv_heads, kv_heads, 32, dtype, SCALES)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -176,9 +177,9 @@ def test_blocks_that_nobody_has(connect: Connect) -> None:
 def test_partitions_are_checked(connect: Connect) -> None:
     native = GEOMETRY.to_native()
     with pytest.raises(ValueError, match="do not add up to the model's 4"):
-        Partition.by_heads(native, [2, 1])
+        Partition.by_heads(native, [[2], [1]])
     with pytest.raises(ValueError, match="at least one KV head"):
-        Partition.by_heads(native, [4, 0])
+        Partition.by_heads(native, [[4], [0]])
     with pytest.raises(ValueError, match="at least one KV block"):
         Partition.by_blocks(native, [])
     _, connections = connect("blocks", [10, 10])

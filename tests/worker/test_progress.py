@@ -19,7 +19,7 @@ from vllm_lamina._native import (
 )
 from vllm_lamina.kv_cache.geometry import Geometry
 
-GEOMETRY = Geometry(1, 32, 8, 1, 64, "float32", (0.125,))
+GEOMETRY = Geometry.uniform(1, 32, 8, 1, 64, "float32", (0.125,))
 NUM_BLOCKS = 64
 WINDOW_SECONDS = 0.1
 """In each of these a loop that is well has advanced."""
@@ -66,7 +66,7 @@ def longest_standstill(worker: AttentionWorker, seconds: float) -> float:
 
 def send_endless_frame(worker: AttentionWorker, channel: ShmChannel) -> None:
     """Send one that takes many minutes: 2048 query tokens attend 8M tokens."""
-    blocks = [i % NUM_BLOCKS for i in range((8 << 20) // GEOMETRY.block_size)]
+    blocks = [i % NUM_BLOCKS for i in range((8 << 20) // GEOMETRY.block_size(0))]
     channel.send(frame(STEP, step_payload(0, [2048], [8 << 20], blocks, [])), 10.0)
     channel.send(frame(ATTEND, attend_payload(GEOMETRY, 2048, 0)), 10.0)
     wait_until(lambda: worker.counters()["messages"] == 2)
@@ -110,7 +110,7 @@ def test_stop_does_not_wait_for_a_long_frame(worker: AttentionWorker, channel: S
 
 def test_the_longest_request_that_a_frame_can_describe() -> None:
     """Its number of blocks is close to where 32 bits end; it is attended until the worker is stopped."""
-    geometry = Geometry(1, 1 << 14, 1, 1, 32, "float32", (0.125,))
+    geometry = Geometry.uniform(1, 1 << 14, 1, 1, 32, "float32", (0.125,))
     tokens = 2**31 - 1
     memory_fd = create_shm_memory(4 << 20)
     here, there = socket.socketpair()

@@ -25,7 +25,7 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 NUM_LAYERS = 3
 NUM_BLOCKS = 60
 MAX_TOKENS = 200
-GEOMETRY = Geometry(NUM_LAYERS, 32, 8, 4, 32, "float32", (0.2, 0.15, 0.1))
+GEOMETRY = Geometry.uniform(NUM_LAYERS, 32, 8, 4, 32, "float32", (0.2, 0.15, 0.1))
 
 
 class Setup:
@@ -43,8 +43,7 @@ class Setup:
         seed: int | None = None,
     ) -> list[StreamedEngine]:
         """A lane each, whose streams dawdle at random if there is a seed."""
-        kv_heads = shares if kind == "heads" else [GEOMETRY.num_kv_heads] * len(shares)
-        self.shares = [GEOMETRY.with_kv_heads(n) for n in kv_heads]
+        self.shares = [GEOMETRY.with_kv_heads([0], [n]) if kind == "heads" else GEOMETRY for n in shares]
         blocks = [NUM_BLOCKS] * len(shares) if kind == "heads" else shares
         self.connections = [
             self.connect(worker, share, n, transport, num_lanes)

@@ -21,7 +21,7 @@ from vllm_lamina.wire.messages import Trace, TraceRequest
 
 NUM_LAYERS = 4
 STEPS = 60
-GEOMETRY = Geometry(NUM_LAYERS, 32, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
+GEOMETRY = Geometry.uniform(NUM_LAYERS, 32, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
 
 
 @pytest.fixture

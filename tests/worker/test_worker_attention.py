@@ -21,7 +21,7 @@ def geometry(
     dtype: str = "float32", num_heads: int = 8, num_kv_heads: int = 2, head_size: int = 64
 ) -> Geometry:
     scales = (head_size**-0.5, 0.2)
-    return Geometry(2, 32, num_heads, num_kv_heads, head_size, dtype, scales)  # type: ignore[arg-type]
+    return Geometry.uniform(2, 32, num_heads, num_kv_heads, head_size, dtype, scales)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_tokens_that_are_not_stored(engine: Engine) -> None:
 
 
 def test_zero_and_copy_blocks(engine: Engine) -> None:
-    size = engine.geometry.block_size
+    size = engine.geometry.block_size(0)
     engine.step(0, [Request(0, 3 * size, [1, 2, 3])])
     engine.client.copy_blocks(np.array([[1, 10], [10, 11], [2, 2]], np.int32))
     engine.client.zero_blocks(np.array([2], np.int32))

@@ -50,9 +50,9 @@ def step_payload(
 
 def attend_payload(geometry: Geometry, num_q_rows: int, num_tokens: int, fill: bytes = b"\0") -> bytes:
     """ATTEND's payload in float32, of one repeated byte."""
-    row = 4 * geometry.head_size
-    q = fill * (num_q_rows * geometry.num_heads * row)
-    kv = fill * (num_tokens * geometry.num_kv_heads * row)
+    row = 4 * geometry.caches[0].head_size
+    q = fill * (num_q_rows * geometry.layers[0].num_heads * row)
+    kv = fill * (num_tokens * geometry.caches[0].num_kv_heads * row)
     return pad(q, 64) + pad(kv, 64) + kv
 
 

@@ -137,7 +137,7 @@ class _Lane:
         self.mark: Any = None
         """Where on the stream the last step ended."""
         self._exchange, self._lane, self._streams = exchange, lane, streams
-        self._geometry = partition.geometry
+        self._layer, self._cache = partition.geometry.layers[0], partition.geometry.caches[0]
         self._packed, self._taken, self._free, self._replied, replies = exchange.words(lane)
         workers = len(partition.shares)
         self._heads = _heads(partition)
@@ -151,7 +151,7 @@ class _Lane:
         self._tables, self._tables_on_host = streams.tensor((3 * workers + 1, max_tokens), torch.int32)
         shape = (FRAMES, workers, len(FrameDescriptor._fields))
         self._descriptors, self._descriptors_on_host = streams.tensor(shape, torch.int64)
-        self._local_lse, _ = streams.tensor((max_tokens, self._geometry.num_heads), torch.float32)
+        self._local_lse, _ = streams.tensor((max_tokens, self._layer.num_heads), torch.float32)
         self._rows: list[tuple[int, int]] = []
         self.find_frames()
 
@@ -164,10 +164,10 @@ class _Lane:
 
     def compile_kernels(self) -> None:
         """Launch each once, over nothing: compiling takes seconds, and a step has a time limit."""
-        num_heads, size = self._geometry.num_heads, self._geometry.head_size
-        dtype = getattr(torch, self._geometry.dtype)
+        num_heads, size = self._layer.num_heads, self._cache.head_size
+        dtype = getattr(torch, self._cache.dtype)
         q, _ = self._streams.tensor((1, num_heads, size), dtype)
-        kv, _ = self._streams.tensor((1, self._geometry.num_kv_heads, size), dtype)
+        kv, _ = self._streams.tensor((1, self._cache.num_kv_heads, size), dtype)
         one, index = self._tables[0, :1], self._tables[: len(self._heads), :1]
 
         def launch() -> None:
@@ -194,7 +194,7 @@ class _Lane:
             tables[workers + worker, :num_kv] = kv_tokens
             index[worker, q_tokens] = np.arange(num_q)
             self._rows.append((num_q, num_kv))
-            size, dtype = self._geometry.head_size, getattr(torch, self._geometry.dtype)
+            size, dtype = self._cache.head_size, getattr(torch, self._cache.dtype)
             for place in range(FRAMES):
                 payload = self._payloads[place][worker]
                 FrameDescriptor.of(
@@ -256,9 +256,9 @@ class _Lane:
 def _heads(partition: Partition) -> Sequence[Heads]:
     heads, first_q, first_kv = [], 0, 0
     for share in partition.shares:
-        geometry = share.geometry
-        heads.append(Heads(first_q, geometry.num_heads, first_kv, geometry.num_kv_heads))
-        if geometry.num_kv_heads < partition.geometry.num_kv_heads:
-            first_q += geometry.num_heads
-            first_kv += geometry.num_kv_heads
+        num_q, num_kv = share.geometry.layers[0].num_heads, share.geometry.caches[0].num_kv_heads
+        heads.append(Heads(first_q, num_q, first_kv, num_kv))
+        if num_kv < partition.geometry.caches[0].num_kv_heads:
+            first_q += num_q
+            first_kv += num_kv
     return heads

@@ -43,7 +43,9 @@ def check_before_start(config: Any) -> None:
     sharing = options.ranks_sharing_memory(config.parallel_config.tensor_parallel_size)
     for partition in source.check(geometry_of(config), model.max_model_len):
         if not fits_length_to_pool(model):
-            partition.check_holds_one_request(model.max_model_len, sharing)
+            partition.check_holds_one_request(
+                model.max_model_len, sharing, config.scheduler_config.max_num_batched_tokens
+            )
 
 
 def settle(config: Any) -> None:

@@ -31,13 +31,18 @@ class Pool:
 class Share:
     """What one attention worker holds of the KV cache.
 
-    ``geometry`` has the worker's own heads; a block of them takes ``block_bytes`` of its pool, over all layers.
+    ``geometry`` has the worker's own heads; a block of them takes ``block_bytes`` of its pool, over all positions.
     """
 
     pool: Pool
     geometry: Geometry
     block_bytes: int
     num_blocks: int
+
+    @property
+    def kv_heads(self) -> list[int]:
+        """KV heads of each cache that it holds."""
+        return [cache.num_kv_heads for cache in self.geometry.caches]
 
 
 @dataclass(frozen=True)
@@ -90,11 +95,11 @@ class Partition:
         """The same for native code."""
         geometry = self.geometry.to_native()
         if self.kind == HEAD:
-            return NativePartition.by_heads(geometry, [share.geometry.num_kv_heads for share in self.shares])
+            return NativePartition.by_heads(geometry, [share.kv_heads for share in self.shares])
         return NativePartition.by_blocks(geometry, self.blocks_per_worker)
 
-    def check_holds_one_request(self, max_model_len: int, sharing: int = 1) -> None:
-        """Refuse pools in which a request of ``max_model_len`` tokens does not fit.
+    def check_holds_one_request(self, max_model_len: int, sharing: int = 1, max_step_tokens: int = 0) -> None:
+        """Refuse pools in which a request of ``max_model_len`` tokens, in steps of ``max_step_tokens``, does not fit.
 
         ``sharing`` is the number of ranks whose pools ``--lamina-memory`` is for.
 
@@ -104,10 +109,12 @@ class Partition:
             Says which pool is too small, and how much is needed.
         """
         # One block more than the request's own: vLLM keeps block 0 for itself.
-        needed = self.geometry.num_blocks(max_model_len) + 1
+        needed = self.geometry.num_blocks(max_model_len, max_step_tokens) + 1
         if self.num_blocks >= needed:
             return
-        tokens = max(self.num_blocks - 1, 0) * self.geometry.block_size
+        tokens = max(self.num_blocks - 1, 0) * self.geometry.block_size(0)
+        if self.geometry.num_groups > 1:
+            tokens = max(self.num_blocks - 1, 0) * max_model_len // (needed - 1)
         request = f"one request of --max-model-len {max_model_len}"
         share = min(self.shares, key=lambda share: share.num_blocks)
         size, wanted = format_bytes(share.pool.num_bytes), format_enough_bytes(needed * share.block_bytes)
@@ -123,7 +130,7 @@ class Partition:
         if self.kind == HEAD:
             raise ConfigError(
                 f"The pool of the attention worker at {share.pool.address} ({size}) holds {tokens} tokens of its "
-                f"{share.geometry.num_kv_heads} of {self.geometry.num_kv_heads} KV heads, but {request} needs "
+                f"{share.kv_heads[0]} of {self.geometry.caches[0].num_kv_heads} KV heads, but {request} needs "
                 f"{wanted}: raise its --memory to at least that, lower --max-model-len, or try --lamina-partition "
                 "sequence."
             )
@@ -160,20 +167,25 @@ def divide(
     Raises
     ------
     ConfigError
-        There are fewer KV heads than workers, or a pool is smaller than one block.
+        A cache has fewer KV heads than there are workers, or a pool is smaller than one block.
     """
 
-    def share(worker: int, kv_heads: int) -> Share:
-        part = geometry.with_kv_heads(kv_heads)
+    heads_of_caches = [cache.num_kv_heads for cache in geometry.caches]
+
+    def share(worker: int, part: Geometry) -> Share:
         size = block_bytes(worker, part)
         return Share(pools[worker], part, size, pools[worker].num_bytes // size)
 
     def by_heads(reason: str) -> Partition:
-        shares = [share(i, heads) for i, heads in enumerate(_divide_heads(geometry.num_kv_heads, pools))]
+        by_cache = [_divide_heads(heads, pools) for heads in heads_of_caches]
+        shares = []
+        for i in range(len(pools)):
+            first, count = [sum(heads[:i]) for heads in by_cache], [heads[i] for heads in by_cache]
+            shares.append(share(i, geometry.with_kv_heads(first, count)))
         return Partition(HEAD, reason, geometry, tuple(shares))
 
     def by_blocks(kind: str, reason: str) -> Partition:
-        shares = [share(i, geometry.num_kv_heads) for i in range(len(pools))]
+        shares = [share(i, geometry) for i in range(len(pools))]
         for empty in (share for share in shares if share.num_blocks == 0):
             raise ConfigError(
                 f"The pool of the attention worker at {empty.pool.address} ({format_bytes(empty.pool.num_bytes)}) is "
@@ -188,12 +200,11 @@ def divide(
     if wanted != AUTO:
         return by_blocks(wanted, "as asked")
     sizes = [pool.num_bytes for pool in pools]
-    even = geometry.num_kv_heads % len(pools) == 0
+    even = all(heads % len(pools) == 0 for heads in heads_of_caches)
+    heads = ", ".join(str(heads) for heads in sorted(set(heads_of_caches)))
     if even and min(sizes) >= ABOUT_EQUAL * max(sizes):
-        return by_heads(f"{geometry.num_kv_heads} KV heads divide evenly, and the pools are about equal")
-    why_not = (
-        "the pools differ" if even else f"{geometry.num_kv_heads} KV heads do not divide by {len(pools)}"
-    )
+        return by_heads(f"{heads} KV heads divide evenly, and the pools are about equal")
+    why_not = "the pools differ" if even else f"{heads} KV heads do not divide by {len(pools)}"
     partition = by_blocks(SEQUENCE, f"{why_not}, and long requests would not fit one worker several times")
     longest = geometry.num_blocks(max_model_len)
     if min(partition.blocks_per_worker) >= MANY_REQUESTS * longest:
@@ -207,7 +218,7 @@ def _divide_heads(kv_heads: int, pools: Sequence[Pool]) -> list[int]:
     if kv_heads < len(pools):
         raise ConfigError(
             f"--lamina-partition head needs a KV head for every attention worker; the model has {kv_heads} for "
-            f"{len(pools)} workers: choose sequence or request, or use fewer workers"
+            f"{len(pools)} workers: choose --lamina-partition sequence or request, or use fewer workers"
         )
     counts = [1] * len(pools)
     for _ in range(kv_heads - len(pools)):

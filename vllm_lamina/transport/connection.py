@@ -76,7 +76,7 @@ class AttentionWorkerConnection:
     >>> with AttentionWorkerConnection.connect("10.0.0.7:7100", secret_file="/etc/lamina/secret") as worker:
     ...     num_blocks = worker.pool_bytes // worker.block_bytes(geometry)
     ...     worker.configure(geometry, num_blocks)
-    ...     partition = Partition.by_heads(geometry.to_native(), [geometry.num_kv_heads])
+    ...     partition = Partition.by_heads(geometry.to_native(), [[geometry.caches[0].num_kv_heads]])
     ...     AttentionClient([worker.channel], partition).begin_step(...)
     """
 

@@ -7,7 +7,7 @@ import msgspec
 
 from vllm_lamina.kv_cache.geometry import Geometry, Positive
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 """Raised whenever a message below changes its meaning; both sides must have the same."""
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]
@@ -84,7 +84,7 @@ class Welcome(msgspec.Struct, frozen=True, tag="welcome"):
 
 
 class BlockBytesRequest(msgspec.Struct, frozen=True, tag="block_bytes", forbid_unknown_fields=True):
-    """Asks how many bytes of the pool one KV block takes over all layers."""
+    """Asks how many bytes of the pool one KV block takes over all positions."""
 
     geometry: Geometry
 

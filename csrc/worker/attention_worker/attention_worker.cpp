@@ -204,7 +204,7 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   // Everything is appended before anything is attended: a request may find, as its cached context, a prefix
   // block that another request of this very step fills. It also lets a decode attend its own token like any
   // other.
-  const LayerPool layer{layer_data(header.layer), kernel_->block_bytes()};
+  const LayerPool layer = layer_data(header.layer);
   if (num_tokens > 0) {
     const Timer timer(counters_.ns_appending);
     kernel_->append(layer, payload.data() + layout.k, payload.data() + layout.v, step.slot_mapping(),
@@ -233,8 +233,8 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   {
     const Timer timer(counters_.ns_attending);
     kernel_->attend(layer, payload.data(), step.requests().data(),
-                    static_cast<int32_t>(step.requests().size()), ScoreRule{geometry_.scales[header.layer]}, 0, out,
-                    lse, threads_);
+                    static_cast<int32_t>(step.requests().size()), geometry_.layers()[header.layer].rule,
+                    static_cast<int32_t>(rows_without_lse), out, lse, threads_);
   }
   if (threads_.cancelled()) return;
   if (lse != nullptr && lse != reply_lse) {
@@ -265,7 +265,7 @@ void AttentionWorker::zero_blocks(std::span<const std::byte> payload) {
   for (uint32_t layer = 0; layer < geometry_.scales.size(); ++layer) {
     for (const int32_t id : ids) {
       if (threads_.cancelled()) return;
-      kernel_->zero_block({layer_data(layer), kernel_->block_bytes()}, id);
+      kernel_->zero_block(layer_data(layer), id);
       advance();
     }
   }
@@ -277,8 +277,7 @@ void AttentionWorker::copy_blocks(std::span<const std::byte> payload) {
   for (uint32_t layer = 0; layer < geometry_.scales.size(); ++layer) {
     for (size_t i = 0; i < ids.size(); i += 2) {
       if (threads_.cancelled()) return;
-      if (ids[i] != ids[i + 1])
-        kernel_->copy_block({layer_data(layer), kernel_->block_bytes()}, ids[i], ids[i + 1]);
+      if (ids[i] != ids[i + 1]) kernel_->copy_block(layer_data(layer), ids[i], ids[i + 1]);
       advance();
     }
   }

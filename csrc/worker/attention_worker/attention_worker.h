@@ -99,8 +99,9 @@ class AttentionWorker {
   void release();
   void advance() { threads_.advance(0); }
   bool any_in_flight() const;
-  std::byte* layer_data(uint32_t layer) {
-    return arena_.data() + layer * static_cast<size_t>(num_blocks_) * kernel_->block_bytes();
+  LayerPool layer_data(uint32_t layer) {
+    const size_t stride = kernel_->block_bytes();
+    return {arena_.data() + layer * static_cast<size_t>(num_blocks_) * stride, stride};
   }
 
   const ModelGeometry geometry_;

@@ -50,7 +50,9 @@ void WorkerStep::clear() {
 Partition::Partition(ModelGeometry geometry, size_t num_workers)
     : geometry_(std::move(geometry)), heads_(num_workers, Heads{geometry_}) {}
 
-Partition Partition::by_heads(ModelGeometry geometry, const std::vector<int32_t>& kv_heads) {
+Partition Partition::by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& by_cache) {
+  std::vector<int32_t> kv_heads;
+  for (const auto& heads : by_cache) kv_heads.push_back(heads.at(0));
   require_positive(kv_heads, "KV head");
   Partition partition(std::move(geometry), kv_heads.size());
   const AttentionGeometry& all = partition.geometry_.attention;

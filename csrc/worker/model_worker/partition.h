@@ -66,7 +66,7 @@ class Partition {
  public:
   // Worker w holds kv_heads[w] KV heads of all tokens, with their query heads, in the model's order of heads; the numbers
   // add up to the model's KV heads. Blocks have the same ids everywhere.
-  static Partition by_heads(ModelGeometry geometry, const std::vector<int32_t>& kv_heads);
+  static Partition by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& kv_heads);
   // Worker w holds all heads of num_blocks[w] blocks: those that follow the blocks of the workers before it.
   static Partition by_blocks(ModelGeometry geometry, const std::vector<int32_t>& num_blocks);
 

@@ -114,7 +114,9 @@ class _LaminaWorker(Worker):
         partition = self._divide(specs)
         if not fits_length_to_pool(self.model_config):
             sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
-            partition.check_holds_one_request(self.model_config.max_model_len, sharing)
+            partition.check_holds_one_request(
+                self.model_config.max_model_len, sharing, self.scheduler_config.max_num_batched_tokens
+            )
         return counted_bytes(specs.values(), partition.num_blocks)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
@@ -138,7 +140,7 @@ class _LaminaWorker(Worker):
             client.share_turns(self._turn_log, self.rank)
         layers = self._layers(client, streams, partition, options)
         self.attention_workers.replace_channel = layers.replace_channel
-        self.exchange.open(layers, layer_names, partition.geometry.block_size)
+        self.exchange.open(layers, layer_names, partition.geometry.block_size(0))
         kv_cache_config = without_tensors(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         runners = lane_runners(
@@ -154,7 +156,7 @@ class _LaminaWorker(Worker):
             "s" if workers > 1 else "",
             divided,
             partition.num_blocks,
-            partition.num_blocks * partition.geometry.block_size,
+            partition.num_blocks * partition.geometry.block_size(0),
             format_bytes(allocated_bytes(self.model_runner)),
         )
 
@@ -291,14 +293,15 @@ class LaminaCUDAWorker(_LaminaWorker):
         """Attend chunks of zeros: FlashAttention 4 is compiled when it is first called, for one chunk and for several,
         for short ones and for long ones.
         """
-        shape = geometry_of(self.vllm_config)
-        attend = self.exchange.device.local_attention(shape.head_size, shape.head_size**-0.5)
+        geometry = geometry_of(self.vllm_config)
+        layer, cache = geometry.layers[0], geometry.caches[0]
+        attend = self.exchange.device.local_attention(cache.head_size, cache.head_size**-0.5)
         longest = min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
         for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
             q, k = (
                 torch.zeros(
-                    sum(lengths), heads, shape.head_size, dtype=self.model_config.dtype, device=self.device
+                    sum(lengths), heads, cache.head_size, dtype=self.model_config.dtype, device=self.device
                 )
-                for heads in (shape.num_heads, shape.num_kv_heads)
+                for heads in (layer.num_heads, cache.num_kv_heads)
             )
             attend(q, k, k, Chunks(lengths))

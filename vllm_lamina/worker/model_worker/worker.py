@@ -37,7 +37,7 @@ from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.compat.workspaces import let_workspaces_grow
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
-from vllm_lamina.device.base import Chunks, Streams
+from vllm_lamina.device.base import Chunks, LayerShape, Streams
 from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
@@ -292,7 +292,9 @@ class LaminaCUDAWorker(_LaminaWorker):
         for short ones and for long ones.
         """
         shape = geometry_of(self.vllm_config)
-        attend = self.exchange.device.local_attention(shape.head_size, shape.head_size**-0.5)
+        heads = (shape.num_heads, shape.num_kv_heads, shape.head_size, shape.head_size)
+        layer = LayerShape(*heads, shape.head_size**-0.5, self.model_config.dtype)
+        attend = self.exchange.device.local_attention(layer)
         longest = min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
         for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
             q, k = (
@@ -301,4 +303,4 @@ class LaminaCUDAWorker(_LaminaWorker):
                 )
                 for heads in (shape.num_heads, shape.num_kv_heads)
             )
-            attend(q, k, k, Chunks(lengths))
+            attend(q, k, k, Chunks(lengths, [0] * len(lengths)))

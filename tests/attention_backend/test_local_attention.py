@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -21,8 +22,22 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 LSE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 2e-4}
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """There are thousands of small calls here, and threads wait long for each other where CPUs have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shape: LayerShape, first_query: int = 0, position: int = 0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shape: LayerShape,
+    first_query: int = 0,
+    position: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention in float64.
 
@@ -85,7 +100,7 @@ def assert_equal(
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("head_size", [32, 80, 128, 256, 512])
+@pytest.mark.parametrize("head_size", [32, 80, 256, 512])
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 300])
 def test_causal_attention(
     num_tokens: int, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
@@ -128,8 +143,24 @@ def named(rule: dict[str, Any]) -> str:
     )
 
 
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=named)
+def is_quick(rule: dict[str, Any], dtype: torch.dtype) -> bool:
+    """All in float32; of the other dtypes one case for the operator and one for what is capped."""
+    return dtype == torch.float32 or (
+        rule["window"] == 40
+        and rule["chunk"] == 0
+        and all((rule[name] is None) == (rule["soft_cap"] > 0) for name in ("sinks", "alibi_slopes"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [
+        pytest.param(
+            rule, dtype, id=f"{named(rule)} {dtype}", marks=[] if is_quick(rule, dtype) else pytest.mark.slow
+        )
+        for rule, dtype in product(RULES, TOLERANCE)
+    ],
+)
 def test_all_that_a_layer_may_do_with_scores(rule: dict[str, Any], dtype: torch.dtype) -> None:
     for head_size, head_size_v in ((64, 64), (96, 64), (32, 80)):
         q, k, v = qkv(sum(LENGTHS), 6, 2, head_size, dtype, head_size_v)

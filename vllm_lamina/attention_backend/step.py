@@ -96,7 +96,7 @@ class Step:
         self.num_context_rows = sum(parts[i].query_len for i in chunks if parts[i].context_len)
         self.first_chunk_token = int(starts[self.num_decodes])
         self.prefill_chunks = tuple(_prefill_chunks(parts[self.num_decodes :], self.first_chunk_token))
-        self.chunks = Chunks(self.query_lens[self.num_decodes :])
+        self.chunks = Chunks(self.query_lens[self.num_decodes :], self.context_lens[self.num_decodes :])
         self._is_sent = False
 
     def send_once(self, client: AttentionClient | StreamedExchange, lane: int, timeout: float) -> bool:

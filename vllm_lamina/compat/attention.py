@@ -8,6 +8,7 @@ is refused as soon as a model uses it.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -98,6 +99,15 @@ def settle_layers(config: VllmConfig, backend: type) -> None:
             if said:
                 refuse_fields(said, f"the attention layer {name}")
             layer.impl.complete(layer.head_size_v, getattr(layer, "attention_chunk_size", 0))
+
+
+def implementations(config: VllmConfig) -> Iterator[Any]:
+    """What attends in a loaded model's layers, one after the other."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    for layer in config.compilation_config.static_forward_context.values():
+        if isinstance(layer, AttentionLayerBase):
+            yield layer.impl
 
 
 def check_spec(name: str, spec: Any) -> None:

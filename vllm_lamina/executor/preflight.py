@@ -44,7 +44,7 @@ def check_before_start(config: Any) -> None:
     for partition in source.check(geometry_of(config), model.max_model_len):
         if not fits_length_to_pool(model):
             partition.check_holds_one_request(
-                model.max_model_len, sharing, config.scheduler_config.max_num_batched_tokens
+                model.max_model_len, sharing, config.max_in_flight_tokens
             )
 
 

@@ -64,6 +64,12 @@ class Partition:
         counts = self.blocks_per_worker
         return min(counts) if self.kind == HEAD else sum(counts)
 
+    def num_tokens(self, max_model_len: int, max_step_tokens: int = 0) -> int:
+        """Tokens that all blocks hold together, of requests of ``max_model_len`` in steps of ``max_step_tokens``."""
+        if self.geometry.num_groups == 1 and not self.geometry.groups[0].window and not self.geometry.groups[0].chunk:
+            return max(self.num_blocks - 1, 0) * self.geometry.block_size(0)
+        return max(self.num_blocks - 1, 0) * max_model_len // self.geometry.num_blocks(max_model_len, max_step_tokens)
+
     @property
     def blocks_per_worker(self) -> list[int]:
         """KV blocks of each worker."""
@@ -112,9 +118,7 @@ class Partition:
         needed = self.geometry.num_blocks(max_model_len, max_step_tokens) + 1
         if self.num_blocks >= needed:
             return
-        tokens = max(self.num_blocks - 1, 0) * self.geometry.block_size(0)
-        if self.geometry.num_groups > 1:
-            tokens = max(self.num_blocks - 1, 0) * max_model_len // (needed - 1)
+        tokens = self.num_tokens(max_model_len, max_step_tokens)
         request = f"one request of --max-model-len {max_model_len}"
         share = min(self.shares, key=lambda share: share.num_blocks)
         size, wanted = format_bytes(share.pool.num_bytes), format_enough_bytes(needed * share.block_bytes)

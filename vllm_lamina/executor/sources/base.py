@@ -31,8 +31,8 @@ class AttentionWorkerSource(abc.ABC):
         self.options, self.num_ranks = options, num_ranks
 
     @abc.abstractmethod
-    def check(self, geometry: Geometry, max_model_len: int) -> list[Partition]:
-        """Find out what can be known before the model is loaded.
+    def check(self, geometry: Geometry | None, max_model_len: int) -> list[Partition]:
+        """Find out what can be known before the model is loaded; the geometry may be what only the model says.
 
         Returns
         -------

@@ -85,12 +85,14 @@ class EmbeddedSource(AttentionWorkerSource):
         self._pool_bytes = 0
         self._workers: list[EmbeddedAttentionWorker] = []
 
-    def check(self, geometry: Geometry, max_model_len: int) -> list[Partition]:
+    def check(self, geometry: Geometry | None, max_model_len: int) -> list[Partition]:
         """With a pool as large as asked; the memory that is free is known once the model is loaded."""
         if self.options.memory == AUTO:
             return []
         memory = parse_bytes(self.options.memory)
         _check_this_host_has(memory)
+        if geometry is None:
+            return []
         pool = Pool("", memory // self.num_ranks)
         partition = divide(
             self.options.partition, [pool], geometry, lambda _, part: part.block_bytes(), max_model_len

@@ -14,7 +14,7 @@ from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers
 class NamedSource(AttentionWorkerSource):
     """``--lamina-workers``, in the order of the ranks, and ``--lamina-secret-file``."""
 
-    def check(self, geometry: Geometry, max_model_len: int) -> list[Partition]:
+    def check(self, geometry: Geometry | None, max_model_len: int) -> list[Partition]:
         """Ask them: whether they answer and are free, and what a KV block takes there."""
         addresses = by_rank(self.options.worker_addresses, self.num_ranks, "--lamina-workers")
         return self._check_running(addresses, geometry, max_model_len)
@@ -33,12 +33,15 @@ class NamedSource(AttentionWorkerSource):
     def close(self) -> None:
         """They go on."""
 
-    def _check_running(self, addresses: Addresses, geometry: Geometry, max_model_len: int) -> list[Partition]:
+    def _check_running(
+        self, addresses: Addresses, geometry: Geometry | None, max_model_len: int
+    ) -> list[Partition]:
         partitions = []
         for of_rank in addresses:
             with contextlib.closing(
                 AttentionWorkers.connect(of_rank, secret_file=self.options.secret_file)
             ) as workers:
                 workers.check_available(self.options.transport)
-                partitions.append(workers.divide(self.options.partition, geometry, max_model_len))
+                if geometry is not None:
+                    partitions.append(workers.divide(self.options.partition, geometry, max_model_len))
         return partitions

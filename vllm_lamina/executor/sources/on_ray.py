@@ -47,7 +47,7 @@ class RaySource(NamedSource):
         self._looking: _Up | None = None
         self._leaving: subprocess.Popen[str] | None = None
 
-    def check(self, geometry: Geometry, max_model_len: int) -> list[Partition]:
+    def check(self, geometry: Geometry | None, max_model_len: int) -> list[Partition]:
         """Bring the deployment up; it stays for its idle time, in which the engine joins it."""
         return self._check_running(self._bring_up(), geometry, max_model_len)
 

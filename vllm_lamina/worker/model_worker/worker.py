@@ -19,14 +19,12 @@ from vllm_lamina.attention_backend import LaminaAttentionBackend
 from vllm_lamina.attention_backend.exchange import Exchange, Layers
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers
-from vllm_lamina.compat.attention import check_layers
+from vllm_lamina.compat.attention import implementations, settle_layers
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
-from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers
+from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, groups_of
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
-    counted_bytes,
     fits_length_to_pool,
-    layers_of,
     warm_up_on_cpu,
     without_tensors,
 )
@@ -77,7 +75,8 @@ class _LaminaWorker(Worker):
             Names the layer and what it asks for.
         """
         super().load_model(*args, **kwargs)
-        check_layers(self.vllm_config, LaminaAttentionBackend)
+        with set_current_vllm_config(self.vllm_config):
+            settle_layers(self.vllm_config, LaminaAttentionBackend)
         if self.lamina_config.batches > 1:
             request_output_thread(self.vllm_config)
 
@@ -110,20 +109,18 @@ class _LaminaWorker(Worker):
     def determine_available_memory(self) -> int:
         """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
         self._warm_up()
-        specs = self.get_kv_cache_spec()
-        partition = self._divide(specs)
+        groups = groups_of(self.vllm_config, self.get_kv_cache_spec())
+        _, partition = self._divide(groups)
         if not fits_length_to_pool(self.model_config):
             sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
             partition.check_holds_one_request(
-                self.model_config.max_model_len, sharing, self.scheduler_config.max_num_batched_tokens
+                self.model_config.max_model_len, sharing, self.vllm_config.max_in_flight_tokens
             )
-        return counted_bytes(specs.values(), partition.num_blocks)
+        return counted_bytes(groups, partition.num_blocks)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Let the attention workers allocate their pools; the model worker's layers keep empty KV caches."""
-        layer_names = layers_of(kv_cache_config)
-        specs = self.get_kv_cache_spec()
-        partition = self._divide({name: specs[name] for name in layer_names})
+        layer_names, partition = self._divide(kv_cache_config.kv_cache_groups)
         self._partition = partition = partition.limited_to(kv_cache_config.num_blocks)
         streams = self.exchange.device.streams()
         options = ChannelOptions(
@@ -140,7 +137,7 @@ class _LaminaWorker(Worker):
             client.share_turns(self._turn_log, self.rank)
         layers = self._layers(client, streams, partition, options)
         self.attention_workers.replace_channel = layers.replace_channel
-        self.exchange.open(layers, layer_names, partition.geometry.block_size(0))
+        self.exchange.open(layers, layer_names, partition.geometry)
         kv_cache_config = without_tensors(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         runners = lane_runners(
@@ -156,7 +153,7 @@ class _LaminaWorker(Worker):
             "s" if workers > 1 else "",
             divided,
             partition.num_blocks,
-            partition.num_blocks * partition.geometry.block_size(0),
+            partition.num_tokens(self.model_config.max_model_len, self.vllm_config.max_in_flight_tokens),
             format_bytes(allocated_bytes(self.model_runner)),
         )
 
@@ -265,12 +262,11 @@ class _LaminaWorker(Worker):
             client, streams, partition, options.num_streams, options.max_tokens, options.spin_us, timeout
         )
 
-    def _divide(self, specs: dict[str, Any]) -> Partition:
-        return self.attention_workers.divide(
-            self.lamina_config.partition,
-            geometry_of_layers(self.vllm_config, specs),
-            self.model_config.max_model_len,
-        )
+    def _divide(self, groups: Sequence[Any]) -> tuple[Sequence[str], Partition]:
+        """The attention layers, and how the workers divide what they keep."""
+        names, geometry = geometry_of_layers(self.vllm_config, groups)
+        length = self.model_config.max_model_len
+        return names, self.attention_workers.divide(self.lamina_config.partition, geometry, length)
 
 
 class LaminaCPUWorker(_LaminaWorker, CPUWorker):
@@ -293,15 +289,16 @@ class LaminaCUDAWorker(_LaminaWorker):
         """Attend chunks of zeros: FlashAttention 4 is compiled when it is first called, for one chunk and for several,
         for short ones and for long ones.
         """
-        geometry = geometry_of(self.vllm_config)
-        layer, cache = geometry.layers[0], geometry.caches[0]
-        attend = self.exchange.device.local_attention(cache.head_size, cache.head_size**-0.5)
         longest = min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
-        for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
-            q, k = (
-                torch.zeros(
-                    sum(lengths), heads, cache.head_size, dtype=self.model_config.dtype, device=self.device
+        for impl in implementations(self.vllm_config):
+            shape = impl.shape
+            for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
+                q, k, v = (
+                    torch.zeros(sum(lengths), heads, size, dtype=shape.dtype, device=self.device)
+                    for heads, size in (
+                        (shape.num_heads, shape.head_size),
+                        (shape.num_kv_heads, shape.head_size),
+                        (shape.num_kv_heads, shape.head_size_v),
+                    )
                 )
-                for heads in (layer.num_heads, cache.num_kv_heads)
-            )
-            attend(q, k, k, Chunks(lengths))
+                impl.attend_locally(q, k, v, Chunks(lengths, [0] * len(lengths)))

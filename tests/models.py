@@ -208,7 +208,9 @@ LAYERED: dict[str, ModelSpec] = {
             *(FULL, SLIDING) * 2, num_attention_heads_per_layer=[4, 8] * 2, mlp_layer_types=["dense"] * 4
         ),
     ),
-    "bloom": ModelSpec("BloomConfig", {"hidden_size": 256, "n_layer": 3, "n_head": 4}),
+    "bloom": ModelSpec(
+        "BloomConfig", {"hidden_size": 256, "n_layer": 3, "n_head": 4, "tie_word_embeddings": True}
+    ),
     "falcon_alibi": ModelSpec(
         "FalconConfig",
         {

@@ -4,7 +4,16 @@ from itertools import pairwise
 
 import pytest
 from models import ModelZoo
-from simulation import FULL, MAX_NUM_SEQS, SEVERAL, Groups, Simulation, make_config, make_scheduler
+from simulation import (
+    FULL,
+    MAX_NUM_SEQS,
+    SEVERAL,
+    WINDOWS_AND_FULL,
+    Groups,
+    Simulation,
+    make_config,
+    make_scheduler,
+)
 from vllm.v1.request import RequestStatus
 
 from vllm_lamina.compat.outputs import StepTimes
@@ -256,3 +265,19 @@ def test_two_batches_where_attention_takes_longer_than_the_model(make_simulation
     simulation.times = lambda requests, context: StepTimes(1.0, 3e-3 * context)
     fill(simulation, [100] * 8)
     assert sorted(len(lane.members) for lane in simulation.scheduler.lanes.lanes) == [4, 4]
+
+
+def test_what_a_group_has_given_back_is_nobodys(make_simulation) -> None:
+    """Behind a window of 40 tokens a group holds two blocks of 32, or three; of all 400 tokens the other holds 13."""
+    simulation = make_simulation(0, num_blocks=100, groups=WINDOWS_AND_FULL)
+    blocks = simulation.scheduler.kv_blocks
+    name = simulation.add(400, max_tokens=60)
+    simulation.run_until(lambda: simulation.scheduler.tokens_of(name) == 410)
+    held = blocks.of(name)
+    assert len(held) == len(set(held)) == 99 - blocks.num_free
+    assert 13 + 2 * 2 <= len(held) <= 13 + 2 * 3
+    _, end, spans = simulation.scheduler.computed(name)
+    assert {block for _, block in spans} == set(held)
+    assert [token for token, _ in spans][-13:] == list(range(0, end, 32))
+    assert blocks.needed(410) == 3 * 13
+    assert blocks.needed(1000) == 2 * 13 + 32, "a window of 40 tokens, and 320 of two steps in flight"

@@ -91,6 +91,169 @@ OTHERS: dict[str, ModelSpec] = {
     ),
 }
 
+SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attention"
+
+
+def _windows(*layer_types: str, **config: Any) -> dict[str, Any]:
+    """A decoder with a layer of each of these types; one that slides sees 32 tokens, a quarter of a KV block."""
+    return (
+        _decoder(
+            num_hidden_layers=len(layer_types),
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            sliding_window=32,
+            layer_types=list(layer_types),
+        )
+        | config
+    )
+
+
+# Models whose layers are of several kinds, or do more with scores than scale them. The comments say vLLM's groups.
+LAYERED: dict[str, ModelSpec] = {
+    # A soft-cap that bends most scores, two layers with a window and two without.
+    "gemma2": ModelSpec(
+        "Gemma2Config",
+        _windows(
+            *(SLIDING, FULL) * 2,
+            attn_logit_softcapping=3.0,
+            query_pre_attn_scalar=64,
+            tie_word_embeddings=True,
+        ),
+    ),
+    # Three groups with a window, one without, of a layer each.
+    "gemma3": ModelSpec(
+        "Gemma3TextConfig",
+        _windows(SLIDING, SLIDING, SLIDING, FULL, query_pre_attn_scalar=64),
+    ),
+    # The last two layers read what others keep: they are in no group.
+    "gemma3n": ModelSpec(
+        "Gemma3nTextConfig",
+        _windows(
+            *(SLIDING, FULL) * 3,
+            num_kv_shared_layers=2,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=32,
+            laurel_rank=16,
+            activation_sparsity_pattern=[0.0] * 6,
+            tie_word_embeddings=True,
+        ),
+    ),
+    # Heads of 64 with a window, of 128 without: blocks of twice as many tokens for the former.
+    "gemma4": ModelSpec(
+        "Gemma4TextConfig",
+        _windows(
+            *(SLIDING, SLIDING, FULL) * 2,
+            global_head_dim=128,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=32,
+        ),
+    ),
+    "gemma4_shared": ModelSpec(
+        "Gemma4TextConfig",
+        _windows(
+            *(SLIDING, SLIDING, FULL) * 2,
+            num_kv_shared_layers=3,
+            global_head_dim=128,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=32,
+        ),
+    ),
+    "gpt_oss": ModelSpec(
+        "GptOssConfig",
+        _windows(*(SLIDING, FULL) * 2, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2),
+    ),
+    # One group, with a window.
+    "mistral_window": ModelSpec(
+        "MistralConfig",
+        _decoder(num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=32),
+    ),
+    "phi3_window": ModelSpec(
+        "Phi3Config",
+        _decoder(
+            hidden_size=192,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            original_max_position_embeddings=MAX_POSITION,
+            sliding_window=32,
+        ),
+    ),
+    "starcoder2": ModelSpec(
+        "Starcoder2Config", _decoder(num_attention_heads=4, num_key_value_heads=2, sliding_window=32)
+    ),
+    "cohere2": ModelSpec(
+        "Cohere2Config", _windows(SLIDING, SLIDING, SLIDING, FULL, logit_scale=1.0, tie_word_embeddings=True)
+    ),
+    "olmo3": ModelSpec("Olmo3Config", _windows(SLIDING, SLIDING, SLIDING, FULL)),
+    # Dense; the chunk is a multiple of the KV block, as vLLM wants it.
+    "llama4": ModelSpec(
+        "Llama4TextConfig",
+        _decoder(
+            intermediate_size_mlp=384,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            attention_chunk_size=128,
+            layer_types=[CHUNKED, CHUNKED, CHUNKED, FULL],
+            no_rope_layers=[1, 1, 1, 0],
+            moe_layers=[],
+            interleave_moe_layer_step=0,
+        ),
+    ),
+    # Query heads by layer.
+    "laguna": ModelSpec(
+        "LagunaConfig",
+        _windows(
+            *(FULL, SLIDING) * 2, num_attention_heads_per_layer=[4, 8] * 2, mlp_layer_types=["dense"] * 4
+        ),
+    ),
+    "bloom": ModelSpec(
+        "BloomConfig", {"hidden_size": 256, "n_layer": 3, "n_head": 4, "tie_word_embeddings": True}
+    ),
+    "falcon_alibi": ModelSpec(
+        "FalconConfig",
+        {
+            "hidden_size": 256,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 8,
+            "multi_query": True,
+            "new_decoder_architecture": False,
+            "parallel_attn": True,
+            "alibi": True,
+            "bias": False,
+        },
+    ),
+    # Heads of 96 for keys and 64 for values; twice as many KV heads, and sinks, where there is a window.
+    "mimo_v2": ModelSpec(
+        "MiMoV2FlashConfig",
+        _windows(
+            *(FULL, SLIDING) * 2,
+            num_key_value_heads=1,
+            head_dim=96,
+            v_head_dim=64,
+            mlp_layer_types=["dense"] * 4,
+            n_routed_experts=1,
+            num_experts_per_tok=1,
+            hybrid_layer_pattern=[0, 1] * 2,
+            moe_layer_freq=[0] * 4,
+            swa_num_attention_heads=4,
+            swa_num_key_value_heads=2,
+            swa_head_dim=96,
+            swa_v_head_dim=64,
+            sliding_window_size=32,
+            rope_theta=5_000_000.0,
+            swa_rope_theta=10_000.0,
+            partial_rotary_factor=0.334,
+            layernorm_epsilon=1e-5,
+            add_swa_attention_sink_bias=True,
+        ),
+    ),
+}
+
+NEEDS_TRITON = {"mimo_v2"}
+"""Models that vLLM runs on a CPU only with its V2 model runner, whose kernels an interpreter runs."""
+
 # Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
 UNSUPPORTED: dict[str, ModelSpec] = {
     "soft_cap": ModelSpec(
@@ -237,14 +400,17 @@ def create_model(spec: ModelSpec, directory: Path, seed: int = 0, **overrides: A
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=EOS,
-        tie_word_embeddings=False,
         initializer_range=_WEIGHT_STD,
-        **(spec.config | overrides),
+        **({"tie_word_embeddings": False} | spec.config | overrides),
     )
     model = getattr(transformers, spec.model_class).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers initialises these to zero, which would hide a forgotten bias
             torch.nn.init.normal_(parameter, std=_WEIGHT_STD)
+        if (
+            config.tie_word_embeddings and ".post_" in name
+        ):  # or the embedding outweighs the layers: one token for ever
+            torch.nn.init.constant_(parameter, 8.0)
     model.save_pretrained(directory)
     create_tokenizer(directory)
     if spec.config_class == "WhisperConfig":
@@ -323,5 +489,5 @@ class ModelZoo:
         """The directory of the model called `name` in one of the tables above."""
         directory = self._root / name
         if not (directory / "tokenizer.json").exists():
-            create_model((SUPPORTED | OTHERS | UNSUPPORTED)[name], directory)
+            create_model((SUPPORTED | OTHERS | LAYERED | UNSUPPORTED)[name], directory)
         return str(directory)

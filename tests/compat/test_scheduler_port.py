@@ -350,11 +350,12 @@ def test_a_request_can_end_with_an_error() -> None:
 
 
 def test_blocks_of_a_request_are_known_and_can_be_forgotten() -> None:
-    """Relies on ``req_to_blocks`` of the one manager of full attention, on ``BlockPool.blocks``, by id, and on
-    ``BlockPool.evict_blocks``.
+    """Relies on ``req_to_blocks`` of each group's manager, with the null block in the place of one that was given back,
+    on ``BlockPool.blocks``, by id, and on ``BlockPool.evict_blocks``.
     """
     assert "self.single_type_managers" in source_of(KVCacheCoordinator.__init__)
     assert "self.req_to_blocks" in source_of(SingleTypeKVCacheManager.__init__)
+    assert "blocks[i] = self._null_block" in source_of(SingleTypeKVCacheManager)
     assert [*inspect.signature(BlockPool.evict_blocks).parameters] == ["self", "block_ids"]
     pool = BlockPool(num_gpu_blocks=4, enable_caching=True, hash_block_size=16)
     assert [block.block_id for block in pool.blocks] == [0, 1, 2, 3]
@@ -364,9 +365,18 @@ def test_blocks_of_a_request_are_known_and_can_be_forgotten() -> None:
     assert isinstance(KVCacheBlock(7).block_id, int)
 
 
+def test_blocks_that_a_request_lacks_are_known() -> None:
+    """Relies on what a group's manager counts them by; that it is counted rightly, simulations show at every step."""
+    counted = source_of(SingleTypeKVCacheManager.get_num_blocks_to_allocate)
+    assert "cdiv(num_tokens, self.block_size)" in counted
+    assert "num_required_blocks, self.max_admission_blocks_per_request" in counted
+    assert "len(self.req_to_blocks.get(request_id, ()))" in counted
+    assert "total_computed_tokens - request.num_in_flight_tokens" in source_of(KVCacheManager.allocate_slots)
+
+
 def test_free_blocks_can_be_replaced() -> None:
     """Relies on the block pool using its queue by these methods alone, and on blocks being taken for a request only in
-    ``allocate_slots``, whose first parameter is the request.
+    ``allocate_slots``, whose first parameter is the request, and there in each group's ``allocate_new_blocks``.
     """
     used = set(re.findall(r"free_block_queue\.(\w+)", inspect.getsource(block_pool)))
     # `popleft` takes the null block, when the pool is built.
@@ -374,5 +384,8 @@ def test_free_blocks_can_be_replaced() -> None:
     parameters = [*inspect.signature(KVCacheManager.allocate_slots).parameters]
     assert parameters[:3] == ["self", "request", "num_new_tokens"]
     assert "reserved_blocks" in parameters
-    assert [*inspect.signature(KVCacheManager.get_block_ids).parameters] == ["self", "request_id"]
     assert "kv_cache_manager.allocate_slots(" in inspect.getsource(scheduler)
+    assert "manager.allocate_new_blocks(" in source_of(KVCacheCoordinator.allocate_new_blocks)
+    of_group = [*inspect.signature(SingleTypeKVCacheManager.allocate_new_blocks).parameters]
+    assert of_group[:2] == ["self", "request_id"]
+    assert "self.block_pool.get_new_blocks(" in source_of(SingleTypeKVCacheManager.allocate_new_blocks)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import gcd, lcm
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +19,14 @@ from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.engine import FinishReason
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    AttentionSpec,
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -30,6 +38,57 @@ from vllm_lamina.scheduler.scheduler import LaminaScheduler
 
 BLOCK_SIZE = 32
 VOCAB_SIZE = 1000
+
+
+def full(block_size: int = BLOCK_SIZE) -> AttentionSpec:
+    return FullAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=32, dtype=torch.float32)
+
+
+def window(num_tokens: int, block_size: int = BLOCK_SIZE) -> AttentionSpec:
+    return SlidingWindowSpec(
+        block_size=block_size,
+        num_kv_heads=1,
+        head_size=32,
+        dtype=torch.float32,
+        sliding_window=num_tokens,
+    )
+
+
+def chunks(num_tokens: int) -> AttentionSpec:
+    return ChunkedLocalAttentionSpec(
+        block_size=BLOCK_SIZE,
+        num_kv_heads=1,
+        head_size=32,
+        dtype=torch.float32,
+        attention_chunk_size=num_tokens,
+    )
+
+
+Groups = tuple[AttentionSpec, ...]
+"""What each group of layers keeps."""
+
+FULL: Groups = (full(),)
+WINDOW: Groups = (window(40),)
+WINDOWS_AND_FULL: Groups = (window(40), window(40), full())
+BLOCKS_OF_TWO_SIZES: Groups = (window(40, 2 * BLOCK_SIZE), full())
+CHUNKS_AND_FULL: Groups = (chunks(2 * BLOCK_SIZE), full())
+
+SEVERAL: dict[str, Groups] = {
+    "window": WINDOW,
+    "windows and full": WINDOWS_AND_FULL,
+    "blocks of two sizes": BLOCKS_OF_TWO_SIZES,
+    "chunks and full": CHUNKS_AND_FULL,
+}
+
+
+def first_seen(group: AttentionSpec, position: int) -> int:
+    """The first token that one at this position attends in the layers of a group."""
+    match group:
+        case SlidingWindowSpec():
+            return max(0, position - group.sliding_window + 1)
+        case ChunkedLocalAttentionSpec():
+            return position // group.attention_chunk_size * group.attention_chunk_size
+    return 0
 
 
 MAX_NUM_SEQS = 12
@@ -55,16 +114,19 @@ def make_scheduler(
     num_blocks: int,
     placement: tuple[str, list[int]] | None = None,
     may_move: bool = False,
+    groups: Groups = FULL,
 ) -> LaminaScheduler:
     """A scheduler of so many blocks; ``placement`` is what a model worker says of several attention workers.
 
     It is that of vLLM's V2 model runner where requests may move from lane to lane.
     """
     facts_of(config).block_placement = placement
-    spec = FullAttentionSpec(block_size=BLOCK_SIZE, num_kv_heads=1, head_size=32, dtype=torch.float32)
     kv_cache_config = KVCacheConfig(
-        num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
+        num_blocks=num_blocks,
+        kv_cache_tensors=[],
+        kv_cache_groups=[KVCacheGroupSpec([f"layer.{i}"], group) for i, group in enumerate(groups)],
     )
+    block_sizes = [group.block_size for group in groups]
     config.cache_config.num_gpu_blocks = num_blocks
     config.cache_config.block_size = BLOCK_SIZE
     with patch.object(VllmConfig, "use_v2_model_runner", may_move):
@@ -72,8 +134,8 @@ def make_scheduler(
             vllm_config=config,
             kv_cache_config=kv_cache_config,
             structured_output_manager=StructuredOutputManager(config),
-            block_size=BLOCK_SIZE,
-            hash_block_size=BLOCK_SIZE,
+            block_size=lcm(*block_sizes),
+            hash_block_size=gcd(*block_sizes),
             log_stats=True,
         )
 
@@ -149,7 +211,7 @@ class UrgencyCheck:
         passed = [r for r in scheduler.waiting if self.urgency(r) < last and scheduler._has_slot(r)]
         homes = {scheduler.lanes.home(r.request_id) for r in passed}
         assert homes.isdisjoint({None, scheduler._lane}), "a request has overtaken a more urgent one"
-        lacking = sum(-(-request.num_tokens // BLOCK_SIZE) for request in passed)
+        lacking = sum(scheduler.kv_blocks.needed(request.num_tokens) for request in passed)
         assert lacking <= scheduler.kv_blocks.num_free, "a request has taken the blocks of a more urgent one"
         assert len(passed) <= scheduler.num_admissible, "a request has taken the place of a more urgent one"
 
@@ -161,12 +223,33 @@ class UrgencyCheck:
 
 
 @dataclass
+class Part:
+    """Tokens [begin, end) of a request in one group of layers, with all blocks that it has there."""
+
+    begin: int
+    end: int
+    first_seen: int
+    """The first token that these attend."""
+    block_size: int
+    blocks: list[int]
+
+    def blocks_from(self, position: int) -> list[int]:
+        """Those of the tokens from this position on."""
+        return self.blocks[position // self.block_size : -(-self.end // self.block_size)]
+
+    def slots_from(self, position: int) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Each token from this position on, with its block and the slot in it."""
+        for token in range(position, self.end):
+            yield token, (self.blocks[token // self.block_size], token % self.block_size)
+
+
+@dataclass
 class InFlight:
     """A step whose output has not been taken."""
 
     output: SchedulerOutput
-    written: set[int]
-    """Blocks that it may still write."""
+    used: set[int]
+    """Blocks that it may still read or write."""
     samples: set[str]
     """Requests of which it computes all tokens, so that it samples the next one."""
     answer: ModelRunnerOutput | None = None
@@ -197,7 +280,6 @@ class Simulation:
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
         init_none_hash(sha256)
-        self._hasher = get_request_block_hasher(BLOCK_SIZE, sha256)
         self._shared_prefix = [self.random.randrange(VOCAB_SIZE) for _ in range(4 * BLOCK_SIZE)]
         self._requests: dict[str, Request] = {}
         if self.scheduler is not None:
@@ -207,6 +289,8 @@ class Simulation:
         """Drive this scheduler."""
         self.scheduler = scheduler
         self.urgency = UrgencyCheck(scheduler)
+        self.groups = [group.kv_cache_spec for group in scheduler.kv_cache_config.kv_cache_groups]
+        self._hasher = get_request_block_hasher(scheduler.hash_block_size, sha256)
         scheduler.engine_facts.finish_steps = self.finish_steps
 
     def add(
@@ -293,13 +377,22 @@ class Simulation:
             assert not one.members & other.members, "a request is in two lanes"
         self._check_adapters([*(step.output for step in self.queue), output])
         self._check_lane(output)
-        written = {
-            block
-            for request_id, count in output.num_scheduled_tokens.items()
-            for block in self._blocks_written(request_id, count)
-        }
+        self._check_lacking()
+        written: Counter[int] = Counter()
+        used: set[int] = set()
+        for request_id, count in output.num_scheduled_tokens.items():
+            # `schedule` has already counted the step's tokens as computed.
+            end = scheduler.requests[request_id].num_computed_tokens
+            for part in self.parts_of(request_id, end - count, end):
+                written.update(part.blocks_from(part.begin))
+                used.update(part.blocks_from(part.first_seen))
+        assert max(written.values(), default=1) == 1, "a block is written for two requests"
+        blocks = scheduler.kv_cache_manager.block_pool.blocks
+        for block in used:
+            assert not blocks[block].is_null, "a block is used that was given back"
+            assert blocks[block].ref_cnt > 0, "a block is used that is free"
         for step in self.queue:
-            assert not step.written & written, "a block is written by two steps in flight"
+            assert step.used.isdisjoint(written), "a block is written that a step in flight uses"
         if self.queue and self.queue[0].output.num_scheduled_tokens and output.num_scheduled_tokens:
             self.overlapping_steps += 1
         samples = {
@@ -307,7 +400,7 @@ class Simulation:
             for name in output.num_scheduled_tokens
             if scheduler.requests[name].num_computed_tokens >= scheduler.requests[name].num_tokens
         }
-        return InFlight(output, written, samples)
+        return InFlight(output, used, samples)
 
     def _check_lane(self, output: SchedulerOutput) -> None:
         """Where requests may not move, every step of a request's life is in one lane."""
@@ -327,18 +420,41 @@ class Simulation:
             }
             assert len(adapters) <= lora.max_loras, "more adapters are in use than the model worker holds"
 
-    def _blocks_written(self, request_id: str, count: int) -> set[int]:
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(request_id)
-        # `schedule` has already counted the step's tokens as computed.
-        end = self.scheduler.requests[request_id].num_computed_tokens
-        return {blocks[position // BLOCK_SIZE] for position in range(end - count, end)}
+    def _check_lacking(self) -> None:
+        """Counted as vLLM counts."""
+        scheduler = self.scheduler
+        manager = scheduler.kv_cache_manager
+        for request in (*scheduler.running, *scheduler.waiting):
+            name, num_tokens = request.request_id, request.num_tokens
+            for counted, capped in (
+                (scheduler.kv_blocks.lacking(name, num_tokens), False),
+                (scheduler.kv_blocks.lacking_to_run(name, num_tokens), True),
+            ):
+                assert counted == manager.coordinator.get_num_blocks_to_allocate(
+                    request_id=name,
+                    num_tokens=num_tokens,
+                    new_computed_blocks=manager.empty_kv_cache_blocks.blocks,
+                    num_encoder_tokens=0,
+                    total_computed_tokens=request.num_computed_tokens,
+                    num_local_computed_tokens=request.num_computed_tokens,
+                    num_tokens_main_model=num_tokens,
+                    apply_admission_cap=capped,
+                )
+
+    def parts_of(self, request_id: str, begin: int, end: int) -> list[Part]:
+        """What tokens [begin, end) of a request are in each group."""
+        by_group = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+        return [
+            Part(begin, end, first_seen(group, begin), group.block_size, list(blocks))
+            for group, blocks in zip(self.groups, by_group, strict=True)
+        ]
 
     def finish_steps(self) -> None:
         """The steps in flight are over before their outputs are taken."""
         for step in self.queue:
             if step.answer is None and step.output.num_scheduled_tokens:
                 step.answer = self._model_output(step)
-            step.written.clear()
+            step.used.clear()
 
     def answer(self) -> None:
         """Answer the oldest step in flight."""

@@ -6,7 +6,16 @@ from collections.abc import Callable
 
 import pytest
 from models import ModelZoo
-from simulation import Simulation, make_config, make_scheduler
+from simulation import (
+    FULL,
+    SEVERAL,
+    WINDOWS_AND_FULL,
+    Groups,
+    Simulation,
+    full,
+    make_config,
+    make_scheduler,
+)
 
 from vllm_lamina.scheduler.placement import PlacedBlocks
 
@@ -15,22 +24,25 @@ Simulate = Callable[..., Simulation]
 
 @pytest.fixture
 def simulate(model_zoo: ModelZoo) -> Simulate:
-    def make(seed: int, kind: str, blocks_per_worker: list[int]) -> Simulation:
+    def make(seed: int, kind: str, blocks_per_worker: list[int], groups: Groups = FULL) -> Simulation:
         config = make_config(model_zoo("llama"))
-        scheduler = make_scheduler(config, sum(blocks_per_worker), placement=(kind, blocks_per_worker))
+        scheduler = make_scheduler(
+            config, sum(blocks_per_worker), placement=(kind, blocks_per_worker), groups=groups
+        )
         return Simulation(scheduler, seed)
 
     return make
 
 
-def holdings(simulation: Simulation) -> dict[str, list[int]]:
-    """Blocks on each worker of every running request."""
+def holdings(simulation: Simulation, group: int | None = None) -> dict[str, list[int]]:
+    """Blocks on each worker of every running request, of all groups or one."""
     scheduler = simulation.scheduler
     placed = scheduler.placement
     assert isinstance(placed, PlacedBlocks)
     found = {}
     for request in scheduler.running:
-        (blocks,) = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        by_group = scheduler.kv_cache_manager.get_block_ids(request.request_id)
+        blocks = [b for ids in (by_group if group is None else [by_group[group]]) for b in ids if b]
         workers = [placed.worker_of(block) for block in blocks]
         found[request.request_id] = [workers.count(worker) for worker in range(len(placed._sizes))]
     return found
@@ -42,10 +54,20 @@ def test_random_arrivals_aborts_and_preemptions(
     simulate: Simulate, kind: str, blocks_per_worker: list[int]
 ) -> None:
     """Pools too small for all: no block has two owners, whatever spills, and everything is given back."""
-    simulation = simulate(1, kind, blocks_per_worker)
+    run_at_random(simulate(1, kind, blocks_per_worker), 900)
+
+
+@pytest.mark.parametrize("kind", ["sequence", "request"])
+@pytest.mark.parametrize("groups", SEVERAL)
+def test_blocks_of_several_groups(simulate: Simulate, kind: str, groups: str) -> None:
+    run_at_random(simulate(1, kind, [10, 6] if groups == "window" else [25, 25, 10], SEVERAL[groups]), 600)
+
+
+def run_at_random(simulation: Simulation, num_steps: int) -> None:
     rng = simulation.random
-    for step in range(900):
-        if step < 600 and rng.random() < 0.2:
+    num_blocks = simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+    for step in range(num_steps):
+        if step < num_steps * 2 / 3 and rng.random() < 0.2:
             prompt_len = rng.choice([1, 20, 33, 100, 300, 600])
             simulation.add(prompt_len, rng.randrange(1, 80), 0, shared_prefix=rng.random() < 0.4)
         if rng.random() < 0.03 and (waiting := simulation.unfinished()):
@@ -53,7 +75,7 @@ def test_random_arrivals_aborts_and_preemptions(
         simulation.step()
     simulation.finish()
     assert simulation.preemptions > 0
-    assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
+    assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks
 
 
 @pytest.mark.parametrize("blocks_per_worker", [[100, 100], [90, 60, 30], [40, 40, 40, 80]])
@@ -70,6 +92,20 @@ def test_sequence_divides_every_request_in_proportion(
             seen += 1
             for count, size in zip(held, blocks_per_worker, strict=True):
                 assert abs(count - sum(held) * size / sum(blocks_per_worker)) <= 1
+    assert seen > 100
+
+
+def test_sequence_divides_each_group(simulate: Simulate) -> None:
+    """A layer reads the blocks of its group, whatever others have where."""
+    simulation = simulate(0, "sequence", [100, 100], WINDOWS_AND_FULL)
+    for prompt_len in (400, 90, 20):
+        simulation.add(prompt_len, max_tokens=200)
+    seen = 0
+    while simulation.unfinished():
+        simulation.step()
+        for one, other in holdings(simulation, group=WINDOWS_AND_FULL.index(full())).values():
+            seen += 1
+            assert abs(one - other) <= 1
     assert seen > 100
 
 

@@ -13,12 +13,12 @@ from vllm_lamina.scheduler.placement import PlacedBlocks, SharedBlocks
 
 def placed_blocks(kind: str, sizes: Sequence[int]) -> PlacedBlocks:
     """Of workers with so many blocks each; nobody may get block 0, as in vLLM."""
-    return PlacedBlocks(kind, [KVCacheBlock(i) for i in range(1, sum(sizes))], sizes, block_size=32)
+    return PlacedBlocks(kind, [KVCacheBlock(i) for i in range(1, sum(sizes))], sizes)
 
 
 def serve(placed: PlacedBlocks, num_blocks: int, held: Sequence[int] = ()) -> list[int]:
     """Take blocks for a request that holds some; returns on which workers they are."""
-    placed.serve(32 * (num_blocks + len(held)), lambda: list(held))
+    placed.serve(num_blocks + len(held), lambda: list(held), lambda: list(held))
     return [placed.worker_of(block.block_id) for block in placed.popleft_n(num_blocks)]
 
 
@@ -73,7 +73,7 @@ def test_the_queue_keeps_the_order_of_each_worker(kind: str) -> None:
     """Against lists: blocks come back as they were given, at the head or at the tail, and leave from the head."""
     rng = random.Random(0)
     blocks = [KVCacheBlock(i) for i in range(40)]
-    placed = PlacedBlocks(kind, blocks, [10, 5, 25], 32)
+    placed = PlacedBlocks(kind, blocks, [10, 5, 25])
     model: list[list[int]] = [list(range(10)), list(range(10, 15)), list(range(15, 40))]
     taken: list[KVCacheBlock] = []
     for _ in range(3000):

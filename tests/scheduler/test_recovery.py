@@ -12,7 +12,18 @@ from dataclasses import dataclass, field
 
 import pytest
 from models import ModelZoo
-from simulation import BLOCK_SIZE, VOCAB_SIZE, InFlight, Simulation, make_config, make_scheduler
+from simulation import (
+    BLOCK_SIZE,
+    FULL,
+    SEVERAL,
+    VOCAB_SIZE,
+    Groups,
+    InFlight,
+    Part,
+    Simulation,
+    make_config,
+    make_scheduler,
+)
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
@@ -27,21 +38,13 @@ BLOCKS_PER_WORKER = 30
 
 
 @dataclass
-class Part:
-    """What a step does for one request: tokens [begin, end), in these blocks."""
-
-    begin: int
-    end: int
-    blocks: list[int]
-
-
-@dataclass
 class LossySimulation(Simulation):
     """Workers lose what they hold; the executor's part of a recovery is played here."""
 
     kind: str = HEAD
     slots: dict[tuple[int, int], int] = field(default_factory=dict)
-    parts: dict[int, dict[str, Part]] = field(default_factory=dict)
+    parts: dict[int, dict[str, list[Part]]] = field(default_factory=dict)
+    """Of each step in flight, by identity: what it does for each request, in each group of layers."""
     failing: set[int] = field(default_factory=set)
     """Steps in flight that fail, by identity."""
     lost: set[int] = field(default_factory=set)
@@ -61,8 +64,7 @@ class LossySimulation(Simulation):
         return block // BLOCKS_PER_WORKER
 
     def workers_of(self, name: str) -> set[int]:
-        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
-        return {self.worker_of(block) for block in blocks}
+        return {self.worker_of(block) for block in self.scheduler.kv_blocks.of(name)}
 
     def holds(self, worker: int, block: int) -> bool:
         return self.kind == HEAD or self.worker_of(block) == worker
@@ -75,8 +77,7 @@ class LossySimulation(Simulation):
         self.lost.add(worker)
         self.slots = {slot: value for slot, value in self.slots.items() if not self.holds(worker, slot[0])}
         for step in self.queue:
-            parts = self.parts.get(id(step.output), {})
-            if any(self.holds(worker, block) for part in parts.values() for block in part.blocks):
+            if any(self.holds(worker, block) for block in step.used):
                 self.failing.add(id(step.output))
 
     def recover(self) -> Recovered:
@@ -94,12 +95,11 @@ class LossySimulation(Simulation):
         step = super()._check(output)
         parts = {}
         for name, count in output.num_scheduled_tokens.items():
-            (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
             end = self.scheduler.requests[name].num_computed_tokens
-            parts[name] = Part(end - count, end, list(blocks[: -(-end // BLOCK_SIZE)]))
-            assert not self.down & {self.worker_of(block) for block in parts[name].blocks}
+            parts[name] = self.parts_of(name, end - count, end)
+        assert not self.down & {self.worker_of(block) for block in step.used}
         self.parts[id(output)] = parts
-        if any(self.holds(worker, b) for worker in self.lost for part in parts.values() for b in part.blocks):
+        if any(self.holds(worker, block) for worker in self.lost for block in step.used):
             self.failing.add(id(output))
         return step
 
@@ -110,27 +110,25 @@ class LossySimulation(Simulation):
             self.failing.discard(id(output))
             return failed_step()
         # Of all requests first: one may read a prefix that another one of the same step writes.
-        for name, part in parts.items():
+        for name, by_group in parts.items():
             prefix = self._prefix_hashes(name)
-            for position in range(part.begin, part.end):
-                self.slots[part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE] = prefix[position]
-        tokens = [self._token(name, part) for name, part in parts.items()]
+            for part in by_group:
+                self.slots |= {slot: prefix[token] for token, slot in part.slots_from(part.begin)}
+        tokens = [self._token(name, by_group) for name, by_group in parts.items()]
         names = list(parts)
         return ModelRunnerOutput(
             req_ids=names, req_id_to_index={n: i for i, n in enumerate(names)}, sampled_token_ids=tokens
         )
 
-    def _token(self, name: str, part: Part) -> list[int]:
-        request = self.scheduler.requests.get(name)
-        if request is None or part.end < request.num_tokens:
+    def _token(self, name: str, by_group: list[Part]) -> list[int]:
+        request, end = self.scheduler.requests.get(name), by_group[0].end
+        if request is None or end < request.num_tokens:
             return []
         prefix = self._prefix_hashes(name)
-        if any(
-            self.slots.get((part.blocks[position // BLOCK_SIZE], position % BLOCK_SIZE)) != prefix[position]
-            for position in range(part.end)
-        ):
-            return [WRONG]
-        return [prefix[part.end - 1] % WRONG]
+        for part in by_group:
+            if any(self.slots.get(slot) != prefix[token] for token, slot in part.slots_from(part.first_seen)):
+                return [WRONG]
+        return [prefix[end - 1] % WRONG]
 
     def _prefix_hashes(self, name: str) -> list[int]:
         hashes, value = [], 0
@@ -158,14 +156,19 @@ MakeSimulation = Callable[..., LossySimulation]
 @pytest.fixture
 def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
     def make(
-        seed: int, kind: str, recovery_timeout: float = 60, num_batches: int = 2, may_move: bool = False
+        seed: int,
+        kind: str,
+        recovery_timeout: float = 60,
+        num_batches: int = 2,
+        may_move: bool = False,
+        groups: Groups = FULL,
     ) -> LossySimulation:
         config = make_config(model_zoo("llama"), num_batches, lamina_recovery_timeout=recovery_timeout)
         simulation = LossySimulation(None, seed, kind=kind)  # type: ignore[arg-type]
         facts_of(config).recovery = simulation
         placement = None if kind == HEAD else (kind, [BLOCKS_PER_WORKER] * NUM_WORKERS)
         num_blocks = NUM_WORKERS * BLOCKS_PER_WORKER
-        simulation.watch(make_scheduler(config, num_blocks, placement, may_move))
+        simulation.watch(make_scheduler(config, num_blocks, placement, may_move, groups))
         return simulation
 
     return make
@@ -179,7 +182,29 @@ def make_simulation(model_zoo: ModelZoo) -> MakeSimulation:
 def test_workers_lost_at_random(
     make_simulation: MakeSimulation, seed: int, num_batches: int, may_move: bool, kind: str
 ) -> None:
-    simulation = make_simulation(seed, kind, num_batches=num_batches, may_move=may_move)
+    lose_workers_at_random(make_simulation(seed, kind, num_batches=num_batches, may_move=may_move))
+
+
+@pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
+@pytest.mark.parametrize(
+    ("groups", "num_batches", "may_move"),
+    [
+        ("window", 2, True),
+        ("windows and full", 2, False),
+        ("blocks of two sizes", 1, False),
+        ("chunks and full", 2, False),
+    ],
+)
+def test_workers_lost_at_random_under_several_groups(
+    make_simulation: MakeSimulation, groups: str, kind: str, num_batches: int, may_move: bool
+) -> None:
+    lose_workers_at_random(
+        make_simulation(4, kind, num_batches=num_batches, may_move=may_move, groups=SEVERAL[groups])
+    )
+
+
+def lose_workers_at_random(simulation: LossySimulation) -> None:
+    """Every request ends with the right tokens, and no block is leaked."""
     rng = simulation.random
     for step in range(700):
         if step < 500 and rng.random() < 0.15:

@@ -4,7 +4,16 @@ from itertools import pairwise
 
 import pytest
 from models import ModelZoo
-from simulation import MAX_NUM_SEQS, Simulation, make_config, make_scheduler
+from simulation import (
+    FULL,
+    MAX_NUM_SEQS,
+    SEVERAL,
+    WINDOWS_AND_FULL,
+    Groups,
+    Simulation,
+    make_config,
+    make_scheduler,
+)
 from vllm.v1.request import RequestStatus
 
 from vllm_lamina.compat.outputs import StepTimes
@@ -23,12 +32,13 @@ def make_simulation(model_zoo: ModelZoo):
         num_batches: int = 2,
         may_move: bool = False,
         long_prefill: int = 0,
+        groups: Groups = FULL,
     ) -> Simulation:
         lora = {"enable_lora": True, "max_loras": max_loras} if max_loras is not None else {}
         options = {"scheduling_policy": policy, "lamina_stagger": stagger} | lora
         options["long_prefill_token_threshold"] = long_prefill
         config = make_config(model_zoo("llama"), num_batches, **options)
-        return Simulation(make_scheduler(config, num_blocks, may_move=may_move), seed)
+        return Simulation(make_scheduler(config, num_blocks, may_move=may_move, groups=groups), seed)
 
     return make
 
@@ -58,12 +68,41 @@ def test_random_arrivals_aborts_and_preemptions(
         may_move=may_move,
         long_prefill=50 * (seed % 2),
     )
-    rng = simulation.random
+    run_at_random(simulation, 1500)
+    assert (simulation.urgency.waited_for_steps > 10) == (num_batches > 1)
+    assert (simulation.urgency.preempted_in_other_lane > 10) == (num_batches > 1 and not may_move)
+
+
+@pytest.mark.parametrize(
+    ("num_batches", "may_move"),
+    [(1, False), (2, False), (2, True)],
+    ids=["one batch", "two", "two, may move"],
+)
+@pytest.mark.parametrize(
+    ("groups", "num_blocks"), list(zip(SEVERAL, (16, 60, 45, 60), strict=True)), ids=list(SEVERAL)
+)
+def test_several_groups(
+    make_simulation, groups: str, num_blocks: int, num_batches: int, may_move: bool
+) -> None:
+    """Each has blocks of its own, and gives some back while the request runs."""
+    run_at_random(
+        make_simulation(
+            5, num_blocks=num_blocks, num_batches=num_batches, may_move=may_move, groups=SEVERAL[groups]
+        ),
+        900,
+    )
+
+
+def run_at_random(simulation: Simulation, num_steps: int) -> None:
+    """In a pool that is too small, with aborts and resets: all others end, and nothing is lost."""
+    rng, scheduler = simulation.random, simulation.scheduler
+    two = scheduler.num_batches > 1
+    num_blocks = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     # Which of one batch and two is faster changes all the time.
     simulation.times = lambda requests, context: StepTimes(1.0, rng.choice([0.0001, 0.01]) * context)
     wanted: dict[str, int] = {}
-    for step in range(1500):
-        if step < 900 and rng.random() < 0.2:
+    for step in range(num_steps):
+        if step < num_steps * 3 / 5 and rng.random() < 0.2:
             max_tokens = rng.randrange(1, 80)
             request_id = simulation.add(
                 rng.choice([1, 20, 33, 100, 300, 600]),
@@ -79,14 +118,11 @@ def test_random_arrivals_aborts_and_preemptions(
         simulation.step()
     simulation.finish()
     assert simulation.preemptions > 0
-    assert (simulation.urgency.waited_for_steps > 10) == (num_batches > 1)
-    assert (simulation.urgency.preempted_in_other_lane > 10) == (num_batches > 1 and not may_move)
-    assert (simulation.moves > 0) == may_move
-    assert (simulation.overlapping_steps > 100) == (num_batches > 1)
+    assert (simulation.moves > 0) == scheduler.requests_may_move
+    assert (simulation.overlapping_steps > 100) == two
     assert simulation.finished == {r: n for r, n in wanted.items() if r in simulation.finished}
     assert set(wanted) == set(simulation.finished) | simulation.aborted
-    # Everything was given back: the pool is as free as at the start (vLLM keeps block 0 for itself).
-    assert simulation.scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == 39
+    assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == num_blocks, "blocks are leaked"
 
 
 @pytest.mark.parametrize("num_batches", [1, 2])
@@ -229,3 +265,19 @@ def test_two_batches_where_attention_takes_longer_than_the_model(make_simulation
     simulation.times = lambda requests, context: StepTimes(1.0, 3e-3 * context)
     fill(simulation, [100] * 8)
     assert sorted(len(lane.members) for lane in simulation.scheduler.lanes.lanes) == [4, 4]
+
+
+def test_what_a_group_has_given_back_is_nobodys(make_simulation) -> None:
+    """Behind a window of 40 tokens a group holds two blocks of 32, or three; of all 400 tokens the other holds 13."""
+    simulation = make_simulation(0, num_blocks=100, groups=WINDOWS_AND_FULL)
+    blocks = simulation.scheduler.kv_blocks
+    name = simulation.add(400, max_tokens=60)
+    simulation.run_until(lambda: simulation.scheduler.tokens_of(name) == 410)
+    held = blocks.of(name)
+    assert len(held) == len(set(held)) == 99 - blocks.num_free
+    assert 13 + 2 * 2 <= len(held) <= 13 + 2 * 3
+    _, end, spans = simulation.scheduler.computed(name)
+    assert {block for _, block in spans} == set(held)
+    assert [token for token, _ in spans][-13:] == list(range(0, end, 32))
+    assert blocks.needed(410) == 3 * 13
+    assert blocks.needed(1000) == 2 * 13 + 32, "a window of 40 tokens, and 320 of two steps in flight"

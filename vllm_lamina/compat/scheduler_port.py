@@ -17,7 +17,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_lamina.compat.config import facts_of, lanes_share_requests
-from vllm_lamina.compat.kv_blocks import KVBlocks
+from vllm_lamina.compat.kv_blocks import KVBlocks, Span
 from vllm_lamina.compat.stat_loggers import attach_stats
 from vllm_lamina.compat.step_lane import mark_lane
 from vllm_lamina.config import LaminaConfig
@@ -72,7 +72,7 @@ class SchedulerPort(Scheduler):
         self.num_batches: int = self.vllm_config.max_concurrent_batches
         # Another batch's step may still write a finished request's blocks: vLLM then frees them when it is over.
         self.defer_block_free = self.num_batches > 1
-        self.kv_blocks = KVBlocks(self.kv_cache_manager, self.block_size)
+        self.kv_blocks = KVBlocks(self.kv_cache_manager)
         self.kv_blocks.share(self._reserved_from, self._preempt_in_other_lane)
         self.requests_may_move = lanes_share_requests(self.vllm_config)
         self.engine_facts = facts_of(self.vllm_config)
@@ -117,8 +117,8 @@ class SchedulerPort(Scheduler):
         request = self.requests.get(name)
         return 0 if request is None else request.num_tokens
 
-    def computed(self, name: str) -> tuple[int, int, list[int]]:
-        """The tokens [begin, end) of a request that count as computed, and the ids of the blocks that hold them.
+    def computed(self, name: str) -> Span:
+        """The tokens [begin, end) of a request that count as computed, and the blocks that hold them.
 
         Those of steps in flight count. There are none where the request is gone.
         """
@@ -126,7 +126,7 @@ class SchedulerPort(Scheduler):
         end = 0 if request is None else request.num_computed_tokens
         return 0, end, self.kv_blocks.of_tokens(name, 0, end)
 
-    def computed_by(self, scheduled: Mapping[str, int]) -> dict[str, tuple[int, int, list[int]]]:
+    def computed_by(self, scheduled: Mapping[str, int]) -> dict[str, Span]:
         """The same of the tokens that a step computes which was just scheduled, by its `scheduled_tokens`."""
         requests, blocks_of_tokens = self.requests, self.kv_blocks.of_tokens
         computed = {}
@@ -333,7 +333,7 @@ class SchedulerPort(Scheduler):
 
     def _blocks_lacking(self, request: Request) -> int:
         """KV blocks that a waiting request needs to run, if it finds nothing in the prefix cache."""
-        return self.kv_blocks.lacking(request.request_id, request.num_tokens)
+        return self.kv_blocks.lacking_to_run(request.request_id, request.num_tokens)
 
     def _note_adapters(self, in_flight: set[int]) -> None:
         if self.lora_config is not None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Set
 
-Span = tuple[int, int, list[int]]
-"""Tokens [begin, end) of a request, and the ids of the KV blocks that hold them."""
+from vllm_lamina.compat.kv_blocks import Span
 
 
 class StepLedger:
@@ -15,15 +14,9 @@ class StepLedger:
     vLLM takes the blocks of a step for filled when it schedules the step. One that fails leaves them behind unwritten,
     while other requests may have hit them as a cached prefix. The output of a step that reads them is not believed, and
     what that step writes counts as unwritten too.
-
-    Parameters
-    ----------
-    block_size
-        Tokens per KV block.
     """
 
-    def __init__(self, block_size: int) -> None:
-        self._block_size = block_size
+    def __init__(self) -> None:
         self._writing: deque[Mapping[str, Span]] = deque()
         """Of each step in flight and each request what it writes."""
         self._unwritten: dict[int, int] = {}
@@ -66,18 +59,18 @@ class StepLedger:
                 if (holds := held(name))[1] < end or self.relies_on_unwritten(holds):
                     lost.append(name)
         for name in lost:
-            begin, _, _ = step[name]
-            for first_token, block in self._blocks(step[name]):
+            begin, _, blocks = step[name]
+            for first_token, block in blocks:
                 # An earlier step's slot comes first.
                 self._unwritten.setdefault(block, max(0, begin - first_token))
         return lost
 
     def relies_on_unwritten(self, held: Span) -> bool:
         """Whether some of these tokens are unwritten, although they count as computed."""
-        _, end, _ = held
+        _, end, blocks = held
         return any(
             first_token + self._unwritten[block] < end
-            for first_token, block in self._blocks(held)
+            for first_token, block in blocks
             if block in self._unwritten
         )
 
@@ -85,9 +78,3 @@ class StepLedger:
         """Nobody relies on what was unwritten any more, nor can hit it."""
         self._unwritten.clear()
         self.failed = False
-
-    def _blocks(self, span: Span) -> zip[tuple[int, int]]:
-        """The blocks of a span, each with the first token that it can hold."""
-        size = self._block_size
-        begin, end, blocks = span
-        return zip(range(begin // size * size, end, size), blocks, strict=False)

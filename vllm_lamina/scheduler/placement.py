@@ -85,9 +85,10 @@ class PlacedBlocks(BlockPlacement):
     Any block serves any request, so what a request gets is never refused for want of the right one:
 
     - ``sequence``: the worker that holds least of the request in proportion to its pool, which is round robin where
-      pools are equal; of several such the one with the largest part of its pool free.
+      pools are equal; of several such the one with the largest part of its pool free. Each group of layers is divided
+      for itself: a layer reads its group's blocks, and waits for the worker that has most of them.
     - ``request``: the worker that holds most of the request, its cached prefix included. A request that holds nothing
-      goes to a worker that has room for all of its tokens, if there is one, and of several to the one with the largest
+      goes to a worker that has room for all that it needs, if there is one, and of several to the one with the largest
       part of its pool free. Where that worker has no block left, the rest spills to another.
 
     Parameters
@@ -98,17 +99,13 @@ class PlacedBlocks(BlockPlacement):
         All blocks, by id, but those that nobody may get.
     blocks_per_worker
         Number of blocks of each worker, whose ids follow one another.
-    block_size
-        Tokens per block.
     """
 
-    def __init__(
-        self, kind: str, blocks: Sequence[Block], blocks_per_worker: Sequence[int], block_size: int
-    ) -> None:
+    def __init__(self, kind: str, blocks: Sequence[Block], blocks_per_worker: Sequence[int]) -> None:
+        self._by_group = kind == SEQUENCE
         self._choose = self._next_of_sequence if kind == SEQUENCE else self._next_of_request
         self._ends = list(accumulate(blocks_per_worker))
         self._sizes = blocks_per_worker
-        self._block_size = block_size
         self._workers = range(len(blocks_per_worker))
         self._queues = [
             queue_of(block for block in blocks if self.worker_of(block.block_id) == worker)
@@ -117,8 +114,8 @@ class PlacedBlocks(BlockPlacement):
         self._usable = set(self._workers)
         self._given = [queue.num_free_blocks for queue in self._queues]
         """Blocks of each worker that requests may get: not vLLM's null block."""
-        self._num_tokens = 0
-        self._held_blocks: Callable[[], list[int]] = list
+        self._num_needed = 0
+        self._held: Callable[[], list[int]] = list
 
     def worker_of(self, block_id: int) -> int:
         """The worker that holds a block."""
@@ -128,9 +125,14 @@ class PlacedBlocks(BlockPlacement):
         ranges = (range(self._ends[worker] - self._sizes[worker], self._ends[worker]) for worker in workers)
         return {block_id for ids in ranges for block_id in ids}
 
-    def serve(self, num_tokens: int, held_blocks: Callable[[], list[int]]) -> None:
-        """The blocks taken from now on are for a request of so many tokens; ``held_blocks`` returns those it has."""
-        self._num_tokens, self._held_blocks = num_tokens, held_blocks
+    def serve(
+        self, num_needed: int, held: Callable[[], list[int]], held_by_group: Callable[[], list[int]]
+    ) -> None:
+        """The blocks taken from now on are for one group of a request that needs so many for all of its tokens.
+
+        The functions return those that the request has, and those of them that are the group's.
+        """
+        self._num_needed, self._held = num_needed, held_by_group if self._by_group else held
 
     def go_on_without(self, workers: Iterable[int]) -> None:
         self._usable = set(self._workers) - set(workers)
@@ -159,7 +161,7 @@ class PlacedBlocks(BlockPlacement):
     def popleft_n(self, n: int) -> list[Block]:
         """Take ``n`` blocks for the request at hand; there must be as many."""
         held = [0] * len(self._queues)
-        for block_id in self._held_blocks():
+        for block_id in self._held():
             held[self.worker_of(block_id)] += 1
         blocks = []
         for _ in range(n):
@@ -199,8 +201,7 @@ class PlacedBlocks(BlockPlacement):
         free = self._with_free_blocks()
         if any(held):
             return max(free, key=lambda worker: (held[worker], self._free_part(worker)))
-        needed = -(-self._num_tokens // self._block_size)
-        roomy = [worker for worker in free if self._queues[worker].num_free_blocks >= needed]
+        roomy = [worker for worker in free if self._queues[worker].num_free_blocks >= self._num_needed]
         if roomy:
             return max(roomy, key=self._free_part)
         return max(free, key=lambda worker: self._queues[worker].num_free_blocks)

@@ -42,7 +42,7 @@ class LaminaScheduler(SchedulerPort):
             may_move=self.requests_may_move,
             always=self.lamina_config.stagger == ALWAYS,
         )
-        self.ledger = StepLedger(self.kv_blocks.block_size)
+        self.ledger = StepLedger()
         self.placement = self._place_blocks()
         self._incomplete_since: float | None = None
         """When the engine began to go on without some of its attention workers."""
@@ -52,7 +52,7 @@ class LaminaScheduler(SchedulerPort):
         if self.engine_facts.block_placement is None:
             return SharedBlocks(blocks.ids, len(blocks.usable), lambda: blocks.usage)
         kind, blocks_per_worker = self.engine_facts.block_placement
-        placed = PlacedBlocks(kind, blocks.usable, blocks_per_worker, blocks.block_size)
+        placed = PlacedBlocks(kind, blocks.usable, blocks_per_worker)
         blocks.take_from(placed, placed.serve)
         return placed
 
@@ -105,15 +105,14 @@ class LaminaScheduler(SchedulerPort):
 
     def _next_to_run(self, running: Mapping[str, int]) -> Iterator[int]:
         """Tokens of waiting requests that may run soon beside the others, if they share blocks as much as those do."""
-        room = self.num_admissible
-        block_size, free_blocks = self.kv_blocks.block_size, self.kv_blocks.num_free
-        free: float = free_blocks * block_size
-        used = (self.placement.num_usable_blocks - free_blocks) * block_size
-        held = sum(running.values())
+        room, needed = self.num_admissible, self.kv_blocks.needed
+        free: float = self.kv_blocks.num_free
+        used = self.placement.num_usable_blocks - free
+        held = sum(map(needed, running.values()))
         unshared = min(1.0, used / held) if held else 1.0
         for tokens in self.waiting_tokens():
             room -= 1
-            free -= unshared * tokens
+            free -= unshared * needed(tokens)
             if room < 0 or free < 0:
                 return
             yield tokens
@@ -161,7 +160,7 @@ class LaminaScheduler(SchedulerPort):
             return
         usable = self.placement.num_usable_blocks
         for name, tokens in self.unfinished_tokens().items():
-            needed = -(-tokens // self.kv_blocks.block_size)
+            needed = self.kv_blocks.needed(tokens)
             if needed <= usable:
                 continue
             self.end_with_error(name)

@@ -140,7 +140,7 @@ class _LaminaWorker(Worker):
             client.share_turns(self._turn_log, self.rank)
         layers = self._layers(client, streams, partition, options)
         self.attention_workers.replace_channel = layers.replace_channel
-        self.exchange.open(layers, layer_names, partition.geometry.block_size(0))
+        self.exchange.open(layers, layer_names, partition.geometry)
         kv_cache_config = without_tensors(kv_cache_config)
         super().initialize_from_config(kv_cache_config)
         runners = lane_runners(

@@ -10,6 +10,7 @@ from vllm_lamina.support import LayerOptions, check_layer, support_table
 DOCS = Path(__file__).parents[1] / "docs" / "support.md"
 
 PLAIN = {
+    "device_type": "cpu",
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_size": 64,
@@ -38,17 +39,30 @@ def test_plain_causal_attention_is_accepted() -> None:
     ("option", "value", "feature"),
     [
         ("attn_type", "encoder_only", "encoder models"),
-        ("alibi_slopes", [0.5, 0.25], "ALiBi"),
-        ("sliding_window", 128, "sliding window attention"),
-        ("logits_soft_cap", 30.0, "attention logit soft-capping"),
-        ("kv_sharing_target_layer_name", "model.layers.0.attn", "KV sharing between layers"),
-        ("sinks", [0.0], "attention sinks"),
         ("kv_cache_dtype", "fp8", "quantised KV cache"),
         ("head_size", 40, "head sizes other than"),
-        ("head_size", 512, "head sizes other than"),
+        ("head_size", 528, "head sizes other than"),
         ("other", ("chunk_lookback",), "other attention options"),
     ],
 )
 def test_a_layer_that_needs_more_is_refused(option: str, value: object, feature: str) -> None:
     with pytest.raises(UnsupportedError, match=f"Lamina does not support {feature}"):
         check_layer(LayerOptions(**{**PLAIN, option: value}))
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("alibi_slopes", [0.5, 0.25]),
+        ("sliding_window", 128),
+        ("logits_soft_cap", 30.0),
+        ("kv_sharing_target_layer_name", "model.layers.0.attn"),
+        ("sinks", [0.0]),
+    ],
+)
+def test_layers_of_several_kinds_are_refused_on_gpus(option: str, value: object) -> None:
+    layer = PLAIN | {option: value}
+    check_layer(LayerOptions(**layer))
+    check_layer(LayerOptions(**PLAIN | {"device_type": "cuda"}))
+    with pytest.raises(UnsupportedError, match="Lamina does not support layers of several kinds on GPUs"):
+        check_layer(LayerOptions(**layer | {"device_type": "cuda"}))

@@ -12,14 +12,15 @@ from vllm_lamina.kv_cache.geometry import DTYPES
 
 WITHOUT_LAMINA = "run it without --executor lamina"
 
-HEAD_SIZES = range(32, 257, 16)
+HEAD_SIZES = range(32, 513, 16)
 BLOCK_SIZE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What a model asks of one attention layer."""
+    """What a model asks of one attention layer, on a device of vLLM's ``device_type``."""
 
+    device_type: str
     num_heads: int
     num_kv_heads: int
     head_size: int
@@ -72,6 +73,28 @@ def _has_alibi(config: Any) -> bool:
     return bool(text.model_type == "bloom" or getattr(text, "alibi", False) or in_attn_config)
 
 
+def _is_more_than_full_attention(config: Any) -> bool:
+    """Whether the configuration of the model shows layers that do more than full causal attention, all of one shape."""
+    text = _text_config(config)
+    return bool(
+        _has_sliding_window(config)
+        or _has_alibi(config)
+        or config.model_config.attention_chunk_size
+        or getattr(text, "attn_logit_softcapping", None)
+        or getattr(text, "num_kv_shared_layers", 0)
+        or text.model_type == "gpt_oss"
+    )
+
+
+def _asks_for_more_than_full_attention(layer: LayerOptions) -> bool:
+    return (
+        (layer.sliding_window is not None and layer.sliding_window > 0)
+        or bool(layer.logits_soft_cap)
+        or any(option is not None for option in (layer.alibi_slopes, layer.sinks))
+        or layer.kv_sharing_target_layer_name is not None
+    )
+
+
 def _checkpoint_quantises_kv_cache(config: Any) -> bool:
     """Whether the KV cache would be quantised without a flag; a flag with the model's dtype prevents it."""
     cache_dtype = config.cache_config.cache_dtype
@@ -121,32 +144,6 @@ REFUSALS: tuple[Refusal, ...] = (
         WITHOUT_LAMINA,
         lambda c: c.attention_config.use_non_causal or _text_config(c).model_type == "hrm_text",
         fields=frozenset({"causal", "non_causal"}),
-    ),
-    Refusal(
-        "sliding window attention",
-        "limit the context to the window with --disable-sliding-window where vLLM can, or " + WITHOUT_LAMINA,
-        _has_sliding_window,
-        lambda o: o.sliding_window is not None and o.sliding_window >= 0,
-        fields=frozenset({"sliding_window"}),
-    ),
-    Refusal(
-        "attention logit soft-capping",
-        WITHOUT_LAMINA,
-        lambda c: bool(getattr(_text_config(c), "attn_logit_softcapping", None)),
-        lambda o: bool(o.logits_soft_cap),
-    ),
-    Refusal(
-        "attention sinks",
-        WITHOUT_LAMINA,
-        lambda c: _text_config(c).model_type == "gpt_oss",
-        lambda o: o.sinks is not None,
-    ),
-    Refusal("ALiBi", WITHOUT_LAMINA, _has_alibi, lambda o: o.alibi_slopes is not None),
-    Refusal(
-        "KV sharing between layers",
-        WITHOUT_LAMINA,
-        None,
-        lambda o: o.kv_sharing_target_layer_name is not None,
     ),
     Refusal(
         "quantised KV cache that the checkpoint declares (kv_cache_scheme and others)",
@@ -219,6 +216,14 @@ REFUSALS: tuple[Refusal, ...] = (
             and c.parallel_config.tensor_parallel_size > 1
             and LaminaConfig.from_additional_config(c.additional_config).batches > 1
         ),
+    ),
+    Refusal(
+        "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
+        "sharing, layers of different shapes)",
+        "limit the context to the window with --disable-sliding-window where vLLM can and the model has nothing else "
+        "of these, or " + WITHOUT_LAMINA,
+        lambda c: c.device_config.device_type == "cuda" and _is_more_than_full_attention(c),
+        lambda o: o.device_type == "cuda" and _asks_for_more_than_full_attention(o),
     ),
     Refusal(
         "vLLM's V1 model runner on GPUs",

@@ -1,79 +1,254 @@
 """The model worker's half of a prefill chunk, and its merge with the attention worker's, against float64."""
 
+import dataclasses
 import math
+from collections.abc import Iterator
+from itertools import product
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_lamina.attention_backend.host_layers import merge_by_lse
-from vllm_lamina.device.base import Chunks
+from vllm_lamina.device.base import Chunks, LayerShape
 from vllm_lamina.device.cpu import CpuDevice, causal_attention
+from vllm_lamina.device.tiled_attention import TILE
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """Of the output, whose values are about 1: a few units in the last place of the dtype."""
 
+# For 16-bit inputs PyTorch uses a coarser exponential; a weight's error stays far below the dtype's own.
+LSE_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-4, torch.float16: 2e-4}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """There are thousands of small calls here, and threads wait long for each other where CPUs have other work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 
 def reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, first_key: int = 0
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    shape: LayerShape,
+    first_query: int = 0,
+    position: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64; query i attends the keys up to ``first_key + i``."""
+    """Attention in float64.
+
+    Query i is of the token that key ``first_query + i`` is of, or would be; key 0 is of the token at ``position``.
+    """
     group = q.shape[1] // k.shape[1]
     keys, values = (t.double().repeat_interleave(group, dim=1) for t in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
-    visible = torch.arange(k.shape[0])[None, :] <= first_key + torch.arange(q.shape[0])[:, None]
-    scores = scores.masked_fill(~visible, -math.inf)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), values), scores.logsumexp(-1).transpose(0, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * shape.scale
+    if shape.soft_cap:
+        scores = shape.soft_cap * (scores / shape.soft_cap).tanh()
+    key = position + torch.arange(k.shape[0])[None, :]
+    query = position + first_query + torch.arange(q.shape[0])[:, None]
+    if shape.alibi_slopes is not None:
+        scores += shape.alibi_slopes.double()[:, None, None] * (key - query)
+    is_seen = key <= query
+    if shape.window:
+        is_seen &= key > query - shape.window
+    if shape.chunk:
+        is_seen &= key >= query // shape.chunk * shape.chunk
+    scores = scores.masked_fill(~is_seen, -math.inf)
+    lse = scores.logsumexp(-1)
+    if shape.sinks is not None:
+        lse = torch.logaddexp(lse, shape.sinks.double()[:, None])
+    # A row that sees nothing has weights of zero.
+    weights = (scores - lse.clamp_min(-1e300).unsqueeze(-1)).exp()
+    return torch.einsum("hqk,khd->qhd", weights, values), lse.transpose(0, 1)
 
 
 def qkv(
-    num_tokens: int, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype
+    num_tokens: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    dtype: torch.dtype,
+    head_size_v: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Slices of one fused projection, as models hand them over: the rows are strided."""
     torch.manual_seed(num_tokens * 1000 + head_size)
-    fused = torch.randn(num_tokens, (num_heads + 2 * num_kv_heads) * head_size).to(dtype)
-    q, k, v = fused.split([n * head_size for n in (num_heads, num_kv_heads, num_kv_heads)], dim=-1)
-    return tuple(t.view(num_tokens, -1, head_size) for t in (q, k, v))
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    head_sizes = (head_size, head_size, head_size_v or head_size)
+    widths = [n * size for n, size in zip(heads, head_sizes, strict=True)]
+    parts = torch.randn(num_tokens, sum(widths)).to(dtype).split(widths, dim=-1)
+    return tuple(t.view(num_tokens, -1, size) for t, size in zip(parts, head_sizes, strict=True))
+
+
+def plain(num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, **more: Any) -> LayerShape:
+    """A layer of full attention, but for ``more``."""
+    arguments = {"head_size_v": head_size, "scale": head_size**-0.5, "dtype": dtype} | more
+    return LayerShape(num_heads, num_kv_heads, head_size, **arguments)
+
+
+def assert_equal(
+    found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> None:
+    assert found[0].dtype == dtype
+    assert found[1].dtype == torch.float32
+    for mine, right, tolerance in zip(found, expected, (TOLERANCE, LSE_TOLERANCE), strict=True):
+        torch.testing.assert_close(mine.double(), right, atol=tolerance[dtype], rtol=tolerance[dtype])
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(4, 4), (6, 2), (8, 1)])
-@pytest.mark.parametrize("head_size", [32, 80, 128, 256])
+@pytest.mark.parametrize("head_size", [32, 80, 256, 512])
 @pytest.mark.parametrize("num_tokens", [1, 2, 17, 300])
 def test_causal_attention(
     num_tokens: int, head_size: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype
 ) -> None:
     q, k, v = qkv(num_tokens, num_heads, num_kv_heads, head_size, dtype)
-    scale = head_size**-0.5
-    out, lse = CpuDevice().local_attention(head_size, scale)(q, k, v, Chunks([num_tokens]))
-    expected_out, expected_lse = reference(q, k, v, scale)
-    assert out.dtype == dtype
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(out.double(), expected_out, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
-    # For 16-bit inputs PyTorch uses a coarser exponential; a weight's error stays far below the dtype's own.
-    lse_tolerance = 1e-5 if dtype == torch.float32 else 2e-4
-    torch.testing.assert_close(lse.double(), expected_lse, atol=lse_tolerance, rtol=lse_tolerance)
+    shape = plain(num_heads, num_kv_heads, head_size, dtype)
+    found = CpuDevice().local_attention(shape)(q, k, v, Chunks([num_tokens], [0]))
+    assert_equal(found, reference(q, k, v, shape), dtype)
 
 
 def test_chunks_attend_within_themselves() -> None:
     lengths = [5, 1, 33]
     q, k, v = qkv(sum(lengths), 6, 2, 64, torch.float32)
-    out, lse = causal_attention(q, k, v, Chunks(lengths), 0.125)
-    expected = [reference(*rows, 0.125) for rows in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)]
-    torch.testing.assert_close(out.double(), torch.cat([e[0] for e in expected]), atol=2e-6, rtol=2e-6)
-    torch.testing.assert_close(lse.double(), torch.cat([e[1] for e in expected]), atol=1e-5, rtol=1e-5)
+    shape = plain(6, 2, 64, torch.float32)
+    found = causal_attention(q, k, v, Chunks(lengths, [0, 7, 0]), shape.scale)
+    parts = [reference(*rows, shape) for rows in zip(*(t.split(lengths) for t in (q, k, v)), strict=True)]
+    assert_equal(found, (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])), torch.float32)
 
 
+SINKS = torch.tensor([0.5, -3.0, 2.0, 4.0, 0.0, 1.0])
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.01, 0.002, 1.0])
+
+LENGTHS = [1, 1 + 2 * TILE, 37]
+POSITIONS = [0, 70, 31]
+
+RULES = [
+    {"window": window, "chunk": chunk, "soft_cap": soft_cap, "sinks": sinks, "alibi_slopes": slopes}
+    for window, chunk, soft_cap, sinks, slopes in product(
+        (0, 1, 40, 1000), (0, 64), (0.0, 1.5), (None, SINKS), (None, SLOPES)
+    )
+]
+"""All that a layer may do with scores, with six query heads."""
+
+
+def named(rule: dict[str, Any]) -> str:
+    return " ".join(
+        name if isinstance(value, torch.Tensor) else f"{name}={value}"
+        for name, value in rule.items()
+        if value is not None
+    )
+
+
+def is_quick(rule: dict[str, Any], dtype: torch.dtype) -> bool:
+    """All in float32; of the other dtypes one case for the operator and one for what is capped."""
+    return dtype == torch.float32 or (
+        rule["window"] == 40
+        and rule["chunk"] == 0
+        and all((rule[name] is None) == (rule["soft_cap"] > 0) for name in ("sinks", "alibi_slopes"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [
+        pytest.param(
+            rule, dtype, id=f"{named(rule)} {dtype}", marks=[] if is_quick(rule, dtype) else pytest.mark.slow
+        )
+        for rule, dtype in product(RULES, TOLERANCE)
+    ],
+)
+def test_all_that_a_layer_may_do_with_scores(rule: dict[str, Any], dtype: torch.dtype) -> None:
+    for head_size, head_size_v in ((64, 64), (96, 64), (32, 80)):
+        q, k, v = qkv(sum(LENGTHS), 6, 2, head_size, dtype, head_size_v)
+        shape = plain(6, 2, head_size, dtype, head_size_v=head_size_v, **rule)
+        found = CpuDevice().local_attention(shape)(q, k, v, Chunks(LENGTHS, POSITIONS))
+        parts = [
+            reference(*rows, shape, position=position)
+            for *rows, position in zip(*(t.split(LENGTHS) for t in (q, k, v)), POSITIONS, strict=True)
+        ]
+        assert_equal(found, (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])), dtype)
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("rule", [{"window": 600}, {"alibi_slopes": SLOPES}, {"soft_cap": 1.5}], ids=named)
+def test_more_keys_than_a_block_of_the_operator(rule: dict[str, Any], dtype: torch.dtype) -> None:
+    """PyTorch's has 512: of a tile's first and last there are rows that see nothing."""
+    q, k, v = qkv(900, 6, 2, 32, dtype)
+    shape = plain(6, 2, 32, dtype, **rule)
+    found = CpuDevice().local_attention(shape)(q, k, v, Chunks([900], [0]))
+    assert_equal(found, reference(q, k, v, shape), dtype)
+
+
+def test_sinks_are_those_that_the_model_has_loaded() -> None:
+    """vLLM makes a layer with a parameter that has no values yet; models have it in their own dtype."""
+    sinks = torch.full((4,), math.nan, dtype=torch.bfloat16)
+    q, k, v = qkv(20, 4, 2, 64, torch.float32)
+    shape = plain(4, 2, 64, torch.float32, sinks=sinks)
+    attend = CpuDevice().local_attention(shape)
+    sinks.copy_(torch.tensor([1.0, -2.0, 0.5, 8.0]))
+    assert_equal(attend(q, k, v, Chunks([20], [0])), reference(q, k, v, shape), torch.float32)
+
+
+class Scores(TorchDispatchMode):
+    """Counts those that the operator computes with a mask, of one head."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "attn_mask" in (kwargs or {}):
+            self.count += kwargs["attn_mask"].numel()
+        return func(*args, **kwargs or {})
+
+
+def test_a_window_costs_its_width() -> None:
+    num_tokens, window = 8 * TILE, 50
+    q, k, v = qkv(num_tokens, 2, 1, 32, torch.float32)
+    shape = plain(2, 1, 32, torch.float32, window=window)
+    with Scores() as scores:
+        CpuDevice().local_attention(shape)(q, k, v, Chunks([num_tokens], [0]))
+    assert num_tokens * window < scores.count <= num_tokens * (window + TILE)
+
+
+def test_chunks_are_cut_where_positions_reach_a_multiple() -> None:
+    chunks = Chunks([3, 1, 9, 4], [0, 7, 6, 8])
+    cut = chunks.cut(4)
+    assert cut.lengths == [3, 1, 2, 4, 3, 4]
+    assert cut.positions.tolist() == [0, 7, 6, 8, 12, 8]
+    assert cut.starts.tolist() == [0, 3, 4, 6, 10, 13, 17]
+    assert cut.starts.dtype == cut.positions.dtype == torch.zeros(0, dtype=torch.int32).numpy().dtype
+    assert chunks.cut(4) is cut
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {},
+        {"window": 12, "sinks": SINKS},
+        {"window": 100, "alibi_slopes": SLOPES, "soft_cap": 1.5},
+        {"chunk": 16},
+        {"chunk": 64, "sinks": SINKS},
+    ],
+    ids=named,
+)
 @pytest.mark.parametrize("context_len", [1, 40])
-def test_merging_with_the_context_gives_the_full_softmax(context_len: int) -> None:
-    q, k, v = qkv(context_len + 24, 4, 2, 64, torch.float32)
-    chunk = slice(context_len, None)
-    local_out, local_lse = causal_attention(q[chunk], k[chunk], v[chunk], Chunks([24]), 0.125)
-    # Every query of the chunk sees the whole context.
+def test_merging_with_the_context_gives_the_full_softmax(context_len: int, rule: dict[str, Any]) -> None:
+    """Of the context some queries see nothing."""
+    q, k, v = qkv(context_len + 24, 6, 2, 64, torch.float32)
+    shape = plain(6, 2, 64, torch.float32, **rule)
+    rows = slice(context_len, None)
+    local_out, local_lse = CpuDevice().local_attention(shape)(
+        q[rows], k[rows], v[rows], Chunks([24], [context_len])
+    )
+    # Sinks are the local part's.
     context_out, context_lse = reference(
-        q[chunk], k[:context_len], v[:context_len], 0.125, first_key=context_len
+        q[rows], k[:context_len], v[:context_len], dataclasses.replace(shape, sinks=None), context_len
     )
     merged = merge_by_lse(local_out, local_lse, context_out.float(), context_lse.float())
-    expected, _ = reference(q[chunk], k, v, 0.125, first_key=context_len)
+    expected, _ = reference(q[rows], k, v, shape, context_len)
     torch.testing.assert_close(merged.double(), expected, atol=2e-6, rtol=2e-6)
 
 

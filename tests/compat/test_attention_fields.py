@@ -46,7 +46,7 @@ OTHER_SPECS = {
     "num_head_slots": (4, "other attention options"),
     "state_content_bytes": (1 << 10, "other attention options"),
     "tokens_per_state": (2, "other attention options"),
-    "sliding_window": (64, "sliding window attention"),
+    "sliding_window": (64, "other attention options"),
     "attention_chunk_size": (64, "other attention options"),
     "non_causal": (True, "attention that is not causal"),
 }
@@ -64,33 +64,31 @@ OTHER_METADATA = {
     "replayssm_decode_base_cpu": (torch.ones(2), "other attention options"),
 }
 OTHER_IMPLS = {
-    "alibi_slopes": ([0.5] * 4, "ALiBi"),
-    "sliding_window": (64, "sliding window attention"),
     "kv_cache_dtype": ("fp8", "quantised KV cache"),
-    "logits_soft_cap": (30.0, "soft-capping"),
     "attn_type": ("encoder_only", "encoder attention"),
-    "kv_sharing_target_layer_name": ("a", "KV sharing"),
 }
 OTHER_LAYERS = {
-    "alibi_slopes": ([0.5] * 4, "ALiBi"),
     "use_alibi_sqrt": (True, "use_alibi_sqrt is not supported"),  # vLLM itself
-    "logits_soft_cap": (30.0, "soft-capping"),
-    "per_layer_sliding_window": (64, "sliding window attention"),
+    "per_layer_sliding_window": (64, "other attention options"),
     "attn_type": ("encoder_decoder", "cross attention"),
-    "kv_sharing_target_layer_name": ("a", "KV sharing"),
     "mm_prefix_clamp_sliding_window": (
         True,
         "other attention options .* mm_prefix_clamp_sliding_window=True",
     ),
     "attn_backend": (type("Other", (LaminaAttentionBackend,), {}), "other attention options .*='Other'"),
     "head_size_v": (64, "other attention options .* head_size_v=64"),
-    "extra_impl_args": (torch.zeros(4), "attention sinks"),
+    "extra_impl_args": (1, "other attention options"),
 }
-LAYER_ARGUMENTS = {
+IMPL_ARGUMENTS = {
     "num_heads",
     "head_size",
     "scale",
     "num_kv_heads",
+    "alibi_slopes",
+    "logits_soft_cap",
+    "kv_sharing_target_layer_name",
+}
+LAYER_ARGUMENTS = IMPL_ARGUMENTS | {
     "cache_config",
     "quant_config",
     "prefix",
@@ -161,7 +159,7 @@ def names(described: Any) -> list[str]:
     [
         (FullAttentionSpec, SPEC_FIELDS, OTHER_SPECS),
         (CommonAttentionMetadata, METADATA_FIELDS, OTHER_METADATA),
-        (AttentionImpl.__init__, {"num_heads", "head_size", "scale", "num_kv_heads"}, OTHER_IMPLS),
+        (AttentionImpl.__init__, IMPL_ARGUMENTS | {"sliding_window"}, OTHER_IMPLS),
         (Attention.__init__, LAYER_ARGUMENTS, OTHER_LAYERS),
     ],
 )
@@ -191,7 +189,7 @@ def test_metadata(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHER_IMPLS)
-def test_implementation(name: str) -> None:
+def test_implementation(load: Make, name: str) -> None:
     value, message = OTHER_IMPLS[name]
     with pytest.raises(UnsupportedError, match=message):
         LaminaAttentionImpl(4, 32, 1.0, **{name: value})
@@ -201,7 +199,7 @@ def test_implementation(name: str) -> None:
 def test_layer(load: Make, name: str) -> None:
     value, message = OTHER_LAYERS[name]
     with pytest.raises((UnsupportedError, ValueError), match=message):
-        load("Attention", **{"sinks" if name == "extra_impl_args" else name: value})
+        load("Attention", **{"unknown" if name == "extra_impl_args" else name: value})
 
 
 def test_kinds_of_layers_are_here() -> None:

@@ -14,7 +14,7 @@ import torch
 import vllm
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backends import fa_utils
-from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
 from vllm_lamina.compat import flash_attention
 
@@ -45,9 +45,16 @@ def test_it_takes_what_it_is_given(interface: ModuleType, monkeypatch: pytest.Mo
     q, k, starts = torch.zeros(5, 4, 32), torch.zeros(5, 2, 32), torch.tensor([0, 2, 5])
     out, lse = flash_attention.attend(q, k, k, starts, 3, 0.5, 3)
     assert (out.shape, lse.shape) == ((5, 4, 32), (5, 4))
-    [arguments] = given
-    assert arguments["fa_version"] == 3
-    assert arguments["max_seqlen_q"] == arguments["max_seqlen_k"] == 3
+    slopes = torch.ones(4)
+    flash_attention.attend(q, k, k, starts, 3, 0.5, 2, 16, 30.0, slopes)
+    plain, other = given
+    assert (plain["fa_version"], other["fa_version"]) == (3, 2)
+    assert plain["max_seqlen_q"] == plain["max_seqlen_k"] == 3
+    names = ("window_size", "softcap", "alibi_slopes")
+    assert [plain[name] for name in names] == [[-1, -1], 0.0, None]
+    assert [other[name] for name in names] == [[15, 0], 30.0, slopes]
+    assert "(sliding_window - 1, 0)" in inspect.getsource(FlashAttentionImpl)
+    assert "(-alibi_slope * |i + seqlen_k - seqlen_q - j|)" in str(interface.flash_attn_varlen_func.__doc__)
     assert "softmax_lse [optional, if return_softmax_lse=True]: (nheads, total_q_seqlen)" in str(
         interface.flash_attn_varlen_func.__doc__
     )
@@ -55,18 +62,21 @@ def test_it_takes_what_it_is_given(interface: ModuleType, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_size", "version"),
+    ("capability", "layer", "version"),
     [
-        ((8, 0), 128, 2),
-        ((9, 0), 64, 3),
-        ((9, 0), 256, 3),
-        ((10, 0), 128, 4),
-        ((10, 0), 160, 2),
-        ((10, 0), 256, 2),
+        ((8, 0), (128,), 2),
+        ((9, 0), (64,), 3),
+        ((9, 0), (256,), 3),
+        ((9, 0), (64, False, True), 3),
+        ((9, 0), (64, True), 2),
+        ((10, 0), (128,), 4),
+        ((10, 0), (128, True), 2),
+        ((10, 0), (160,), 2),
+        ((10, 0), (256,), 2),
     ],
 )
 def test_the_version_is_the_gpus(
-    capability: tuple[int, int], head_size: int, version: int, monkeypatch: pytest.MonkeyPatch
+    capability: tuple[int, int], layer: tuple[Any, ...], version: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Relies on ``get_flash_attn_version`` knowing what each version lacks; here all are built."""
     interface = ModuleType("flash_attn_interface")
@@ -78,7 +88,7 @@ def test_the_version_is_the_gpus(
     monkeypatch.setattr(
         platform, "get_device_capability", lambda: DeviceCapability(*capability), raising=False
     )
-    assert flash_attention.version_for(head_size) == version
+    assert flash_attention.version_for(*layer) == version
 
 
 def test_no_version_without_native_parts(monkeypatch: pytest.MonkeyPatch) -> None:

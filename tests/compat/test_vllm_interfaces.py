@@ -19,7 +19,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.versions import SERIES, check_vllm_version
-from vllm_lamina.device.base import LocalAttention
+from vllm_lamina.device.base import LayerShape, LocalAttention
 from vllm_lamina.device.cpu import CpuDevice
 from vllm_lamina.errors import LaminaError
 from vllm_lamina.executor.executors import STEP_METHODS
@@ -104,9 +104,9 @@ def test_a_gpu_worker_profiles_under_its_configuration(model_zoo: ModelZoo) -> N
         seen.append(what)
 
     class Device(CpuDevice):
-        def local_attention(self, head_size: int, scale: float) -> LocalAttention:
-            see((head_size, scale))
-            attend = super().local_attention(head_size, scale)
+        def local_attention(self, shape: LayerShape) -> LocalAttention:
+            see((shape.head_size, shape.scale, shape.dtype))
+            attend = super().local_attention(shape)
 
             def seen_attending(q: torch.Tensor, *others: Any) -> Any:
                 see((tuple(q.shape), others[-1].lengths))
@@ -122,7 +122,11 @@ def test_a_gpu_worker_profiles_under_its_configuration(model_zoo: ModelZoo) -> N
     worker.model_runner = SimpleNamespace(profile_run=lambda randomize_inputs: see(randomize_inputs))
     worker._warm_up()
     chunks = [1], [1, 1], [96], [1, 95]
-    assert seen == [False, (32, 32**-0.5), *(((sum(lengths), 8, 32), lengths) for lengths in chunks)]
+    assert seen == [
+        False,
+        (32, 32**-0.5, torch.float32),
+        *(((sum(lengths), 8, 32), lengths) for lengths in chunks),
+    ]
 
     source = inspect.getsource(Worker.determine_available_memory)
     assert "torch.inference_mode()" in source

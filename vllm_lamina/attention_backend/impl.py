@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
+from vllm_lamina.device.base import LayerShape
 from vllm_lamina.support import LayerOptions, check_layer
 
 
 class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
-    """Full causal attention of a decoder layer."""
+    """Causal attention of a decoder layer.
+
+    Attributes
+    ----------
+    shape
+        What the layer does with q, k and v.
+    """
 
     def __init__(
         self,
@@ -33,8 +42,10 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
+        device = Exchange.current().device
         check_layer(
             LayerOptions(
+                device_type=device.device_type,
                 num_heads=num_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_size=head_size,
@@ -48,7 +59,24 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
                 other=tuple(name for name, value in other.items() if value is not None),
             )
         )
-        self.attend_locally = Exchange.current().device.local_attention(head_size, self.scale)
+        self.shape = LayerShape(
+            num_heads,
+            self.num_kv_heads,
+            head_size,
+            head_size,
+            self.scale,
+            torch.get_default_dtype(),  # the model's, while vLLM makes its layers
+            window=max(0, sliding_window or 0),
+            soft_cap=logits_soft_cap or 0.0,
+            sinks=sinks,
+            alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
+        )
+        self.attend_locally = device.local_attention(self.shape)
+
+    def complete(self, head_size_v: int, chunk: int) -> None:
+        """What vLLM tells the layer and not its implementation, see `LayerShape`. Under vLLM's configuration."""
+        self.shape = replace(self.shape, head_size_v=head_size_v, chunk=chunk)
+        self.attend_locally = Exchange.current().device.local_attention(self.shape)
 
     def forward(
         self,
@@ -69,13 +97,13 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         query
             [tokens, num_heads, head_size], the model's dtype; tokens may be padded beyond those of the step.
         key, value
-            [tokens, num_kv_heads, head_size], the model's dtype.
+            [tokens, num_kv_heads, head_size or head_size_v], the model's dtype.
         kv_cache
             Empty: the KV blocks are on the attention worker.
         attn_metadata
             The step; None, or without one, when vLLM profiles or warms up, where nothing is attended.
         output
-            [tokens, num_heads, head_size], written in place; zeros where nothing is attended. Anything where an
+            [tokens, num_heads, head_size_v], written in place; zeros where nothing is attended. Anything where an
             attention worker was lost: the step is thrown away.
         """
         step = attn_metadata.step if attn_metadata is not None else None

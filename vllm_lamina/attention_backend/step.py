@@ -127,7 +127,7 @@ class Step:
         decodes = (self.query_lens == 1) & (self.context_lens > 0)
         self.num_decodes = len(parts) if decodes.all() else int(np.argmin(decodes))
         self.first_chunk_token = int(starts[self.num_decodes])
-        self.chunks = Chunks(self.query_lens[self.num_decodes :])
+        self.chunks = Chunks(self.query_lens[self.num_decodes :], self.context_lens[self.num_decodes :])
         self.groups = [
             StepGroup(self, [part.block_ids[number] for part in parts], group)
             for number, group in enumerate(geometry.groups)

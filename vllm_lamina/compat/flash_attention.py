@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 
-def version_for(head_size: int) -> int | None:
-    """The version that vLLM would take for heads of this size: 3 on Hopper, say; None where it has none for the GPU.
+def version_for(head_size: int, alibi: bool = False, soft_cap: bool = False) -> int | None:
+    """The version that vLLM would take for such a layer: 3 on Hopper, say; None where it has none for the GPU.
 
     To be asked under vLLM's configuration, which may name one (``--attention-config.flash_attn_version``).
     """
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
-    version: int | None = get_flash_attn_version(head_size=head_size)
+    version: int | None = get_flash_attn_version(
+        requires_alibi=alibi, head_size=head_size, requires_softcap=soft_cap
+    )
     return version
 
 
@@ -29,6 +31,9 @@ def attend(
     longest: int,
     scale: float,
     version: int,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend all chunks in one call.
 
@@ -46,6 +51,8 @@ def attend(
         Factor of q . k before the softmax.
     version
         See `version_for`.
+    window, soft_cap, alibi_slopes
+        See `LayerShape`; the slopes on the GPU.
 
     Returns
     -------
@@ -64,6 +71,9 @@ def attend(
         max_seqlen_k=longest,
         softmax_scale=scale,
         causal=True,
+        window_size=[window - 1, 0] if window else [-1, -1],
+        softcap=soft_cap,
+        alibi_slopes=alibi_slopes,
         return_softmax_lse=True,
         fa_version=version,
     )

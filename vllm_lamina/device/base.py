@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,11 +20,15 @@ class Chunks:
     ----------
     starts
         [chunks + 1], int32: the first row of each chunk, and how many rows there are.
+    positions
+        [chunks], int32: the position of each chunk's first token in its request.
     """
 
-    def __init__(self, lengths: npt.ArrayLike) -> None:
+    def __init__(self, lengths: npt.ArrayLike, positions: npt.ArrayLike) -> None:
         self.starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        self.positions = np.asarray(positions, np.int32)
         self._on_device: torch.Tensor | None = None
+        self._cuts: dict[int, Chunks] = {}
 
     @cached_property
     def lengths(self) -> list[int]:
@@ -35,6 +40,21 @@ class Chunks:
         """Rows of the longest chunk."""
         return max(self.lengths)
 
+    def cut(self, size: int) -> Chunks:
+        """The same rows, where tokens attend within ``size`` positions from a multiple of it: one chunk for each.
+
+        They are cut once, for all layers.
+        """
+        if size not in self._cuts:
+            lengths, positions = [], []
+            for length, position in zip(self.lengths, self.positions.tolist(), strict=True):
+                edges = range(position // size * size + size, position + length, size)
+                bounds = [position, *edges, position + length]
+                positions += bounds[:-1]
+                lengths += np.diff(bounds).tolist()
+            self._cuts[size] = Chunks(lengths, positions)
+        return self._cuts[size]
+
     def starts_on(self, device: torch.device) -> torch.Tensor:
         """`starts` on the compute device. They are copied once, for all layers, and nothing waits for the copy."""
         if self._on_device is None:
@@ -43,6 +63,46 @@ class Chunks:
                 host = host.pin_memory()  # from other memory the copy may wait for the stream
             self._on_device = host.to(device, non_blocking=True)
         return self._on_device
+
+
+@dataclass(frozen=True, eq=False)
+class LayerShape:
+    """What a layer does with q, k and v.
+
+    Attributes
+    ----------
+    head_size
+        Of q and k.
+    head_size_v
+        Of v and the output.
+    scale
+        Factor of q . k.
+    dtype
+        Of q, k, v and the output.
+    window
+        A token attends itself and ``window - 1`` tokens before it; 0: all before it.
+    chunk
+        A token at position p attends positions ``p // chunk * chunk`` to p; 0: all before it.
+    soft_cap
+        Scores are ``soft_cap * tanh(scale * q . k / soft_cap)``; 0: as they are.
+    sinks
+        [num_heads]: logits that are added to the denominator of the softmax alone. A parameter of the model, which is
+        loaded after the layer is made.
+    alibi_slopes
+        [num_heads], float32: times the position of the key less that of the query, added to the scores after all else.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    head_size_v: int
+    scale: float
+    dtype: torch.dtype
+    window: int = 0
+    chunk: int = 0
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+    alibi_slopes: torch.Tensor | None = None
 
 
 class LocalAttention(Protocol):
@@ -58,15 +118,15 @@ class LocalAttention(Protocol):
         q
             [rows, num_heads, head_size], on the device, each row contiguous.
         k, v
-            [rows, num_kv_heads, head_size], the dtype of q, on the device, each row contiguous.
+            [rows, num_kv_heads, head_size or head_size_v], the dtype of q, on the device, each row contiguous.
         chunks
             Which rows belong together.
 
         Returns
         -------
         tuple
-            The output, [rows, num_heads, head_size] in the dtype of q, and its LSE, [rows, num_heads] float32
-            (natural logarithm).
+            The output, [rows, num_heads, head_size_v] in the dtype of q, and its LSE, [rows, num_heads] float32
+            (natural logarithm). Sinks are counted in both.
         """
 
 
@@ -123,6 +183,9 @@ class Streams(Protocol):
 class Device(ABC):
     """What the model worker does otherwise from device to device."""
 
+    device_type: str
+    """vLLM's name of it."""
+
     worker_cls: str
     """Qualified name of the model worker's class on this device."""
 
@@ -137,13 +200,11 @@ class Device(ABC):
         return None
 
     @abstractmethod
-    def local_attention(self, head_size: int, scale: float) -> LocalAttention:
+    def local_attention(self, shape: LayerShape) -> LocalAttention:
         """What attends the prefill chunks of a layer; asked while the layer is made, under vLLM's configuration.
 
-        Parameters
-        ----------
-        head_size
-            Of q, k and v.
-        scale
-            Factor of q . k before the softmax.
+        Raises
+        ------
+        UnsupportedError
+            The device cannot do it; names what, and what to change.
         """

@@ -6,18 +6,34 @@ from functools import partial
 
 import torch
 
-from vllm_lamina.device.base import Chunks, Device, LocalAttention
+from vllm_lamina.device.base import Chunks, Device, LayerShape, LocalAttention
+from vllm_lamina.device.kernel_limits import around
+from vllm_lamina.device.tiled_attention import tiled_attention
 
 
 class CpuDevice(Device):
     """Nothing to copy; the local attention is PyTorch's flash kernel, which returns the LSE."""
 
+    device_type = "cpu"
     worker_cls = "vllm_lamina.worker.model_worker.worker.LaminaCPUWorker"
     backend_name = "CPU_ATTN"
     backend_is_asked_for = False
 
-    def local_attention(self, head_size: int, scale: float) -> LocalAttention:
-        return partial(causal_attention, scale=scale)
+    def local_attention(self, shape: LayerShape) -> LocalAttention:
+        causal = partial(causal_attention, scale=shape.scale)
+        if shape.soft_cap or shape.alibi_slopes is not None:
+            return around(partial(tiled_attention, shape=shape), shape)
+        if not shape.window:
+            return around(causal, shape)
+
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if chunks.longest <= shape.window:
+                return causal(q, k, v, chunks)
+            return tiled_attention(q, k, v, chunks, shape)
+
+        return around(attend, shape)
 
 
 def causal_attention(

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_lamina.device.base import Chunks
+from vllm_lamina.device.base import Chunks, LayerShape
 
 _CAUSAL = 1
 """The operator's name for a mask from the top left: query i of a chunk attends its keys 0 to i."""
@@ -18,9 +18,9 @@ _operator: Any = torch.ops.aten._efficient_attention_forward
 
 
 def efficient_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks, scale: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks, shape: LayerShape
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `LocalAttention`; one call for all chunks.
+    """See `LocalAttention`; one call for all chunks. Of the shape it takes the scale and the window.
 
     Of the operator under `scaled_dot_product_attention` this form is the one that takes variable lengths, as PyTorch's
     nested tensors use it. Heads lie 16 values apart or multiples of it, so it finds all rows aligned.
@@ -41,7 +41,8 @@ def efficient_attention(
         0.0,
         _CAUSAL,
         compute_log_sumexp=True,
-        scale=scale,
+        scale=shape.scale,
+        window_size=shape.window or None,
     )
     # [chunks, num_heads, the longest, rounded up to a multiple of 32]
     rows = [part[:, :length] for part, length in zip(lse, chunks.lengths, strict=True)]

@@ -37,7 +37,7 @@ from vllm_lamina.compat.scheduled import read_step
 from vllm_lamina.compat.workspaces import let_workspaces_grow
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
-from vllm_lamina.device.base import Chunks, Streams
+from vllm_lamina.device.base import Chunks, LayerShape, Streams
 from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
@@ -295,7 +295,15 @@ class LaminaCUDAWorker(_LaminaWorker):
         """
         geometry = geometry_of(self.vllm_config)
         layer, cache = geometry.layers[0], geometry.caches[0]
-        attend = self.exchange.device.local_attention(cache.head_size, cache.head_size**-0.5)
+        shape = LayerShape(
+            layer.num_heads,
+            cache.num_kv_heads,
+            cache.head_size,
+            cache.head_size_v,
+            layer.scale,
+            self.model_config.dtype,
+        )
+        attend = self.exchange.device.local_attention(shape)
         longest = min(self.scheduler_config.max_num_batched_tokens, self.model_config.max_model_len)
         for lengths in ([1], [1, 1], [longest], [1, longest - 1]):
             q, k = (
@@ -304,4 +312,4 @@ class LaminaCUDAWorker(_LaminaWorker):
                 )
                 for heads in (layer.num_heads, cache.num_kv_heads)
             )
-            attend(q, k, k, Chunks(lengths))
+            attend(q, k, k, Chunks(lengths, [0] * len(lengths)))

@@ -173,11 +173,13 @@ class DecodeSteps:
         for number in range(num_steps):
             requests = {
                 f"{i}": PlannedRequest(
-                    context + number, 1, np.arange(first + i * each, first + (i + 1) * each, dtype=np.int32)
+                    context + number,
+                    1,
+                    (np.arange(first + i * each, first + (i + 1) * each, dtype=np.int32),),
                 )
                 for i in range(self.batch)
             }
-            step = Step(StepPlan(requests, lambda names=tuple(requests): names), BLOCK_SIZE)
+            step = Step(StepPlan(requests, lambda names=tuple(requests): names), self.geometry)
             begin = time.perf_counter()
             layers.announce(lane)
             layers.begin(lane)

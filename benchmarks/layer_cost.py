@@ -105,9 +105,9 @@ class Lane:
     def _begin_step(self, context: int) -> LaminaMetadata:
         first = self._index * self._batch
         requests = {
-            f"{i}": PlannedRequest(context, 1, np.array([first + i], np.int32)) for i in range(self._batch)
+            f"{i}": PlannedRequest(context, 1, (np.array([first + i], np.int32),)) for i in range(self._batch)
         }
-        step = Step(StepPlan(requests, lambda: list(requests)), BLOCK_SIZE)
+        step = Step(StepPlan(requests, lambda: list(requests)), self._geometry)
         step.send_once(self._client, self._index, TIMEOUT)
         return LaminaMetadata(self._exchange, self._index, step)
 
@@ -122,7 +122,7 @@ def measure(shape: tuple[int, int, int], batch: int, num_lanes: int, steps: int,
             partition = Partition.by_heads(geometry.to_native(), [[geometry.caches[0].num_kv_heads]])
             client = AttentionClient([connection.channel], partition)
             exchange.open(
-                HostLayers(client, TIMEOUT, ranks_wait=False), [f"{i}" for i in range(NUM_LAYERS)], BLOCK_SIZE
+                HostLayers(client, TIMEOUT, ranks_wait=False), [f"{i}" for i in range(NUM_LAYERS)], geometry
             )
             lanes = [Lane(index, exchange, client, geometry, batch) for index in range(num_lanes)]
             start = threading.Barrier(num_lanes)

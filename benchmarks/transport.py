@@ -188,7 +188,7 @@ def time_attend(client: AttentionClient, geometry: Geometry, batch: int, count: 
     kv = np.zeros((batch, geometry.caches[0].num_kv_heads, geometry.caches[0].head_size), np.uint16)
     out = np.empty_like(q)
     ones = np.ones(batch, np.int32)
-    client.begin_step(0, batch, ones, ones * CONTEXT, blocks, slots)
+    client.begin_step(0, batch, ones, ones * CONTEXT, [(blocks, slots)])
     rows = (q.ctypes.data, q.strides[0], kv.ctypes.data, kv.strides[0], kv.ctypes.data, kv.strides[0])
     arguments = (0, 0, *rows, out.ctypes.data, out.strides[0])
     round_trips = []

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "wire/frames.h"
 #include "wire/model_geometry.h"
@@ -27,15 +28,21 @@ class FrameJudge {
 
   Verdict judge(std::span<const std::byte> frame);
 
-  // Query rows and tokens of the step that a lane is in; nothing if it is in none.
+  // Query rows and tokens of the step that a lane is in, by group; nothing if it is in none.
+  struct Group {
+    uint64_t rows, rows_without_lse, tokens;
+  };
   struct Lane {
     uint64_t step, generation;
-    uint64_t rows, rows_without_lse, tokens;
+    std::vector<Group> groups;
+    const Group& of(const LayerSpec& layer) const { return groups[static_cast<size_t>(layer.group)]; }
   };
   const std::optional<Lane>& lane(uint32_t index) const { return lanes_[index]; }
 
  private:
   bool judge_step(const FrameHeader& header, std::span<const std::byte> payload);
+  // Takes a section off the payload.
+  std::optional<Group> judge_section(int32_t group, std::span<const std::byte>& payload) const;
   std::optional<size_t> judge_attend(const FrameHeader& header, size_t payload_bytes) const;
   bool judge_block_ids(std::span<const std::byte> payload, bool pairs) const;
 

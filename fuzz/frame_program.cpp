@@ -3,8 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "wire/step_part.h"
-
 namespace lamina::fuzz {
 
 std::vector<std::byte> frame_of(FrameHeader header, std::span<const std::byte> payload) {
@@ -25,16 +23,25 @@ FrameHeader FrameProgram::header(FrameType type) {
   return header;
 }
 
-std::vector<std::byte> FrameProgram::step() {
-  const FrameHeader frame_header = header(FrameType::kStep);
+StepPart FrameProgram::section(const GroupGeometry& group) {
   StepPart part;
+  part.has_positions = group.has_positions;
   const int requests = input_.byte() % 5;
-  const int32_t block_size = geometry_.attention.block_size;
+  const int32_t block_size = group.block_size;
   for (int i = 0; i < requests; ++i) {
     part.query_lens.push_back(1 + input_.byte() % 4);
     part.kv_lens.push_back(1 + input_.byte() % (input_.byte() % 4 == 0 ? 3 * block_size : 8));
-    for (int32_t blocks = (part.kv_lens.back() + block_size - 1) / block_size; blocks > 0; --blocks)
+    const int32_t blocks = (part.kv_lens.back() + block_size - 1) / block_size;
+    int32_t position = group.has_positions ? block_size * (input_.byte() % 3) : 0;
+    for (int32_t block = 0; block < blocks; ++block) {
       part.block_ids.push_back(input_.byte() % num_blocks_);
+      if (group.has_positions) part.block_positions.push_back(position);
+      position += block_size * (1 + (group.has_positions && input_.byte() % 8 == 0));
+    }
+    if (group.has_positions) {
+      const int32_t behind = part.block_positions.back() + part.kv_lens.back() - (blocks - 1) * block_size;
+      part.positions.push_back(behind - 1 + input_.byte() % 40);
+    }
     part.num_rows += static_cast<size_t>(part.query_lens.back());
   }
   const uint8_t lse = input_.byte();
@@ -47,9 +54,25 @@ std::vector<std::byte> FrameProgram::step() {
     slot = std::min<int64_t>(slot, static_cast<int64_t>(num_blocks_) * block_size - 1);
     part.slot_mapping.push_back(slot);
   }
-  std::vector<std::byte> payload(part.payload_bytes());
-  part.write(payload.data());
-  return frame_of(frame_header, payload);
+  return part;
+}
+
+std::vector<std::byte> step_payload(std::span<const StepPart> sections) {
+  size_t bytes = sizeof(uint64_t);
+  for (const StepPart& section : sections) bytes += section.section_bytes();
+  std::vector<std::byte> payload(bytes);
+  const uint64_t num_groups = sections.size();
+  std::memcpy(payload.data(), &num_groups, sizeof num_groups);
+  std::byte* to = payload.data() + sizeof num_groups;
+  for (const StepPart& section : sections) to = section.write(to);
+  return payload;
+}
+
+std::vector<std::byte> FrameProgram::step() {
+  const FrameHeader frame_header = header(FrameType::kStep);
+  std::vector<StepPart> sections;
+  for (const GroupGeometry& group : geometry_.groups()) sections.push_back(section(group));
+  return frame_of(frame_header, step_payload(sections));
 }
 
 std::vector<std::byte> FrameProgram::attend(const FrameJudge& judge) {
@@ -61,16 +84,17 @@ std::vector<std::byte> FrameProgram::attend(const FrameJudge& judge) {
     if (frame_header.lane < kMaxLanes && judge.lane(frame_header.lane)) break;
     frame_header.lane = i;
   }
+  const size_t index = how % geometry_.layers().size();
+  const LayerGeometry& layer = geometry_.layers()[index];
+  frame_header.layer = how % 16 == 15 ? static_cast<uint32_t>(input_.number()) : static_cast<uint32_t>(index);
   if (frame_header.lane < kMaxLanes && judge.lane(frame_header.lane) && how < 224) {
     const auto& lane = *judge.lane(frame_header.lane);
     frame_header.step = lane.step;
     frame_header.generation = lane.generation;
-    rows = std::min<size_t>(lane.rows, 24);
-    tokens = std::min<size_t>(lane.tokens, 8);
+    rows = std::min<size_t>(lane.of(layer).rows, 24);
+    tokens = std::min<size_t>(lane.of(layer).tokens, 8);
   }
-  frame_header.layer = how % 16 == 15 ? static_cast<uint32_t>(input_.number())
-                                      : how % static_cast<uint32_t>(geometry_.scales.size());
-  const AttendLayout layout(rows * geometry_.q_row_bytes(), tokens * geometry_.kv_row_bytes());
+  const AttendLayout layout(rows * layer.rows.q, tokens * layer.rows.k, tokens * layer.rows.v);
   // Ordinary floats, NaN, infinities or denormals.
   static constexpr uint32_t kWords[] = {0x3f000000, 0x7fc00000, 0xff800000, 0x00000001, 0x7f7fffff, 0xffffffff};
   std::vector<std::byte> payload(layout.bytes);

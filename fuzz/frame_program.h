@@ -10,6 +10,7 @@
 #include "bytes.h"
 #include "frame_judge.h"
 #include "raw_sender.h"
+#include "wire/step_part.h"
 
 namespace lamina::fuzz {
 
@@ -31,6 +32,7 @@ class FrameProgram {
 
  private:
   std::vector<std::byte> step();
+  StepPart section(const GroupGeometry& group);
   std::vector<std::byte> attend(const FrameJudge& judge);
   std::vector<std::byte> block_ids(FrameType type);
   std::vector<std::byte> raw();
@@ -42,6 +44,9 @@ class FrameProgram {
   int32_t num_blocks_;
   size_t num_frames_ = 0;
 };
+
+// The payload of a STEP.
+std::vector<std::byte> step_payload(std::span<const StepPart> sections);
 
 // A frame of `header`, whose payload_bytes is set.
 std::vector<std::byte> frame_of(FrameHeader header, std::span<const std::byte> payload);

@@ -250,7 +250,7 @@ class Engine:
         """Decode one token."""
         context, query = np.array([self.context], np.int32), np.ones(1, np.int32)
         table = np.arange(NUM_BLOCKS, dtype=np.int32)[None]
-        self.client.begin_step(0, 1, query, context, table, np.array([self.context], np.int64))
+        self.client.begin_step(0, 1, query, context, [(table, np.array([self.context], np.int64))])
         q = np.ones((1, GEOMETRY.layers[0].num_heads * GEOMETRY.caches[0].head_size), np.float32)
         kv = np.full((1, GEOMETRY.caches[0].num_kv_heads * GEOMETRY.caches[0].head_size), 0.75, np.float32)
         out = np.zeros_like(q)

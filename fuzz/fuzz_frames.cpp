@@ -6,19 +6,32 @@
 #include <memory>
 #include <span>
 
+#include "uniform_geometry.h"
 #include "worker_under_test.h"
 
 namespace lamina::fuzz {
 namespace {
 
-constexpr size_t kNumWorkers = 2;
+constexpr size_t kNumWorkers = 3;
 
 Totals totals;
 
+// The second group's blocks are smaller, its layers have all rules, and one of them shares another's KV.
+ModelGeometry layers_of_several_kinds() {
+  const ScoreRule windowed{.scale = 0.2f, .soft_cap = 3, .window = 20, .chunk = 0, .sinks = {0.5f, -1}, .alibi_slopes = {}};
+  const ScoreRule chunked{.scale = 0.1f, .soft_cap = 0, .window = 0, .chunk = 24, .sinks = {}, .alibi_slopes = {0.5f, 0.1f}};
+  return {{{32, 2, 32, 32, DType::kFloat32}, {16, 1, 48, 32, DType::kBFloat16}},
+          {{0, 0, 0, 2, ScoreRule{0.17f}, true},
+           {1, 1, 0, 2, windowed, true},
+           {1, 1, 1, 2, chunked, true},
+           {1, 1, 0, 2, windowed, false}}};
+}
+
 WorkerUnderTest& worker(size_t index) {
   static const std::unique_ptr<WorkerUnderTest> workers[kNumWorkers] = {
-      std::make_unique<WorkerUnderTest>(ModelGeometry{{DType::kFloat32, 2, 2, 32, 32, 32}, {0.17f, 0.2f}}, 5, 1),
-      std::make_unique<WorkerUnderTest>(ModelGeometry{{DType::kFloat32, 2, 1, 48, 64, 48}, {0.15f}}, 3, 2),
+      std::make_unique<WorkerUnderTest>(uniform_geometry({DType::kFloat32, 2, 2, 32, 32, 32}, {0.17f, 0.2f}), 5, 1),
+      std::make_unique<WorkerUnderTest>(uniform_geometry({DType::kFloat32, 2, 1, 48, 64, 48}, {0.15f}), 3, 2),
+      std::make_unique<WorkerUnderTest>(layers_of_several_kinds(), 6, 2),
   };
   return *workers[index];
 }

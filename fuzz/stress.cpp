@@ -26,6 +26,7 @@
 #include <vector>
 
 #include "transport/shm_channel.h"
+#include "uniform_geometry.h"
 #include "worker/model_worker/attention_client.h"
 #include "worker/attention_worker/attention_worker.h"
 
@@ -145,13 +146,15 @@ uint64_t stress_channel(int spin_us, Clock::time_point end) {
 // control thread looks at. Each lane decodes over tokens that are all alike, so that the output is their v.
 uint64_t stress_lanes(Clock::time_point end) {
   constexpr int kLanes = 2, kLayers = 3, kBlocks = 8, kHeads = 4, kKvHeads = 2, kSize = 32, kBlockSize = 32;
-  const ModelGeometry geometry{{DType::kFloat32, kHeads, kKvHeads, kSize, kBlockSize}, {0.1f, 0.2f, 0.3f}};
-  const Partition partition = Partition::by_heads(geometry, {1, 1});
+  const std::vector<float> scales{0.1f, 0.2f, 0.3f};
+  const auto geometry = fuzz::uniform_geometry({DType::kFloat32, kHeads, kKvHeads, kSize, kBlockSize, kSize}, scales);
+  const auto share = fuzz::uniform_geometry({DType::kFloat32, kHeads / 2, kKvHeads / 2, kSize, kBlockSize, kSize}, scales);
+  const Partition partition = Partition::by_heads(geometry, {{1}, {1}});
   Pair pairs[] = {Pair(1 << 20, 20), Pair(1 << 20, 20)};
   std::vector<std::unique_ptr<AttentionWorker>> workers;
   std::vector<std::shared_ptr<Channel>> channels;
   for (size_t i = 0; i < 2; ++i) {
-    workers.push_back(std::make_unique<AttentionWorker>(partition.heads(i).geometry, kBlocks, 2, std::vector<int>(), 20));
+    workers.push_back(std::make_unique<AttentionWorker>(share, kBlocks, 2, std::vector<int>(), 20));
     workers[i]->serve(pairs[i].worker);
     channels.push_back(pairs[i].client);
   }
@@ -170,7 +173,7 @@ uint64_t stress_lanes(Clock::time_point end) {
       const int64_t slot = static_cast<int64_t>(first_block) * kBlockSize + context;
       client.join_turn(lane);
       client.begin_turn(lane, deadline());
-      const StepView step{1, {&query_len, 1}, {&context, 1}, table, 2, 2, {&slot, 1}};
+      const StepView step{1, {&query_len, 1}, {&context, 1}, {{table, 2, 2, {&slot, 1}}}};
       client.begin_step(lane, step, deadline());
       for (uint32_t layer = 0; layer < kLayers; ++layer) {
         const auto row = [](auto& tensor) {

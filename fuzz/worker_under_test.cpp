@@ -143,10 +143,13 @@ void WorkerUnderTest::check_answers(const std::vector<Verdict>& verdicts, Totals
 }
 
 WorkerUnderTest::Known WorkerUnderTest::send_known() {
-  const auto& shape = geometry_.attention;
+  const AttentionGeometry& shape = geometry_.layers()[0].attention;
   require(shape.dtype == DType::kFloat32, "the check is written for float32");
   const int32_t block = num_blocks_ - 1;
-  StepPart part;
+  // Layer 0 attends plainly; in other groups there is nothing.
+  std::vector<StepPart> sections(geometry_.groups().size());
+  for (size_t g = 0; g < sections.size(); ++g) sections[g].has_positions = geometry_.groups()[g].has_positions;
+  StepPart& part = sections[0];
   part.query_lens = {kRows};
   part.kv_lens = {kTokens};
   part.block_ids = {block};
@@ -156,11 +159,10 @@ WorkerUnderTest::Known WorkerUnderTest::send_known() {
   header.lane = kMaxLanes - 1;
   header.step = kKnownStep;
   header.type = FrameType::kStep;
-  std::vector<std::byte> payload(part.payload_bytes());
-  part.write(payload.data());
-  require(connection_->sender->send(frame_of(header, payload), nullptr, kDeadline), "no room for a STEP");
+  require(connection_->sender->send(frame_of(header, step_payload(sections)), nullptr, kDeadline), "no room for a STEP");
 
-  const AttendLayout layout(kRows * geometry_.q_row_bytes(), kTokens * geometry_.kv_row_bytes());
+  const LayerRows& row = geometry_.layers()[0].rows;
+  const AttendLayout layout(kRows * row.q, kTokens * row.k, kTokens * row.v);
   std::vector<std::byte> attend(layout.bytes);
   const int heads = shape.num_heads, kv_heads = shape.num_kv_heads, size = shape.head_size;
   const auto at = [&](size_t begin) { return reinterpret_cast<float*>(attend.data() + begin); };
@@ -174,8 +176,8 @@ WorkerUnderTest::Known WorkerUnderTest::send_known() {
 }
 
 void WorkerUnderTest::check_known(const Known& known) {
-  const int heads = geometry_.attention.num_heads, kv_heads = geometry_.attention.num_kv_heads,
-            size = geometry_.attention.head_size;
+  const AttentionGeometry& shape = geometry_.layers()[0].attention;
+  const int heads = shape.num_heads, kv_heads = shape.num_kv_heads, size = shape.head_size;
   const auto &q = known.q, &k = known.k, &v = known.v;
   const auto answer = receive();
   const auto answered = read_header(answer);
@@ -190,7 +192,7 @@ void WorkerUnderTest::check_known(const Known& known) {
         double score = 0;
         for (int d = 0; d < size; ++d)
           score += static_cast<double>(q[(row * heads + head) * size + d]) * k[(t * kv_heads + kv_head) * size + d];
-        sum += weights[t] = std::exp(score * geometry_.scales[0]);
+        sum += weights[t] = std::exp(score * geometry_.layers()[0].rule.scale);
       }
       for (int d = 0; d < size; ++d) {
         double want = 0;

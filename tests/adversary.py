@@ -53,7 +53,9 @@ def _check(step: Any, theirs: Any, block_size: int) -> None:
     assert step.num_tokens == theirs.num_actual_tokens
     assert step.query_lens.tolist() == theirs.query_start_loc_cpu[: n + 1].diff().tolist()
     assert (step.context_lens + step.query_lens).tolist() == theirs.seq_lens[:n].tolist()
-    assert step.slot_mapping.tolist() == theirs.slot_mapping[: step.num_tokens].tolist()
-    for ours, row, length in zip(step.block_table, theirs.block_table_tensor, theirs.seq_lens, strict=False):
+    assert step.groups[0].slot_mapping.tolist() == theirs.slot_mapping[: step.num_tokens].tolist()
+    for ours, row, length in zip(
+        step.groups[0].block_table, theirs.block_table_tensor, theirs.seq_lens, strict=False
+    ):
         used = -(-int(length) // block_size)
         assert ours[:used].tolist() == row[:used].tolist()

@@ -256,17 +256,6 @@ NEEDS_TRITON = {"mimo_v2"}
 
 # Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
 UNSUPPORTED: dict[str, ModelSpec] = {
-    "soft_cap": ModelSpec(
-        "Gemma2Config",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            attn_logit_softcapping=50.0,
-            layer_types=["full_attention", "full_attention"],
-        ),
-    ),
     "prefix_lm": ModelSpec(
         "HrmTextConfig",
         {
@@ -312,16 +301,6 @@ UNSUPPORTED: dict[str, ModelSpec] = {
         "LlamaConfig",
         _decoder(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40),
     ),
-    "sliding_window": ModelSpec(
-        "MistralConfig",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            sliding_window=256,
-        ),
-    ),
     "mla": ModelSpec(
         "DeepseekV2Config",
         _decoder(
@@ -340,19 +319,6 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             topk_group=1,
         ),
     ),
-    "sinks": ModelSpec(
-        "GptOssConfig",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            layer_types=["full_attention", "full_attention"],
-        ),
-    ),
-    "alibi": ModelSpec("BloomConfig", {"hidden_size": 256, "n_layer": 2, "n_head": 4}),
     "encoder_only": ModelSpec(
         "BertConfig",
         {

@@ -368,10 +368,9 @@ class AttentionClient:
         num_decodes: int,
         query_lens: Any,
         context_lens: Any,
-        block_table: Any,
-        slot_mapping: Any,
+        groups: Sequence[tuple[Any, Any]],
         timeout: float = 60.0,
-    ) -> tuple[int, int]:
+    ) -> list[tuple[int, int]]:
         """Describe the lane's next step to the workers that have a part in it; everything is copied at once.
 
         Parameters
@@ -382,17 +381,16 @@ class AttentionClient:
             Requests that decode; they come first, with one query token each.
         query_lens, context_lens
             [num_requests], int32: new tokens, and tokens already in the cache.
-        block_table
-            [>= num_requests, max_blocks], int32, rows may be strided; only the blocks that a request's
-            context and query fill are read.
-        slot_mapping
-            [num_tokens], int64; -1 for a token that is not stored.
+        groups
+            For each group of layers the block table, [>= num_requests, max_blocks], int32, whose rows may be strided
+            and of which only the blocks are read that a request's context and query fill and a layer may see; and the
+            slot mapping, [num_tokens], int64, -1 for a token that is not stored.
 
         Returns
         -------
-        tuple[int, int]
-            Rows of q that are attended, and how many of these are prefill rows with context, which `collect`
-            returns in `context_out` and `context_lse`.
+        list[tuple[int, int]]
+            By group: rows of q that are attended, and how many of these are prefill rows that see some context
+            (`geometry.Group.context_rows`), which `collect` returns in `context_out` and `context_lse`.
 
         Raises
         ------
@@ -415,8 +413,8 @@ class AttentionClient:
     ) -> None:
         """Send each worker its part of one layer's q rows and k, v; they may be overwritten when this returns.
 
-        q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; the rows of prefill chunks
-        without context are not read from q.
+        q, k, v: the step's tokens in order, [num_tokens, heads, head_size]; rows of prefill chunks that see no context
+        are not read from q, and k and v not at all for a layer that does not store.
         """
     def collect(
         self,
@@ -428,7 +426,7 @@ class AttentionClient:
         context_lse: int = 0,
         timeout: float = 60.0,
     ) -> None:
-        """Wait for one layer's output; returns at once if the step has no q rows.
+        """Wait for one layer's output; returns at once if it has no q rows.
 
         A worker that was lost since the step was opened shows here and only here, as ChannelClosed.
 
@@ -439,11 +437,11 @@ class AttentionClient:
         layer
             The oldest layer that was posted and not collected.
         out
-            [num_tokens, num_heads, head_size]; rows [0, num_decodes) are written.
+            [num_tokens, num_heads, head_size_v]; rows [0, num_decodes) are written, the layer's sinks counted.
         context_out
-            [context rows, num_heads, head_size], contiguous; 0 if the step has no context rows.
+            [context rows, num_heads, head_size_v], contiguous; 0 if the layer's group has no context rows.
         context_lse
-            [context rows, num_heads], float32, contiguous; 0 if the step has no context rows.
+            [context rows, num_heads], float32, contiguous; 0 likewise. No sinks are counted in these.
 
         Raises
         ------
@@ -489,7 +487,8 @@ class StreamedExchange:
     Parameters
     ----------
     client
-        Whose channels have carried nothing yet. Its `post`, `collect` and turns within a step are not used any more.
+        Of a model whose layers are all alike: one group, one shape, no window or chunk. Its channels have carried
+        nothing yet. Its `post`, `collect` and turns within a step are not used any more.
     max_tokens
         Of a step.
     spin_us
@@ -522,10 +521,9 @@ class StreamedExchange:
         num_decodes: int,
         query_lens: Any,
         context_lens: Any,
-        block_table: Any,
-        slot_mapping: Any,
+        groups: Sequence[tuple[Any, Any]],
         timeout: float = 60.0,
-    ) -> tuple[int, int]:
+    ) -> list[tuple[int, int]]:
         """As `AttentionClient.begin_step`; the step was announced, and the stream is done with the one before."""
     def part(self, lane: int, worker: int) -> tuple[Any, Any, int]:
         """Tokens of the step whose q, and whose k and v, the worker gets, int32; and how many rows it answers without

@@ -1,15 +1,18 @@
 // Frames between a model worker and an attention worker: a fixed header, then a payload by type; little
 // endian.
 //
-// STEP         StepCounts; query_len int32 [R]; kv_len int32 [R]; block ids int32 [B], request after request;
-//              padding to 8; slot_mapping int64 [T]. Opens the lane's next step: R requests attend, each
-//              query_len rows over the kv_len tokens in its blocks, and T tokens are appended before.
-// ATTEND       One layer of the lane's step: q [rows, heads, head size], k and v [T, KV heads, head size],
-//              each at a multiple of 64 bytes. Rows of q, request after request.
-// OUTPUT       Answers an ATTEND that has q rows, and echoes its header: out [rows, heads, head size], then
-//              at a multiple of 64 bytes LSE float32 [rows after the first num_rows_without_lse, heads].
-// ZERO_BLOCKS  Block ids int32 [n], to be zeroed in all layers.
-// COPY_BLOCKS  Pairs (source, destination) int32 [n, 2], to be copied in all layers, in order.
+// STEP         The number of groups, uint64, then a section for each group of layers: StepCounts; query_len int32 [R];
+//              kv_len int32 [R]; block ids int32 [B], request after request; if it has positions, those of each request's
+//              first query row, int32 [R], and of each block's first token, int32 [B]; padding to 8; slot_mapping
+//              int64 [T]. Opens the lane's next step: in layers of this group R requests attend, each query_len rows over
+//              the kv_len tokens in its blocks, and T tokens are appended before.
+// ATTEND       One layer of the lane's step, by its group's section: q [rows, heads, head size], and unless the layer
+//              shares the KV of another, k [T, KV heads, head size] and v [T, KV heads, head size of v], each at a
+//              multiple of 64 bytes. Rows of q, request after request.
+// OUTPUT       Answers an ATTEND that has q rows, and echoes its header: out [rows, heads, head size of v], then at a
+//              multiple of 64 bytes LSE float32 [rows after the first num_rows_without_lse, heads].
+// ZERO_BLOCKS  Block ids int32 [n], to be zeroed at all positions.
+// COPY_BLOCKS  Pairs (source, destination) int32 [n, 2], to be copied at all positions, in order.
 // ERROR        Text, UTF-8: why a frame of this lane was dropped.
 //
 // Heads and block ids are the worker's own: where there are several workers, each holds a part of the KV cache.
@@ -29,7 +32,7 @@ namespace lamina {
 static_assert(std::endian::native == std::endian::little, "frames are little endian");
 
 inline constexpr uint32_t kFrameMagic = 0x414e4d4c;  // "LMNA"
-inline constexpr uint16_t kWireVersion = 2;
+inline constexpr uint16_t kWireVersion = 3;
 inline constexpr uint32_t kMaxLanes = 8;
 
 enum class FrameType : uint16_t {
@@ -63,14 +66,16 @@ struct StepCounts {
   uint32_t num_rows_without_lse;
   uint32_t num_tokens;
   uint32_t num_block_ids;
+  uint32_t has_positions;  // 1, where a layer of the group needs them; else 0
+  uint32_t reserved;
 };
-static_assert(sizeof(StepCounts) == 16);
+static_assert(sizeof(StepCounts) == 24);
 
 // Byte offsets within an ATTEND payload.
 struct AttendLayout {
   size_t k, v, bytes;
-  AttendLayout(size_t q_bytes, size_t kv_bytes)
-      : k(round_up(q_bytes, 64)), v(k + round_up(kv_bytes, 64)), bytes(v + kv_bytes) {}
+  AttendLayout(size_t q_bytes, size_t k_bytes, size_t v_bytes)
+      : k(round_up(q_bytes, 64)), v(k + round_up(k_bytes, 64)), bytes(v + v_bytes) {}
 };
 
 // Byte offsets within an OUTPUT payload.

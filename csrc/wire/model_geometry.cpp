@@ -1,6 +1,6 @@
 #include "wire/model_geometry.h"
 
-#include <cmath>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -28,28 +28,12 @@ void check(const CacheSpec& cache, const std::string& of) {
   require_within(of + "head_size_v", cache.head_size_v, 1, kMost);
 }
 
-void check_by_head(const std::string& name, const std::vector<float>& values, int32_t num_heads) {
-  if (!values.empty() && values.size() != static_cast<size_t>(num_heads)) {
-    refuse(name + " has " + std::to_string(values.size()) + " entries for " + std::to_string(num_heads) + " heads");
-  }
-  for (const float value : values) {
-    if (!std::isfinite(value)) refuse(name + " has an entry of " + std::to_string(value) + ": it must be finite");
-  }
-}
-
 void check(const LayerSpec& layer, size_t num_caches, size_t num_layers, const std::string& of) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
   require_within(of + "cache", layer.cache, 0, static_cast<int64_t>(num_caches) - 1);
   require_within(of + "group", layer.group, 0, static_cast<int64_t>(num_layers) - 1);
   require_within(of + "position", layer.position, 0, static_cast<int64_t>(num_layers) - 1);
   require_within(of + "num_heads", layer.num_heads, 1, kMost);
-  require_within(of + "window", layer.rule.window, 0, kMost);
-  require_within(of + "chunk", layer.rule.chunk, 0, kMost);
-  if (!std::isfinite(layer.rule.scale)) refuse(of + "scale = " + std::to_string(layer.rule.scale) + " must be finite");
-  if (!std::isfinite(layer.rule.soft_cap) || layer.rule.soft_cap < 0)
-    refuse(of + "soft_cap = " + std::to_string(layer.rule.soft_cap) + " must be finite, and 0 or more");
-  check_by_head(of + "sinks", layer.rule.sinks, layer.num_heads);
-  check_by_head(of + "alibi_slopes", layer.rule.alibi_slopes, layer.num_heads);
 }
 
 std::string place_name(std::pair<int32_t, int32_t> place) {
@@ -84,12 +68,15 @@ ModelGeometry::ModelGeometry(std::vector<CacheSpec> caches, std::vector<LayerSpe
     num_positions_ = std::max(num_positions_, layer.position + 1);
     const AttentionGeometry attention{cache.dtype,      layer.num_heads,  cache.num_kv_heads,
                                       cache.head_size, cache.block_size, cache.head_size_v};
+    try {
+      check_score_rule(layer.rule, attention);
+    } catch (const std::invalid_argument& error) {
+      refuse("layer " + std::to_string(i) + ": " + error.what());
+    }
     const bool stores = layer.stores;
     layers_.push_back({std::move(layer), attention, LayerRows(attention, stores)});
   }
   check_places();
-  attention = layers_[0].attention;
-  for (const LayerGeometry& layer : layers_) scales.push_back(layer.rule.scale);
   groups_.resize(static_cast<size_t>(num_groups));
   for (size_t g = 0; g < groups_.size(); ++g) {
     GroupGeometry& group = groups_[g];
@@ -104,7 +91,7 @@ ModelGeometry::ModelGeometry(std::vector<CacheSpec> caches, std::vector<LayerSpe
       group.block_size = layer.attention.block_size;
       group.heads_per_kv_head =
           std::max(group.heads_per_kv_head, layer.num_heads / layer.attention.num_kv_heads);
-      group.has_positions |= layer.rule.window > 0 || layer.rule.chunk > 0 || !layer.rule.alibi_slopes.empty();
+      group.has_positions |= layer.rule.needs_positions();
       all_have_windows &= layer.rule.window > 0;
       window = std::max(window, layer.rule.window);
       one_chunk &= chunk == -1 || chunk == layer.rule.chunk;

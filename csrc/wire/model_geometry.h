@@ -3,10 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
-#include "kernel/attention.h"
+#include "kernel/attention_geometry.h"
+#include "kernel/score_rule.h"
 
 namespace lamina {
 
@@ -28,8 +28,13 @@ struct LayerSpec {
 
 // Bytes of one token's rows in one layer.
 struct LayerRows {
-  size_t q, k, v, out, lse;  // k and v: 0 where the layer does not store
+  size_t q = 0, k = 0, v = 0, out = 0, lse = 0;  // k and v: 0 where the layer does not store
+  LayerRows() = default;
   LayerRows(const AttentionGeometry& geometry, bool stores);
+  LayerRows& operator+=(const LayerRows& other) {
+    q += other.q, k += other.k, v += other.v, out += other.out, lse += other.lse;
+    return *this;
+  }
 };
 
 // How much of a request's context the layers of a group see together. A query at position p sees no key before
@@ -58,7 +63,7 @@ struct LayerGeometry : LayerSpec {
 struct GroupGeometry {
   int32_t block_size = 0;
   Reach reach;
-  bool has_positions = false;      // a layer's rule needs them
+  bool has_positions = false;     // a layer's rule needs them
   int32_t heads_per_kv_head = 1;  // in the layer that has the most
 };
 
@@ -73,12 +78,6 @@ class ModelGeometry {
   const std::vector<GroupGeometry>& groups() const { return groups_; }
   int32_t num_layers() const { return static_cast<int32_t>(layers_.size()); }
   int32_t num_positions() const { return num_positions_; }
-
-  AttentionGeometry attention;  // of the first layer
-  std::vector<float> scales;
-  size_t q_row_bytes() const { return LayerRows(attention, true).q; }
-  size_t kv_row_bytes() const { return LayerRows(attention, true).k; }
-  size_t lse_row_bytes() const { return LayerRows(attention, true).lse; }
 
  private:
   void check_places() const;

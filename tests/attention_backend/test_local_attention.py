@@ -173,6 +173,16 @@ def test_all_that_a_layer_may_do_with_scores(rule: dict[str, Any], dtype: torch.
         assert_equal(found, (torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])), dtype)
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("rule", [{"window": 600}, {"alibi_slopes": SLOPES}, {"soft_cap": 1.5}], ids=named)
+def test_more_keys_than_a_block_of_the_operator(rule: dict[str, Any], dtype: torch.dtype) -> None:
+    """PyTorch's has 512: of a tile's first and last there are rows that see nothing."""
+    q, k, v = qkv(900, 6, 2, 32, dtype)
+    shape = plain(6, 2, 32, dtype, **rule)
+    found = CpuDevice().local_attention(shape)(q, k, v, Chunks([900], [0]))
+    assert_equal(found, reference(q, k, v, shape), dtype)
+
+
 def test_sinks_are_those_that_the_model_has_loaded() -> None:
     """vLLM makes a layer with a parameter that has no values yet; models have it in their own dtype."""
     sinks = torch.full((4,), math.nan, dtype=torch.bfloat16)

@@ -15,12 +15,14 @@ from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadata, LaminaMetadataBuilder
-from vllm_lamina.attention_backend.step import PlannedRequest, PrefillChunk, Step, StepPlan
+from vllm_lamina.attention_backend.step import ContextRows, PlannedRequest, Step, StepPlan
 from vllm_lamina.compat.scheduled import ScheduledRequest, ScheduledStep
 from vllm_lamina.device import device_for
+from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 BLOCK_SIZE = 32
+GEOMETRY = Geometry.uniform(1, BLOCK_SIZE, 2, 1, 32, "float32", (0.1,))
 
 # vLLM's metadata of a step, of which nothing is read.
 WHATEVER = CommonAttentionMetadata(*[torch.empty(0)] * 3, *[0] * 4, *[torch.empty(0)] * 2)
@@ -45,7 +47,7 @@ def sent(step: Step) -> tuple[Any, ...]:
 
 
 def request(context_len: int, query_len: int, block_ids: list[int]) -> PlannedRequest:
-    return PlannedRequest(context_len, query_len, np.array(block_ids, np.int32))
+    return PlannedRequest(context_len, query_len, (np.array(block_ids, np.int32),))
 
 
 def plan(*requests: PlannedRequest, order: list[int] | None = None) -> StepPlan:
@@ -62,8 +64,8 @@ def test_a_step_is_what_the_scheduler_says(seed: int) -> None:
         needed = -(-(context + query) // BLOCK_SIZE)
         requests.append(request(context, query, chance.sample(range(500), needed + chance.randrange(3))))
     order = sorted(range(len(requests)), key=lambda i: requests[i].query_len)
-    step = Step(plan(*requests, order=order), BLOCK_SIZE)
-    lane, num_decodes, query_lens, context_lens, table, slots, timeout = sent(step)
+    step = Step(plan(*requests, order=order), GEOMETRY)
+    lane, num_decodes, query_lens, context_lens, [(table, slots)], timeout = sent(step)
     assert (lane, timeout) == (3, 60.0)
     in_order = [requests[i] for i in order]
     assert query_lens.tolist() == [r.query_len for r in in_order]
@@ -72,9 +74,9 @@ def test_a_step_is_what_the_scheduler_says(seed: int) -> None:
     for row, r in zip(table, in_order, strict=True):
         end = r.context_len + r.query_len
         used = -(-end // BLOCK_SIZE)
-        assert row[:used].tolist() == r.block_ids[:used].tolist()
+        assert row[:used].tolist() == r.block_ids[0][:used].tolist()
         expected += [
-            r.block_ids[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+            r.block_ids[0][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             for position in range(r.context_len, end)
         ]
     assert slots.tolist() == expected
@@ -88,32 +90,73 @@ def test_a_step_is_what_the_scheduler_says(seed: int) -> None:
 
 def test_chunks_of_prompts_follow_the_decodes() -> None:
     step = Step(
-        plan(request(5, 1, [1]), request(0, 3, [2]), request(40, 2, [3, 4]), request(0, 1, [5])), BLOCK_SIZE
+        plan(request(5, 1, [1]), request(0, 3, [2]), request(40, 2, [3, 4]), request(0, 1, [5])), GEOMETRY
     )
-    assert step.num_decodes == 1
-    assert step.prefill_chunks == (PrefillChunk(1, 4, None), PrefillChunk(4, 6, 0), PrefillChunk(6, 7, None))
-    assert step.num_context_rows == 2
+    assert step.num_decodes == step.first_chunk_token == 1
+    assert step.chunks.lengths == [3, 2, 1]
+    [group] = step.groups
+    assert group.context_rows == [ContextRows(3, 0, 2)]
+    assert group.num_context_rows == 2
+
+
+def test_groups_have_their_own_blocks_and_context() -> None:
+    """A window and chunks hide the context from a chunk's later rows; a layer may attend another's k and v."""
+    caches = (CacheSpec(32, 1, 32, 32, "float32"), CacheSpec(16, 1, 32, 32, "float32"))
+    layers = (
+        LayerSpec(0, 0, 0, 2, 0.1),
+        LayerSpec(1, 1, 0, 2, 0.1, window=8),
+        LayerSpec(0, 2, 0, 2, 0.1, chunk=48),
+        LayerSpec(1, 1, 0, 2, 0.1, window=8, stores=False),
+    )
+    requests = [(40, 1), (40, 30), (50, 3), (0, 4)]
+    tables = [
+        [[10 * i + j for j in range(6)], [100 + 10 * i + j for j in range(6)], [200 + i] * 6]
+        for i in range(4)
+    ]
+    parts = [
+        PlannedRequest(context, query, tuple(np.array(ids, np.int32) for ids in table))
+        for (context, query), table in zip(requests, tables, strict=True)
+    ]
+    step = Step(plan(*parts), Geometry(caches, layers))
+    full, window, chunk = step.groups
+    assert full.context_rows == [ContextRows(0, 0, 30), ContextRows(30, 30, 3)]
+    assert window.context_rows == [ContextRows(0, 0, 7), ContextRows(30, 7, 3)]
+    assert chunk.context_rows == [ContextRows(0, 0, 8), ContextRows(30, 8, 3)]
+    assert [group.num_context_rows for group in step.groups] == [33, 10, 11]
+    assert [group.slot_mapping[0] for group in step.groups] == [1 * 32 + 8, 102 * 16 + 8, 200 * 32 + 8]
+    assert step.group_of(3) is window
+    k, v = torch.randn(2, step.num_tokens, 1, 32).unbind()
+    chunks = slice(1, None)
+    for mine, theirs in zip(step.keep(1, k, v), (k[chunks], v[chunks]), strict=True):
+        assert mine.data_ptr() == theirs.data_ptr()
+    expected = k[chunks].clone(), v[chunks].clone()
+    k.zero_(), v.zero_()
+    for mine, theirs in zip(step.keep(3, None, None), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    step.keep(0, k, v)
+    assert list(step.kept) == [(1, 0)]
 
 
 def test_blocks_are_kept_from_step_to_step() -> None:
     planner = StepPlanner()
 
-    def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> dict[str, list[int]]:
+    def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> dict[str, list[list[int]]]:
         scheduled = ScheduledStep(0, 1, requests, set(finished), set(), (), (), (), None)
-        return {name: part.block_ids.tolist() for name, part in planner.plan(scheduled).items()}
+        planned = planner.plan(scheduled)
+        return {name: [ids.tolist() for ids in part.block_ids] for name, part in planned.items()}
 
     first = planner.plan(
         ScheduledStep(
-            0, 40, [ScheduledRequest("a", 0, 40, [3, 4], True, True)], set(), set(), (), (), (), None
+            0, 40, [ScheduledRequest("a", 0, 40, [[3, 4], [5]], True, True)], set(), set(), (), (), (), None
         )
     )
-    assert step(ScheduledRequest("a", 40, 1, [], False, False)) == {"a": [3, 4]}
-    assert step(ScheduledRequest("a", 64, 1, [9], False, False)) == {"a": [3, 4, 9]}
-    assert first["a"].block_ids.tolist() == [3, 4], "a step in flight changed"
+    assert step(ScheduledRequest("a", 40, 1, [], False, False)) == {"a": [[3, 4], [5]]}
+    assert step(ScheduledRequest("a", 64, 1, [[9], []], False, False)) == {"a": [[3, 4, 9], [5]]}
+    assert [ids.tolist() for ids in first["a"].block_ids] == [[3, 4], [5]], "a step in flight changed"
     # Preempted, and resumed with other blocks.
-    assert step(ScheduledRequest("a", 0, 65, [7, 8, 1], True, False)) == {"a": [7, 8, 1]}
+    assert step(ScheduledRequest("a", 0, 65, [[7, 8, 1], [6]], True, False)) == {"a": [[7, 8, 1], [6]]}
     # Another request of the same name.
-    assert step(ScheduledRequest("a", 0, 1, [2], True, True), finished=("a",)) == {"a": [2]}
+    assert step(ScheduledRequest("a", 0, 1, [[2], [0]], True, True), finished=("a",)) == {"a": [[2], [0]]}
     assert step(finished=("a",)) == {}
     with pytest.raises(KeyError):
         step(ScheduledRequest("a", 1, 1, [], False, False))
@@ -134,7 +177,7 @@ def builder() -> LaminaMetadataBuilder:
 
 def test_building_sends_nothing_and_may_be_repeated(exchange: Exchange) -> None:
     client = Client()
-    exchange.open(HostLayers(client, 60.0, ranks_wait=False), ["layer"], BLOCK_SIZE)  # type: ignore[arg-type]
+    exchange.open(HostLayers(client, 60.0, ranks_wait=False), ["layer"], GEOMETRY)  # type: ignore[arg-type]
     with exchange.running(1, plan(request(5, 1, [1]))):
         one, other = (builder().build(0, WHATEVER) for _ in range(2))
         assert one.step is other.step is not None

@@ -122,7 +122,11 @@ def test_a_gpu_worker_profiles_under_its_configuration(model_zoo: ModelZoo) -> N
     worker.model_runner = SimpleNamespace(profile_run=lambda randomize_inputs: see(randomize_inputs))
     worker._warm_up()
     chunks = [1], [1, 1], [96], [1, 95]
-    assert seen == [False, (32, 32**-0.5, torch.float32), *(((sum(lengths), 8, 32), lengths) for lengths in chunks)]
+    assert seen == [
+        False,
+        (32, 32**-0.5, torch.float32),
+        *(((sum(lengths), 8, 32), lengths) for lengths in chunks),
+    ]
 
     source = inspect.getsource(Worker.determine_available_memory)
     assert "torch.inference_mode()" in source

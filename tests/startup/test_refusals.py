@@ -48,17 +48,11 @@ def without_lamina(name: str) -> Case:
 
 # Each of the models that Lamina does not run.
 MODELS = {
-    "soft_cap": without_lamina("sliding window attention|soft-capping"),
     "prefix_lm": without_lamina("attention that is not causal"),
     "hybrid": without_lamina("hybrid models"),
     "multimodal": without_lamina("multimodal inputs"),
     "head_size": without_lamina("head sizes other than"),
-    "sliding_window": Case(
-        {}, feature("sliding window attention", "--disable-sliding-window"), {"disable_sliding_window": True}
-    ),
     "mla": without_lamina("multi-head latent attention"),
-    "sinks": without_lamina("attention sinks"),
-    "alibi": without_lamina("ALiBi"),
     "encoder_only": without_lamina("pooling models"),
     "encoder_decoder": without_lamina("encoder-decoder models"),
 }
@@ -247,8 +241,9 @@ CASES = MODELS | FEATURES | OPTIONS
 
 # Layers alone say them (tests/test_support.py), or a GPU does (test_h100.py).
 NOT_HERE = (
-    "KV sharing between layers",
     "other attention options of the model",
+    "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
+    "sharing, layers of different shapes)",
     "vLLM's V1 model runner on GPUs",
     "two batches in flight with tensor parallelism on GPUs",
 )
@@ -397,9 +392,9 @@ def test_the_reason_is_the_last_line_of_the_server(
         command = console("vllm", "serve", model_zoo(name), *TINY_ENGINE, "--executor", "lamina", *flags)
         return run(command, tmp_path / f"{name}.log")
 
-    ended = serve("alibi")
+    ended = serve("head_size")
     assert ended.status != 0
-    assert "Lamina does not support ALiBi" in ended.last_line
+    assert "Lamina does not support head sizes other than" in ended.last_line
 
     ended = serve("llama", "--lamina-workers", something_else)
     assert ended.status != 0

@@ -56,12 +56,10 @@ class StreamedEngine(Engine):
         self.dtype = to_dtype(np.zeros(1, np.float32), geometry.caches[0].dtype).dtype
         self.checks: list[Callable[[], None]] = []
 
-    def send(
-        self, layer: int, q: NDArray[np.generic], k: NDArray[np.generic], v: NDArray[np.generic]
-    ) -> None:
+    def send(self, layer: int, rows: list[NDArray[np.generic]]) -> None:
         heads = [
-            np.ascontiguousarray(rows).reshape(len(rows), -1, self.geometry.caches[0].head_size)
-            for rows in (q, k, v)
+            np.ascontiguousarray(part).reshape(len(part), -1, self.geometry.caches[0].head_size)
+            for part in rows
         ]
         if layer == 0:
             self.parts = [self.exchange.part(self.lane, w) for w in range(len(self.shares))]
@@ -88,7 +86,7 @@ class StreamedEngine(Engine):
         state = dict(vars(self))
         parts = self.parts
         geometry = self.geometry
-        num_tokens = len(self.slot_mapping)
+        num_tokens = self.num_tokens
         result = np.zeros(
             (num_tokens, geometry.layers[0].num_heads, geometry.caches[0].head_size), np.float64
         )

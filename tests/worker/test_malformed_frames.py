@@ -18,13 +18,15 @@ from wire_frames import (
     header,
     int32s,
     raw_channel,
+    step_of,
     step_payload,
+    step_section,
 )
 from worker_processes import wait_until
 
 from vllm_lamina._native import ChannelTimeout, ShmChannel
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
-from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
 GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
@@ -51,7 +53,12 @@ def check_alive(channel: ShmChannel) -> None:
         (b"", "shorter than its counts"),
         (VALID_STEP[:-1], "size does not fit"),
         (VALID_STEP + b"\0", "size does not fit"),
-        (struct.pack("<4I", 2**32 - 1, 0, 2**32 - 1, 2**32 - 1), "size does not fit"),
+        (VALID_STEP[:20], "shorter than its counts"),
+        (step_of(struct.pack("<6I", 2**32 - 1, 0, 2**32 - 1, 2**32 - 1, 0, 0)), "size does not fit"),
+        (step_of(), "another number of groups"),
+        (step_of(VALID_STEP[8:], VALID_STEP[8:]), "another number of groups"),
+        (struct.pack("<Q", 2**64 - 1), "another number of groups"),
+        (step_of(step_section(0, [1], [1], [0], [], ([0], [0]))), "positions for a group that needs none"),
         (step_payload(2, [1], [1], [0], [0]), "more rows without LSE than rows"),
         (step_payload(0, [0], [1], [0], []), "invalid length"),
         (step_payload(0, [-1], [1], [0], []), "invalid length"),
@@ -79,6 +86,74 @@ def test_step(connection: AttentionWorkerConnection, payload: bytes, reason: str
         assert connection.stats().rejected_frames == 1
         assert connection.stats().steps == 0
         check_alive(channel)
+
+
+# The first group is plain; the second has a window, so that its section has positions, and a layer that stores nothing.
+GROUPS = Geometry(
+    (CacheSpec(32, 2, 32, 32, "float32"), CacheSpec(16, 1, 32, 48, "float32")),
+    (
+        LayerSpec(0, 0, 0, 4, 0.125),
+        LayerSpec(1, 1, 0, 2, 0.125, window=20),
+        LayerSpec(1, 1, 0, 6, 0.125, stores=False),
+    ),
+)
+PLAIN = step_section(1, [1], [33], [1, 2], [32])
+
+
+def windowed(
+    kv_len: int = 17,
+    blocks: tuple[int, ...] = (3, 4),
+    slots: tuple[int, ...] = (64,),
+    positions: tuple[list[int], list[int]] | None = ([32], [16, 32]),
+    query_len: int = 1,
+) -> bytes:
+    return step_section(1, [query_len], [kv_len], blocks, slots, positions)
+
+
+VALID_GROUPS = step_of(PLAIN, windowed())
+WRONG_GROUPS = [
+    (step_of(PLAIN), "another number of groups"),
+    (step_of(PLAIN, windowed())[:-8], "size does not fit"),
+    (step_of(PLAIN, windowed()) + bytes(8), "size does not fit"),
+    (step_of(PLAIN, b""), "shorter than its counts"),
+    (step_of(windowed(), PLAIN), "positions for a group that needs none"),
+    (step_of(PLAIN, windowed(positions=None)), "or none for one that does"),
+    (step_of(PLAIN, windowed(positions=([-1], [16, 32]))), "a position out of range"),
+    (step_of(PLAIN, windowed(positions=([2**31 - 1], [16, 32]))), "a position out of range"),
+    (step_of(PLAIN, windowed(positions=([2**31 - 8], [16, 32]), query_len=9)), "a position out of range"),
+    (step_of(PLAIN, windowed(positions=([32], [-16, 32]))), "positions overlap"),
+    (step_of(PLAIN, windowed(positions=([32], [32, 16]))), "positions overlap"),
+    (step_of(PLAIN, windowed(positions=([32], [16, 31]))), "positions overlap"),
+    (step_of(PLAIN, windowed(positions=([31], [16, 32]))), "tokens behind their query"),
+    (step_of(PLAIN, windowed(positions=([2**30], [16, 2**31 - 1]))), "tokens behind their query"),
+    (step_of(PLAIN, windowed(kv_len=33)), "too few block ids"),
+    (step_of(PLAIN, windowed(blocks=(3, NUM_BLOCKS))), "a block outside the pool"),
+    (step_of(PLAIN, windowed(slots=(16 * NUM_BLOCKS,))), "a slot outside the pool"),
+]
+
+
+def test_steps_of_several_groups(connection: AttentionWorkerConnection) -> None:
+    with raw_channel(connection, GROUPS, NUM_BLOCKS) as channel:
+
+        def refused(data: bytes) -> str:
+            channel.send(data, DEADLINE)
+            answer = channel.receive(DEADLINE)
+            assert header(answer)["type"] == ERROR
+            return answer[HEADER.size :].decode()
+
+        for payload, reason in WRONG_GROUPS:
+            assert reason in refused(frame(STEP, payload))
+            # Nothing is left of the groups that were good.
+            assert "lane 0 is not in" in refused(frame(ATTEND, attend_payload(GROUPS, 1, 1)))
+        channel.send(frame(STEP, VALID_GROUPS), DEADLINE)
+        for layer, num_tokens in enumerate((1, 1, 0)):
+            payload = attend_payload(GROUPS, 1, num_tokens, layer=layer)
+            channel.send(frame(ATTEND, payload, layer=layer), DEADLINE)
+            out_bytes = GROUPS.to_native().row_bytes(layer)[3]
+            assert header(channel.receive(DEADLINE))["payload_bytes"] == -(-out_bytes // 64) * 64
+        # The last layer shares its KV, and takes no k and v.
+        payload = attend_payload(GROUPS, 1, 1, layer=1)
+        assert "size does not fit its step" in refused(frame(ATTEND, payload, layer=2))
 
 
 @pytest.mark.parametrize(

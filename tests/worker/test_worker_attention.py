@@ -105,9 +105,9 @@ def test_zero_and_copy_blocks(engine: Engine) -> None:
     engine.step(0, [Request(0, 3 * size, [1, 2, 3])])
     engine.client.copy_blocks(np.array([[1, 10], [10, 11], [2, 2]], np.int32))
     engine.client.zero_blocks(np.array([2], np.int32))
-    for cache in (engine.k, engine.v):
-        cache[:, 10 * size : 11 * size] = cache[:, 11 * size : 12 * size] = cache[:, size : 2 * size]
-        cache[:, 2 * size : 3 * size] = 0
+    for cache in (*engine.k, *engine.v):
+        cache[10 * size : 11 * size] = cache[11 * size : 12 * size] = cache[size : 2 * size]
+        cache[2 * size : 3 * size] = 0
     engine.step(1, [Request(4 * size, 1, [10, 2, 11, 3, 0])])
 
 
@@ -173,7 +173,7 @@ def test_arguments_are_checked(engine: Engine) -> None:
     def begin(num_decodes: int, query: list[int], context: list[int], slots: int) -> None:
         table = np.zeros((len(query), 2), np.int32)
         lens = (np.array(query, np.int32), np.array(context, np.int32))
-        client.begin_step(0, num_decodes, *lens, table, np.zeros(slots, np.int64))
+        client.begin_step(0, num_decodes, *lens, [(table, np.zeros(slots, np.int64))])
 
     with pytest.raises(ValueError, match="request 1 of the step decodes more than one token"):
         begin(2, [1, 2], [4, 4], 3)
@@ -183,6 +183,8 @@ def test_arguments_are_checked(engine: Engine) -> None:
         begin(1, [1], [4], 2)
     with pytest.raises(ValueError, match="num_decodes is 2 of 1"):
         begin(2, [1], [4], 1)
+    with pytest.raises(ValueError, match="block tables of 0 groups, the model 1"):
+        client.begin_step(0, 0, np.ones(1, np.int32), np.ones(1, np.int32), [])
     with pytest.raises(ValueError, match="lane 8"):
         client.collect(8, 0, 0, 0)
     with pytest.raises(ValueError, match=f"layer {geometry.num_layers} does not exist"):

@@ -12,7 +12,7 @@ from vllm_lamina.wire.messages import Configure, Configured
 
 STEP, ATTEND, OUTPUT, ZERO_BLOCKS, COPY_BLOCKS, ERROR = range(1, 7)
 HEADER = struct.Struct("<IHHQQQII24x")
-MAGIC, VERSION = 0x414E4D4C, 2
+MAGIC, VERSION = 0x414E4D4C, 3
 
 
 def frame(
@@ -41,19 +41,36 @@ def step_payload(
     blocks: Sequence[int],
     slots: Sequence[int],
 ) -> bytes:
+    """STEP's payload for a model of one group without positions."""
+    return step_of(step_section(num_rows_without_lse, query_lens, kv_lens, blocks, slots))
+
+
+def step_of(*sections: bytes) -> bytes:
     """STEP's payload. The 64-byte header ends at a multiple of 8, so padding the payload pads the frame."""
-    counts = struct.pack("<4I", len(query_lens), num_rows_without_lse, len(slots), len(blocks))
-    return pad(counts + int32s(query_lens) + int32s(kv_lens) + int32s(blocks), 8) + struct.pack(
-        f"<{len(slots)}q", *slots
-    )
+    return struct.pack("<Q", len(sections)) + b"".join(sections)
 
 
-def attend_payload(geometry: Geometry, num_q_rows: int, num_tokens: int, fill: bytes = b"\0") -> bytes:
-    """ATTEND's payload in float32, of one repeated byte."""
-    row = 4 * geometry.caches[0].head_size
-    q = fill * (num_q_rows * geometry.layers[0].num_heads * row)
-    kv = fill * (num_tokens * geometry.caches[0].num_kv_heads * row)
-    return pad(q, 64) + pad(kv, 64) + kv
+def step_section(
+    num_rows_without_lse: int,
+    query_lens: Sequence[int],
+    kv_lens: Sequence[int],
+    blocks: Sequence[int],
+    slots: Sequence[int],
+    positions: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> bytes:
+    """What a STEP says of one group; ``positions`` are those of the requests and those of the blocks."""
+    numbers = (len(query_lens), num_rows_without_lse, len(slots), len(blocks), int(positions is not None), 0)
+    lists = (query_lens, kv_lens, blocks, *(positions or ()))
+    section = struct.pack("<6I", *numbers) + b"".join(int32s(values) for values in lists)
+    return pad(section, 8) + struct.pack(f"<{len(slots)}q", *slots)
+
+
+def attend_payload(
+    geometry: Geometry, num_q_rows: int, num_tokens: int, fill: bytes = b"\0", layer: int = 0
+) -> bytes:
+    """ATTEND's payload of one repeated byte."""
+    q, k, v, _, _ = geometry.to_native().row_bytes(layer)
+    return pad(fill * (num_q_rows * q), 64) + pad(fill * (num_tokens * k), 64) + fill * (num_tokens * v)
 
 
 @contextmanager

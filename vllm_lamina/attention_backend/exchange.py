@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from vllm_lamina._native import Channel
     from vllm_lamina.device.base import LocalAttention
+    from vllm_lamina.kv_cache.geometry import Geometry
 
 
 class Layers(Protocol):
@@ -40,8 +41,8 @@ class Layers(Protocol):
         step: Step,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
         attend_locally: LocalAttention,
     ) -> None:
@@ -54,9 +55,10 @@ class Layers(Protocol):
         query
             [step.num_tokens, num_heads, head_size].
         key, value
-            [step.num_tokens, num_kv_heads, head_size], the dtype of ``query``.
+            [step.num_tokens, num_kv_heads, head_size] and head_size_v, the dtype of ``query``; None for a layer that
+            attends what another stores.
         output
-            The shape and dtype of ``query``, written in place; anything if the step fails.
+            [step.num_tokens, num_heads, head_size_v], written in place; anything if the step fails.
         attend_locally
             The layer's attention within prefill chunks.
         """
@@ -90,7 +92,7 @@ class Exchange:
     """Seconds one wait may take."""
     _layers: Layers | None = None
     _layer_indices: dict[str, int] = field(default_factory=dict)
-    _block_size: int = 0
+    _geometry: Geometry | None = None
     _steps: dict[int, StepPlan | Step] = field(default_factory=dict)
     """By lane: the step that its runner runs, from the first layer on in the order of the runner's batch."""
 
@@ -113,10 +115,10 @@ class Exchange:
             raise LaminaError("Lamina's attention backend is used outside of a Lamina model worker.")
         return Exchange._current
 
-    def open(self, layers: Layers, layer_names: Sequence[str], block_size: int) -> None:
-        """Attend by ``layers``: its layer i is ``layer_names[i]``, its blocks hold ``block_size`` tokens."""
+    def open(self, layers: Layers, layer_names: Sequence[str], geometry: Geometry) -> None:
+        """Attend by ``layers``: its layer i is ``layer_names[i]``, and ``geometry.layers[i]``."""
         self._layers = layers
-        self._block_size = block_size
+        self._geometry = geometry
         self._layer_indices = {name: index for index, name in enumerate(layer_names)}
 
     @property
@@ -139,7 +141,8 @@ class Exchange:
         """The step that the lane's runner has prepared, the same one each time; None where there is none."""
         step = self._steps.get(lane)
         if isinstance(step, StepPlan):
-            step = self._steps[lane] = Step(step, self._block_size)
+            assert self._geometry is not None
+            step = self._steps[lane] = Step(step, self._geometry)
         return step
 
     def layer_index(self, layer: AttentionLayer) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,17 +62,19 @@ class HostLayers:
         step: Step,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
         attend_locally: LocalAttention,
     ) -> None:
         step.send_once(self._client, lane, self._timeout)
-        q, k, v = (_with_contiguous_rows(rows) for rows in (query, key, value))
-        call = _LayerCall(self._client, self._timeout, lane, layer, q, k, v, output)
+        rows = [query] if key is None or value is None else [query, key, value]
+        call = _LayerCall(
+            self._client, self._timeout, lane, layer, [_with_contiguous_rows(part) for part in rows], output
+        )
         try:
-            if step.prefill_chunks:
-                self._attend_chunks(call, step, query, key, value, output, attend_locally)
+            if step.has_chunks:
+                self._attend_chunks(call, step, layer, query, key, value, output, attend_locally)
             else:
                 call.attend()
         except ChannelError as error:
@@ -82,24 +85,24 @@ class HostLayers:
         self,
         call: _LayerCall,
         step: Step,
+        layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
         attend_locally: LocalAttention,
     ) -> None:
         """While the attention worker stores k, v and attends over the context, chunks attend among themselves here."""
         call.post()
         prefill = slice(step.first_chunk_token, step.num_tokens)
-        local_out, local_lse = attend_locally(query[prefill], key[prefill], value[prefill], step.chunks)
-        context_out = output.new_empty(step.num_context_rows, *output.shape[1:])
+        k, v = step.keep(layer, key, value)
+        local_out, local_lse = attend_locally(query[prefill], k, v, step.chunks)
+        group = step.group_of(layer)
+        context_out = output.new_empty(group.num_context_rows, *output.shape[1:])
         context_lse = torch.empty(context_out.shape[:2], dtype=torch.float32)
         call.collect(context_out, context_lse)
-        for chunk in step.prefill_chunks:
-            if chunk.context_start is None:
-                continue
-            rows = slice(chunk.start - prefill.start, chunk.end - prefill.start)
-            context = slice(chunk.context_start, chunk.context_start + chunk.end - chunk.start)
+        for start, context_start, count in group.context_rows:
+            rows, context = slice(start, start + count), slice(context_start, context_start + count)
             local_out[rows] = merge_by_lse(
                 local_out[rows], local_lse[rows], context_out[context], context_lse[context]
             )
@@ -128,23 +131,16 @@ class _LayerCall:
         timeout: float,
         lane: int,
         layer: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
+        rows: Sequence[torch.Tensor],
         out: torch.Tensor,
     ) -> None:
         self.client = client
         self.timeout = timeout
         self.where = (lane, layer)
-        size = q.element_size()
-        self.qkv = (
-            q.data_ptr(),
-            q.stride(0) * size,
-            k.data_ptr(),
-            k.stride(0) * size,
-            v.data_ptr(),
-            v.stride(0) * size,
-        )
+        size = out.element_size()
+        # q, k and v, or q alone.
+        self.qkv = [number for row in rows for number in (row.data_ptr(), row.stride(0) * size)]
+        self.qkv += [0] * (6 - len(self.qkv))
         self.out = (out.data_ptr(), out.stride(0) * size)
 
     def attend(self) -> None:

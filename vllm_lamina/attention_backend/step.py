@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,18 +12,22 @@ import numpy.typing as npt
 from vllm_lamina.device.base import Chunks
 
 if TYPE_CHECKING:
+    import torch
+
     from vllm_lamina._native import AttentionClient, StreamedExchange
+    from vllm_lamina.kv_cache.geometry import Geometry, Group
 
 
 class PlannedRequest(NamedTuple):
     """One request's part of a step.
 
-    ``context_len`` tokens are in the KV cache, ``query_len`` are new; ``block_ids``, int32, hold at least both.
+    ``context_len`` tokens are in the KV cache, ``query_len`` are new; ``block_ids``, int32 for each group of layers,
+    hold at least both.
     """
 
     context_len: int
     query_len: int
-    block_ids: npt.NDArray[np.int32]
+    block_ids: tuple[npt.NDArray[np.int32], ...]
 
 
 @dataclass(frozen=True)
@@ -37,17 +41,50 @@ class StepPlan:
     order: Callable[[], Sequence[str]]
 
 
-@dataclass(frozen=True)
-class PrefillChunk:
-    """Query tokens of one request that attend among themselves on the model worker.
+class ContextRows(NamedTuple):
+    """Query tokens of one prefill chunk that see context in the layers of a group.
 
-    ``context_start`` is the first of the chunk's rows in what the attention worker returns for the context, or None
-    where the request has no context.
+    ``start`` is their first row among those of all chunks, ``context_start`` the first among those that the attention
+    workers return.
     """
 
     start: int
-    end: int
-    context_start: int | None
+    context_start: int
+    count: int
+
+
+class StepGroup:
+    """What the layers of one group have of a step.
+
+    Attributes
+    ----------
+    block_table
+        [requests, blocks of the longest], int32; 0 behind a request's last block.
+    slot_mapping
+        [num_tokens], int64: where in the KV cache each token goes, block id * block size + offset.
+    context_rows
+        Of each prefill chunk that sees context, in order.
+    num_context_rows
+        Query tokens of all of these.
+    """
+
+    def __init__(self, step: Step, block_ids: Sequence[npt.NDArray[np.int32]], group: Group) -> None:
+        size = group.block_size
+        widths = -(-(step.query_lens + step.context_lens) // size)
+        self.block_table = np.zeros((len(block_ids), widths.max()), np.int32)
+        for row, ids, width in zip(self.block_table, block_ids, widths, strict=True):
+            row[:width] = ids[:width]
+        blocks = self.block_table[step.requests, step.positions // size].astype(np.int64)
+        self.slot_mapping = blocks * size + step.positions % size
+        self.context_rows: list[ContextRows] = []
+        self.num_context_rows = start = 0
+        for i in range(step.num_decodes, len(block_ids)):
+            query_len = int(step.query_lens[i])
+            count = group.context_rows(int(step.context_lens[i]), query_len)
+            if count:
+                self.context_rows.append(ContextRows(start, self.num_context_rows, count))
+            self.num_context_rows += count
+            start += query_len
 
 
 class Step:
@@ -58,46 +95,77 @@ class Step:
 
     Attributes
     ----------
+    geometry
+        Of the model's layers.
     query_lens, context_lens
         [requests], int32.
-    block_table
-        [requests, blocks of the longest], int32; 0 behind a request's last block.
-    slot_mapping
-        [num_tokens], int64: where in the KV cache each token goes, block id * block size + offset.
+    requests, positions
+        [num_tokens]: which request each token is of, and its place there.
     num_tokens
         Query tokens of all requests.
     num_decodes
         Requests at the head of the batch with one query token and context.
-    prefill_chunks
-        The rest of the batch; the rows of all follow one another, from ``first_chunk_token`` up to its end.
+    first_chunk_token
+        The rest of the batch are prefill chunks, whose rows follow one another from here on.
     chunks
-        The same as the local attention takes them: its rows are counted from the first chunk's first.
-    num_context_rows
-        Query tokens of prefill chunks that have context.
+        These as the local attention takes them: its rows are counted from the first chunk's first.
+    groups
+        What differs from group to group of layers.
+    kept
+        By group and position, k and v of the chunks in a layer that others share: they attend them too.
     """
 
-    def __init__(self, plan: StepPlan, block_size: int) -> None:
+    def __init__(self, plan: StepPlan, geometry: Geometry) -> None:
         parts = [plan.requests[name] for name in plan.order()]
+        self.geometry = geometry
         self.query_lens = np.array([part.query_len for part in parts], np.int32)
         self.context_lens = np.array([part.context_len for part in parts], np.int32)
-        widths = -(-(self.query_lens + self.context_lens) // block_size)
-        self.block_table = np.zeros((len(parts), widths.max()), np.int32)
-        for row, part, width in zip(self.block_table, parts, widths, strict=True):
-            row[:width] = part.block_ids[:width]
         starts = np.concatenate(([0], np.cumsum(self.query_lens)))
         self.num_tokens = int(starts[-1])
-        requests = np.repeat(np.arange(len(parts)), self.query_lens)
-        positions = np.arange(self.num_tokens) - starts[requests] + self.context_lens[requests]
-        blocks = self.block_table[requests, positions // block_size].astype(np.int64)
-        self.slot_mapping = blocks * block_size + positions % block_size
+        self.requests = np.repeat(np.arange(len(parts)), self.query_lens)
+        self.positions = np.arange(self.num_tokens) - starts[self.requests] + self.context_lens[self.requests]
         decodes = (self.query_lens == 1) & (self.context_lens > 0)
         self.num_decodes = len(parts) if decodes.all() else int(np.argmin(decodes))
-        chunks = range(self.num_decodes, len(parts))
-        self.num_context_rows = sum(parts[i].query_len for i in chunks if parts[i].context_len)
         self.first_chunk_token = int(starts[self.num_decodes])
-        self.prefill_chunks = tuple(_prefill_chunks(parts[self.num_decodes :], self.first_chunk_token))
         self.chunks = Chunks(self.query_lens[self.num_decodes :], self.context_lens[self.num_decodes :])
+        self.groups = [
+            StepGroup(self, [part.block_ids[number] for part in parts], group)
+            for number, group in enumerate(geometry.groups)
+        ]
+        self.kept: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._is_sent = False
+
+    @property
+    def has_chunks(self) -> bool:
+        """Whether there are prefill chunks."""
+        return self.first_chunk_token < self.num_tokens
+
+    def group_of(self, layer: int) -> StepGroup:
+        """The group of a layer."""
+        return self.groups[self.geometry.layers[layer].group]
+
+    def keep(
+        self, layer: int, key: torch.Tensor | None, value: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The chunks' k and v that a layer attends: its own, kept for those that share them, or those that it shares.
+
+        Parameters
+        ----------
+        key, value
+            [num_tokens, num_kv_heads, head size]; not read where the layer does not store.
+        """
+        spec = self.geometry.layers[layer]
+        place = (spec.group, spec.position)
+        if not spec.stores:
+            return self.kept[place]
+        assert key is not None
+        assert value is not None
+        chunks = slice(self.first_chunk_token, self.num_tokens)
+        k, v = key[chunks], value[chunks]
+        if place in self.geometry.shared_places:
+            # The model may use their memory for something else.
+            self.kept[place] = k.clone(), v.clone()
+        return k, v
 
     def send_once(self, client: AttentionClient | StreamedExchange, lane: int, timeout: float) -> bool:
         """Tell the attention workers, before the step's first exchange; later calls do nothing, and return False."""
@@ -109,20 +177,7 @@ class Step:
             self.num_decodes,
             self.query_lens,
             self.context_lens,
-            self.block_table,
-            self.slot_mapping,
+            [(group.block_table, group.slot_mapping) for group in self.groups],
             timeout,
         )
         return True
-
-
-def _prefill_chunks(parts: Sequence[PlannedRequest], start: int) -> Iterator[PrefillChunk]:
-    context_row = 0
-    for part in parts:
-        end = start + part.query_len
-        if part.context_len == 0:
-            yield PrefillChunk(start, end, None)
-        else:
-            yield PrefillChunk(start, end, context_row)
-            context_row += part.query_len
-        start = end

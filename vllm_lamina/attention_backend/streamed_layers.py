@@ -10,13 +10,16 @@ import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import torch
 
 from vllm_lamina._native import AttentionClient, Channel, StreamedExchange
 from vllm_lamina.compat.workspaces import add_workspace, use_workspace
 from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
-from vllm_lamina.errors import LaminaError
+from vllm_lamina.errors import LaminaError, UnsupportedError
+from vllm_lamina.kv_cache.geometry import LayerSpec
+from vllm_lamina.support import WITHOUT_LAMINA
 
 if TYPE_CHECKING:
     from vllm_lamina.attention_backend.step import Step
@@ -26,6 +29,27 @@ if TYPE_CHECKING:
 
 FRAMES = 2
 """Places for the frames of a lane: layers take them in turn (``kFrames``)."""
+
+
+def check_geometry(geometry: Geometry) -> None:
+    """Refuse what the kernels of the exchange do not serve.
+
+    Raises
+    ------
+    UnsupportedError
+        The layers are not all alike, or attend otherwise than over the whole context.
+    """
+    first = geometry.layers[0]
+    plain = LayerSpec(0, 0, 0, first.num_heads, 1.0)
+    alike = all(
+        msgspec.structs.replace(layer, position=0, scale=1.0, soft_cap=0.0, alibi_slopes=()) == plain
+        for layer in geometry.layers
+    )
+    if not alike or geometry.caches[0].head_size != geometry.caches[0].head_size_v:
+        raise UnsupportedError(
+            "Lamina on a GPU does not support models whose attention layers differ in shape, share their KV cache, or "
+            f"have a sliding window, a chunk size or sinks: run the model worker on CPUs, or {WITHOUT_LAMINA}."
+        )
 
 
 def memory_bytes(geometry: Geometry, num_lanes: int, max_tokens: int) -> int:
@@ -86,11 +110,13 @@ class StreamedLayers:
         step: Step,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
         attend_locally: LocalAttention,
     ) -> None:
+        assert key is not None
+        assert value is not None
         if step.send_once(self._exchange, lane, self._timeout):
             self._lanes[lane].prepare(step)
         self._lanes[lane].attend(step, layer, query, key, value, output, attend_locally)
@@ -235,7 +261,7 @@ class _Lane:
         stream.run(pack)
         stream.write(self._packed, number)
         local: tuple[torch.Tensor, ...] = ()
-        if step.prefill_chunks:
+        if step.has_chunks:
             chunks = slice(step.first_chunk_token, step.num_tokens)
             local_out, local_lse = attend_locally(query[chunks], key[chunks], value[chunks], step.chunks)
             output[chunks] = local_out

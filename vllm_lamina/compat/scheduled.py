@@ -16,14 +16,15 @@ from vllm_lamina.compat.step_lane import lane_of
 class ScheduledRequest(NamedTuple):
     """One request of a step.
 
-    ``context_len`` tokens were computed before, ``query_len`` are computed now. ``block_ids`` follow those that the
-    request has, or are all of its blocks where ``has_new_blocks``. ``is_new`` where no model runner knows it.
+    ``context_len`` tokens were computed before, ``query_len`` are computed now. ``block_ids``, by group of layers,
+    follow those that the request has, or are all of its blocks where ``has_new_blocks``; empty where none are added.
+    ``is_new`` where no model runner knows it.
     """
 
     name: str
     context_len: int
     query_len: int
-    block_ids: Sequence[int]
+    block_ids: Sequence[Sequence[int]]
     has_new_blocks: bool
     is_new: bool
 
@@ -106,14 +107,12 @@ def keep_grammar(grammar_output: Any) -> Any:
 def _requests(output: Any) -> Iterator[ScheduledRequest]:
     query_lens = output.num_scheduled_tokens
     for new in output.scheduled_new_reqs:
-        [block_ids] = new.block_ids  # there is one KV cache group
         yield ScheduledRequest(
-            new.req_id, new.num_computed_tokens, query_lens[new.req_id], block_ids, True, True
+            new.req_id, new.num_computed_tokens, query_lens[new.req_id], new.block_ids, True, True
         )
     cached = output.scheduled_cached_reqs
     for name, context_len, blocks in zip(
         cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
     ):
-        [block_ids] = blocks if blocks is not None else [()]
         resumed = name in cached.resumed_req_ids
-        yield ScheduledRequest(name, context_len, query_lens[name], block_ids, resumed, False)
+        yield ScheduledRequest(name, context_len, query_lens[name], blocks or (), resumed, False)

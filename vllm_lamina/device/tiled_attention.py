@@ -40,12 +40,12 @@ def tiled_attention(
             added = bias[tile] if slopes is None else bias[tile] + slopes * distance[tile]
             # A group of query heads shares its KV head's rows: as a batch of KV heads nothing is copied.
             queries = q[rows].unflatten(1, (kv_heads, group)).permute(1, 2, 0, 3)
-            shared = (t[keys].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for t in (k, v))
+            tile_k, tile_v = (t[keys].transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1) for t in (k, v))
             if shape.soft_cap:
-                part, part_lse = _capped(queries, *shared, added, shape.scale, shape.soft_cap)
+                part, part_lse = _capped(queries, tile_k, tile_v, added, shape.scale, shape.soft_cap)
             else:
                 part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    queries, *shared, attn_mask=added, scale=shape.scale
+                    queries, tile_k, tile_v, attn_mask=added, scale=shape.scale
                 )
             out[rows] = part.permute(2, 0, 1, 3).flatten(1, 2)
             lse[rows] = part_lse.permute(2, 0, 1).flatten(1)

@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <new>
 #include <utility>
 
 namespace lamina {
@@ -41,13 +40,9 @@ class Timer {
   Clock::time_point begin_;
 };
 
-size_t pool_bytes(const AttentionKernel& kernel, int32_t num_blocks, size_t num_layers) {
-  size_t bytes = kernel.block_bytes();
-  if (__builtin_mul_overflow(bytes, static_cast<size_t>(num_blocks), &bytes) ||
-      __builtin_mul_overflow(bytes, num_layers, &bytes)) {
-    throw std::bad_alloc();
-  }
-  return bytes;
+bool has_part(const Step& step, const LayerGeometry& layer) {
+  const GroupStep& group = step.group(layer.group);
+  return group.num_q_rows() > 0 || (layer.stores && group.num_tokens() > 0);
 }
 
 void add(std::atomic<uint64_t>& counter, uint64_t value) {
@@ -56,19 +51,12 @@ void add(std::atomic<uint64_t>& counter, uint64_t value) {
 
 }  // namespace
 
-size_t kv_block_bytes(const ModelGeometry& geometry) {
-  return make_attention_kernel(geometry.attention)->block_bytes() * geometry.scales.size();
-}
-
 AttentionWorker::AttentionWorker(ModelGeometry geometry, int32_t num_blocks, int num_threads,
                                  std::vector<int> cpus, int spin_us)
     : geometry_(std::move(geometry)),
-      num_blocks_(
-          num_blocks > 0 && !geometry_.scales.empty()
-              ? num_blocks
-              : throw std::invalid_argument("an attention worker needs at least one layer and one block")),
-      kernel_(make_attention_kernel(geometry_.attention)),
-      arena_(pool_bytes(*kernel_, num_blocks, geometry_.scales.size())),
+      num_blocks_(num_blocks > 0 ? num_blocks
+                                 : throw std::invalid_argument("an attention worker needs at least one block")),
+      pool_(geometry_, num_blocks),
       threads_(num_threads, std::move(cpus), spin_us) {}
 
 AttentionWorker::~AttentionWorker() { stop(); }
@@ -177,7 +165,10 @@ void AttentionWorker::handle(std::span<const std::byte> frame) {
 void AttentionWorker::begin_step(const FrameHeader& header, std::span<const std::byte> payload) {
   Lane& lane = lanes_[header.lane];
   lane.known = lane.in_flight = false;
-  lane.step.read(payload, geometry_.attention, num_blocks_);
+  lane.step.read(payload, geometry_, num_blocks_);
+  const auto& layers = geometry_.layers();
+  lane.last_layer = static_cast<uint32_t>(layers.size()) - 1;
+  while (lane.last_layer > 0 && !has_part(lane.step, layers[lane.last_layer])) --lane.last_layer;
   lane.id = header.step;
   lane.generation = header.generation;
   lane.known = lane.in_flight = true;
@@ -187,36 +178,38 @@ void AttentionWorker::begin_step(const FrameHeader& header, std::span<const std:
 void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byte> payload) {
   const auto begin = Clock::now();
   Lane& lane = lanes_[header.lane];
-  const Step& step = lane.step;
   if (!lane.known || lane.id != header.step || lane.generation != header.generation) {
     throw MalformedFrame("an ATTEND belongs to step " + std::to_string(header.step) + ", which lane " +
                          std::to_string(header.lane) + " is not in");
   }
-  if (header.layer >= geometry_.scales.size()) {
+  if (header.layer >= geometry_.layers().size()) {
     throw MalformedFrame("layer " + std::to_string(header.layer) + " does not exist");
   }
+  const LayerGeometry& layer = geometry_.layers()[header.layer];
+  const GroupStep& step = lane.step.group(layer.group);
+  const AttentionKernel& kernel = pool_.kernel(header.layer);
+  const LayerPool blocks = pool_.layer(header.layer);
   const auto q_rows = static_cast<size_t>(step.num_q_rows());
-  const auto num_tokens = static_cast<size_t>(step.num_tokens());
-  const AttendLayout layout(q_rows * geometry_.q_row_bytes(), num_tokens * geometry_.kv_row_bytes());
+  const size_t num_tokens = layer.stores ? static_cast<size_t>(step.num_tokens()) : 0;
+  const AttendLayout layout(q_rows * layer.rows.q, num_tokens * layer.rows.k, num_tokens * layer.rows.v);
   if (payload.size() != layout.bytes) throw MalformedFrame("an ATTEND's size does not fit its step");
-  if (header.layer + 1 == geometry_.scales.size()) lane.in_flight = false;
+  if (header.layer == lane.last_layer) lane.in_flight = false;
 
   // Everything is appended before anything is attended: a request may find, as its cached context, a prefix
   // block that another request of this very step fills. It also lets a decode attend its own token like any
   // other.
-  const LayerPool layer = layer_data(header.layer);
   if (num_tokens > 0) {
     const Timer timer(counters_.ns_appending);
-    kernel_->append(layer, payload.data() + layout.k, payload.data() + layout.v, step.slot_mapping(),
-                    step.num_tokens(), threads_);
+    kernel.append(blocks, payload.data() + layout.k, payload.data() + layout.v, step.slot_mapping(),
+                  step.num_tokens(), threads_);
     add(counters_.tokens_appended, num_tokens);
   }
   if (q_rows == 0) return;
 
   const auto rows_without_lse = static_cast<size_t>(step.num_rows_without_lse());
   const auto lse_rows = q_rows - rows_without_lse;
-  const size_t heads = static_cast<size_t>(geometry_.attention.num_heads);
-  const OutputLayout output(q_rows * geometry_.q_row_bytes(), lse_rows * geometry_.lse_row_bytes());
+  const auto heads = static_cast<size_t>(layer.num_heads);
+  const OutputLayout output(q_rows * layer.rows.out, lse_rows * layer.rows.lse);
   const auto reply = reserve_reply(sizeof(FrameHeader) + output.bytes);
   FrameHeader reply_header = header;
   reply_header.type = FrameType::kOutput;
@@ -232,13 +225,12 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   }
   {
     const Timer timer(counters_.ns_attending);
-    kernel_->attend(layer, payload.data(), step.requests().data(),
-                    static_cast<int32_t>(step.requests().size()), geometry_.layers()[header.layer].rule,
-                    static_cast<int32_t>(rows_without_lse), out, lse, threads_);
+    kernel.attend(blocks, payload.data(), step.requests().data(), static_cast<int32_t>(step.requests().size()),
+                  layer.rule, step.num_rows_without_lse(), out, lse, threads_);
   }
   if (threads_.cancelled()) return;
   if (lse != nullptr && lse != reply_lse) {
-    std::memcpy(reply_lse, lse + rows_without_lse * heads, lse_rows * geometry_.lse_row_bytes());
+    std::memcpy(reply_lse, lse + rows_without_lse * heads, lse_rows * layer.rows.lse);
   }
   reply_header.service_ns = static_cast<uint64_t>(nanoseconds(Clock::now() - begin).count());
   write_header(reply, reply_header);
@@ -262,10 +254,10 @@ std::vector<int32_t> AttentionWorker::read_block_ids(std::span<const std::byte> 
 
 void AttentionWorker::zero_blocks(std::span<const std::byte> payload) {
   const auto ids = read_block_ids(payload);
-  for (uint32_t layer = 0; layer < geometry_.scales.size(); ++layer) {
+  for (size_t position = 0; position < pool_.num_positions(); ++position) {
     for (const int32_t id : ids) {
       if (threads_.cancelled()) return;
-      kernel_->zero_block(layer_data(layer), id);
+      pool_.zero_block(position, id);
       advance();
     }
   }
@@ -274,10 +266,10 @@ void AttentionWorker::zero_blocks(std::span<const std::byte> payload) {
 void AttentionWorker::copy_blocks(std::span<const std::byte> payload) {
   const auto ids = read_block_ids(payload);
   if (ids.size() % 2 != 0) throw MalformedFrame("COPY_BLOCKS has a source without a destination");
-  for (uint32_t layer = 0; layer < geometry_.scales.size(); ++layer) {
+  for (size_t position = 0; position < pool_.num_positions(); ++position) {
     for (size_t i = 0; i < ids.size(); i += 2) {
       if (threads_.cancelled()) return;
-      if (ids[i] != ids[i + 1]) kernel_->copy_block(layer_data(layer), ids[i], ids[i + 1]);
+      pool_.copy_block(position, ids[i], ids[i + 1]);
       advance();
     }
   }

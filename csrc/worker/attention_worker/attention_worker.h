@@ -11,19 +11,14 @@
 #include <thread>
 #include <vector>
 
-#include "kernel/arena.h"
-#include "kernel/attention.h"
 #include "kernel/thread_pool.h"
 #include "transport/channel.h"
 #include "wire/frames.h"
 #include "wire/model_geometry.h"
+#include "worker/attention_worker/kv_pool.h"
 #include "worker/attention_worker/step.h"
 
 namespace lamina {
-
-// Bytes of the pool that one KV block takes over all layers. Throws std::invalid_argument for a geometry that
-// no kernel supports, naming the value and the limit.
-size_t kv_block_bytes(const ModelGeometry& geometry);
 
 // The counters; wire/messages.py says what each means, in a field of the same name of WorkerStats.
 #define LAMINA_WORKER_COUNTERS(COUNTER)                                                                           \
@@ -70,8 +65,8 @@ class AttentionWorker {
   std::vector<TraceEvent> take_trace();
 
   const WorkerCounters& counters() const { return counters_; }
-  size_t used_bytes() const { return arena_.size(); }
-  Isa isa() const { return kernel_->isa(); }
+  size_t used_bytes() const { return pool_.size(); }
+  Isa isa() const { return pool_.kernel(0).isa(); }
 
  private:
   struct Lane {
@@ -80,6 +75,7 @@ class AttentionWorker {
     uint64_t generation = 0;
     bool known = false;      // the step was accepted
     bool in_flight = false;  // and its last layer is still to come
+    uint32_t last_layer = 0;  // that this worker has a part in
   };
 
   void record(const FrameHeader& header, uint64_t received);
@@ -99,15 +95,10 @@ class AttentionWorker {
   void release();
   void advance() { threads_.advance(0); }
   bool any_in_flight() const;
-  LayerPool layer_data(uint32_t layer) {
-    const size_t stride = kernel_->block_bytes();
-    return {arena_.data() + layer * static_cast<size_t>(num_blocks_) * stride, stride};
-  }
 
   const ModelGeometry geometry_;
   const int32_t num_blocks_;
-  std::unique_ptr<AttentionKernel> kernel_;
-  Arena arena_;
+  KvPool pool_;
   ThreadPool threads_;  // the serving thread is its thread 0
 
   std::shared_ptr<Channel> channel_;

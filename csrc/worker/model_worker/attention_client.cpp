@@ -46,8 +46,7 @@ AttentionClient::AttentionClient(const std::vector<std::shared_ptr<Channel>>& ch
                                 std::to_string(partition_.num_workers()) + " attention workers");
   }
   for (const auto& channel : channels) links_.push_back(std::make_unique<WorkerLink>(channel));
-  lanes_.reserve(kMaxLanes);
-  while (lanes_.size() < kMaxLanes) lanes_.emplace_back(partition_.geometry().attention);
+  lanes_.resize(kMaxLanes);
 }
 
 AttentionClient::Lane& AttentionClient::lane_at(uint32_t lane) {
@@ -78,8 +77,8 @@ void AttentionClient::end_turn(uint32_t lane_id) {
   turns_.end(static_cast<int>(lane_id));
 }
 
-AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const StepView& view,
-                                                      Deadline deadline) {
+std::vector<AttentionClient::StepRows> AttentionClient::begin_step(uint32_t lane_id, const StepView& view,
+                                                                   Deadline deadline) {
   Lane& lane = lane_at(lane_id);
   partition_.split(view, lane.next);
   FrameHeader header;
@@ -90,7 +89,6 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
   header.began_ns = nanoseconds(lane.computing_since);
   header.posted_ns = nanoseconds(lane.turn_ended);
   std::swap(lane.split, lane.next);
-  lane.merge.resize(lane.split.num_merge_rows);
   lane.times = {};
   lane.computing_since = lane.takes_turns ? lane.turn_began : Clock::now();
   lane.posted_layers.clear();
@@ -100,26 +98,29 @@ AttentionClient::StepRows AttentionClient::begin_step(uint32_t lane_id, const St
   for (size_t w = 0; w < links_.size(); ++w) {
     links_[w]->open_step(lane_id, lane.generation, lane.step);
     Channel& channel = links_[w]->channel();
-    const WorkerStep& part = lane.split.part(w);
-    const size_t bytes = part.attend_layout(partition_.heads(w).geometry).bytes;
+    size_t bytes = 0;
+    for (uint32_t l = 0; l < partition_.geometry().layers().size(); ++l) {
+      bytes = std::max(bytes, split_of(lane, l).part(w).attend_layout(partition_.heads(w, l).rows).bytes);
+    }
     if (sizeof(FrameHeader) + bytes > channel.send_memory().size()) {
-      throw FrameTooLarge("one layer of a step of " + std::to_string(view.slot_mapping.size()) +
+      throw FrameTooLarge("one layer of a step of " + std::to_string(view.groups.front().slot_mapping.size()) +
                           " tokens takes " + std::to_string(bytes) + " bytes, the channel's ring holds " +
                           std::to_string(channel.send_memory().size()) +
                           "; raise ring_bytes or lower max_num_batched_tokens");
     }
     // A step that waits for nothing of this worker would not notice otherwise.
-    if (part.takes_part() && channel.peer_closed()) lane.failure = "the attention worker is gone";
+    if (lane.split.takes_part(w) && channel.peer_closed()) lane.failure = "the attention worker is gone";
   }
   try_send(lane, [&] {
     for (size_t w = 0; w < links_.size(); ++w) {
-      const WorkerStep& part = lane.split.part(w);
-      if (!part.takes_part()) continue;
-      header.payload_bytes = part.payload_bytes();
-      links_[w]->send(header, deadline, [&](std::byte* payload) { part.write(payload); });
+      if (!lane.split.takes_part(w)) continue;
+      header.payload_bytes = lane.split.payload_bytes(w);
+      links_[w]->send(header, deadline, [&](std::byte* payload) { lane.split.write(w, payload); });
     }
   });
-  return {lane.split.num_q_rows, lane.split.num_context_rows};
+  std::vector<StepRows> rows;
+  for (const SplitGroup& group : lane.split.groups) rows.push_back({group.num_q_rows, group.num_context_rows});
+  return rows;
 }
 
 template <class Send>
@@ -137,31 +138,34 @@ void AttentionClient::try_send(Lane& lane, Send&& send) {
 void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstRows k, ConstRows v,
                            Deadline deadline) {
   Lane& lane = lane_at(lane_id);
-  if (layer >= partition_.geometry().scales.size()) {
+  if (layer >= partition_.geometry().layers().size()) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " does not exist");
   }
+  if (lane.split.groups.empty()) throw std::invalid_argument("lane " + std::to_string(lane_id) + " is in no step");
+  const SplitGroup& split = split_of(lane, layer);
   FrameHeader header = attend_header(lane_id, layer);
   header.began_ns = nanoseconds(lane.computing_since);
   try_send(lane, [&] {
     for (size_t w = 0; w < links_.size(); ++w) {
-      const WorkerStep& part = lane.split.part(w);
-      if (!part.takes_part()) continue;
-      const Partition::Heads& heads = partition_.heads(w);
-      const AttendLayout layout = part.attend_layout(heads.geometry);
+      const WorkerStep& part = split.part(w);
+      const auto& [row, offset] = partition_.heads(w, layer);
+      if (!part.takes_part(row)) continue;
+      const AttendLayout layout = part.attend_layout(row);
       header.payload_bytes = layout.bytes;
       links_[w]->send(header, deadline, [&](std::byte* payload) {
-        const auto pack_all = [](std::byte* to, ConstRows from, const std::vector<RowRange>& ranges, size_t row) {
-          for (const RowRange& rows : ranges) to = pack(to, from, rows, row);
+        const auto pack_all = [](std::byte* to, ConstRows from, const std::vector<RowRange>& ranges, size_t bytes) {
+          for (const RowRange& rows : ranges) to = pack(to, from, rows, bytes);
         };
-        const size_t kv_row = heads.geometry.kv_row_bytes();
-        pack_all(payload, columns(q, heads.q_offset), part.q_tokens, heads.geometry.q_row_bytes());
-        pack_all(payload + layout.k, columns(k, heads.kv_offset), part.kv_tokens, kv_row);
-        pack_all(payload + layout.v, columns(v, heads.kv_offset), part.kv_tokens, kv_row);
+        pack_all(payload, columns(q, offset.q), part.q_tokens, row.q);
+        if (row.k > 0) {
+          pack_all(payload + layout.k, columns(k, offset.k), part.kv_tokens, row.k);
+          pack_all(payload + layout.v, columns(v, offset.v), part.kv_tokens, row.v);
+        }
         header.posted_ns = nanoseconds(Clock::now());
       });
     }
   });
-  if (lane.split.num_q_rows > 0) lane.posted_layers.push_back(layer);
+  if (split.num_q_rows > 0) lane.posted_layers.push_back(layer);
 }
 
 void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::byte* context_out,
@@ -180,31 +184,36 @@ void AttentionClient::collect(uint32_t lane_id, uint32_t layer, Rows out, std::b
     turns_.acquire(static_cast<int>(lane_id), deadline);
   }
   if (lane.failure) throw ChannelClosed(*lane.failure);
-  if (lane.split.num_q_rows == 0) return;
+  const auto& layers = partition_.geometry().layers();
+  if (lane.split.groups.empty() || (layer < layers.size() && split_of(lane, layer).num_q_rows == 0)) return;
   if (lane.posted_layers.empty() || lane.posted_layers.front() != layer) {
     throw std::invalid_argument("layer " + std::to_string(layer) + " of lane " + std::to_string(lane_id) +
                                 " is not the oldest that was posted and not collected");
   }
-  if (lane.split.num_context_rows > 0 && (context_out == nullptr || context_lse == nullptr)) {
+  const SplitGroup& split = split_of(lane, layer);
+  if (split.num_context_rows > 0 && (context_out == nullptr || context_lse == nullptr)) {
     throw std::invalid_argument(
         "the step has prefill rows with context: context_out and context_lse are required");
   }
-  const ModelGeometry& geometry = partition_.geometry();
+  const LayerGeometry& shape = layers[layer];
   const Destination to{out,
-                       {context_out, static_cast<int64_t>(geometry.q_row_bytes())},
-                       {context_lse, static_cast<int64_t>(geometry.lse_row_bytes())}};
+                       {context_out, static_cast<int64_t>(shape.rows.out)},
+                       {context_lse, static_cast<int64_t>(shape.rows.lse)}};
+  if (split.num_merge_rows > 0 && lane.num_replies == 0) {
+    lane.merge.reset(split.num_merge_rows, shape.attention.dtype, shape.num_heads, shape.attention.head_size_v);
+  }
   const Clock::time_point idle_since = Clock::now();
   // The workers attend at the same time; their answers are taken one after the other. A wait that ends by its deadline may
   // be repeated: it goes on where it was.
   for (; lane.num_replies < links_.size(); ++lane.num_replies) {
     const size_t worker = lane.num_replies;
-    if (lane.split.part(worker).num_rows == 0) continue;
+    if (split.part(worker).num_rows == 0) continue;
     const auto take = [&](const FrameHeader& header, const std::byte* payload) {
       deliver(lane, worker, header, payload, to);
     };
     links_[worker]->receive(lane_id, deadline, std::ref(take));  // by reference: nothing to allocate
   }
-  deliver_merged(lane, to);
+  deliver_merged(lane, layer, to);
   lane.times.attention += std::exchange(lane.slowest, {});
   lane.times.waits.add(Clock::now() - idle_since);
   lane.num_replies = 0;
@@ -221,27 +230,27 @@ void AttentionClient::deliver(Lane& lane, size_t worker, const FrameHeader& head
     fail("the attention worker dropped a frame: " +
          std::string(reinterpret_cast<const char*>(payload), header.payload_bytes));
   }
-  const WorkerStep& part = lane.split.part(worker);
-  const Partition::Heads& heads = partition_.heads(worker);
-  const size_t row_bytes = heads.geometry.q_row_bytes(), lse_bytes = heads.geometry.lse_row_bytes();
-  const OutputLayout layout = part.output_layout(heads.geometry);
-  if (header.payload_bytes != layout.bytes || header.layer != lane.posted_layers.front()) {
+  const uint32_t layer = lane.posted_layers.front();
+  const WorkerStep& part = split_of(lane, layer).part(worker);
+  const auto& [row, offset] = partition_.heads(worker, layer);
+  const OutputLayout layout = part.output_layout(row);
+  if (header.payload_bytes != layout.bytes || header.layer != layer) {
     fail("the attention worker's output does not fit the step");
   }
   lane.slowest = std::max(lane.slowest, std::chrono::nanoseconds(header.service_ns));
   for (const Delivery& rows : part.deliveries) {
     const RowRange target{rows.first, rows.count};
-    const std::byte* from = payload + rows.row * row_bytes;
+    const std::byte* from = payload + rows.row * row.out;
     if (rows.to == Delivery::To::kOut) {
-      unpack(columns(to.out, heads.q_offset), target, from, row_bytes);
+      unpack(columns(to.out, offset.out), target, from, row.out);
       continue;
     }
-    const std::byte* lse = payload + layout.lse + (rows.row - part.num_rows_without_lse) * lse_bytes;
+    const std::byte* lse = payload + layout.lse + (rows.row - part.num_rows_without_lse) * row.lse;
     const auto* lse_values = reinterpret_cast<const float*>(lse);
     switch (rows.to) {
       case Delivery::To::kContext:
-        unpack(columns(to.context_out, heads.q_offset), target, from, row_bytes);
-        unpack(columns(to.context_lse, heads.lse_offset), target, lse, lse_bytes);
+        unpack(columns(to.context_out, offset.out), target, from, row.out);
+        unpack(columns(to.context_lse, offset.lse), target, lse, row.lse);
         break;
       case Delivery::To::kFirst:
         lane.merge.begin(rows.first, rows.count, from, lse_values);
@@ -252,14 +261,17 @@ void AttentionClient::deliver(Lane& lane, size_t worker, const FrameHeader& head
   }
 }
 
-void AttentionClient::deliver_merged(const Lane& lane, const Destination& to) const {
-  for (const MergedRows& rows : lane.split.merged) {
+void AttentionClient::deliver_merged(const Lane& lane, uint32_t layer, const Destination& to) const {
+  const auto& sinks = partition_.geometry().layers()[layer].rule.sinks;
+  for (const MergedRows& rows : split_of(lane, layer).merged) {
     const bool decodes = rows.to == Delivery::To::kOut;
     const Rows& target = decodes ? to.out : to.context_out;
     for (size_t i = 0; i < rows.count; ++i) {
       const auto row = static_cast<int64_t>(rows.first + i);
       auto* lse = decodes ? nullptr : reinterpret_cast<float*>(to.context_lse.data + row * to.context_lse.stride);
-      lane.merge.finish(rows.row + i, target.data + row * target.stride, lse);
+      // Those of prefill chunks are counted where the chunk attends itself.
+      lane.merge.finish(rows.row + i, target.data + row * target.stride, lse,
+                        decodes && !sinks.empty() ? sinks.data() : nullptr);
     }
   }
 }

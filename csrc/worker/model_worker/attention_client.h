@@ -61,7 +61,7 @@ class AttentionClient {
   };
   StepTimes step_times(uint32_t lane);
 
-  struct StepRows {
+  struct StepRows {  // in the layers of a group
     size_t q;        // rows of q that are attended
     size_t context;  // of these, prefill rows with context, which come back with LSE
   };
@@ -69,14 +69,15 @@ class AttentionClient {
   // Throws std::invalid_argument for a step that does not add up, FrameTooLarge if one layer of it exceeds
   // a channel. A worker that is lost fails the step, which collect() tells: only there do the lanes take turns, and on every
   // rank of a model each layer of a step takes as many.
-  StepRows begin_step(uint32_t lane, const StepView& step, Deadline deadline);
+  std::vector<StepRows> begin_step(uint32_t lane, const StepView& step, Deadline deadline);
 
-  // Sends one layer's q rows and all k, v of the lane's step. q, k, v hold the step's tokens in order.
+  // Sends one layer's q rows and all k, v of the lane's step. q, k, v hold the step's tokens in order; k and v of a layer
+  // that does not store are not read.
   void post(uint32_t lane, uint32_t layer, ConstRows q, ConstRows k, ConstRows v, Deadline deadline);
 
   // Waits for the output of the oldest layer posted and not collected, which must be `layer`; there is none
-  // to wait for if the step has no q rows. Decode rows go to rows [0, num_decodes) of out; prefill rows, in order, to
-  // context_out [rows, heads, head size] and context_lse [rows, heads], both contiguous.
+  // to wait for if the layer has no q rows. Decode rows go to rows [0, num_decodes) of out; prefill rows, in order, to
+  // context_out [rows, heads, head size of v] and context_lse [rows, heads], both contiguous.
   // Throws ChannelClosed or ChannelTimeout, with the turn, if a worker is lost; the step cannot be completed then.
   void collect(uint32_t lane, uint32_t layer, Rows out, std::byte* context_out, std::byte* context_lse,
                Deadline deadline);
@@ -109,8 +110,6 @@ class AttentionClient {
 
  private:
   struct Lane {
-    explicit Lane(const AttentionGeometry& geometry)
-        : merge(geometry.dtype, geometry.num_heads, geometry.head_size) {}
     uint64_t step = 0;
     uint64_t generation = 0;
     SplitStep split;
@@ -134,12 +133,15 @@ class AttentionClient {
 
   Lane& lane_at(uint32_t lane);
   // Sends; a worker that is lost fails the lane's step.
+  const SplitGroup& split_of(const Lane& lane, uint32_t layer) const {
+    return lane.split.groups[static_cast<size_t>(partition_.geometry().layers()[layer].group)];
+  }
   template <class Send>
   static void try_send(Lane& lane, Send&& send);
   void send_blocks(FrameType type, const std::vector<std::vector<int32_t>>& parts, Deadline deadline);
   void deliver(Lane& lane, size_t worker, const FrameHeader& header, const std::byte* payload,
                const Destination& to) const;
-  void deliver_merged(const Lane& lane, const Destination& to) const;
+  void deliver_merged(const Lane& lane, uint32_t layer, const Destination& to) const;
 
   const Partition partition_;
   std::vector<std::unique_ptr<WorkerLink>> links_;

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -35,23 +36,29 @@ ConstRows const_rows(uintptr_t address, int64_t stride) {
 Rows rows(uintptr_t address, int64_t stride) { return {reinterpret_cast<std::byte*>(address), stride}; }
 std::byte* pointer(uintptr_t address) { return reinterpret_cast<std::byte*>(address); }
 
+using GroupArrays = std::pair<Array<int32_t, nb::ndim<2>>, Int64s>;
+
 template <class Client>
-nb::tuple begin_step(Client& client, uint32_t lane, int32_t num_decodes, const Int32s& query_lens, const Int32s& context_lens, const Array<int32_t, nb::ndim<2>>& block_table,
-                     const Int64s& slot_mapping, double timeout) {
-  if (block_table.shape(0) < query_lens.size())
-    throw std::invalid_argument("block_table has fewer rows than requests");
-  if (block_table.shape(1) > 1 && block_table.stride(1) != 1) {
-    throw std::invalid_argument("the rows of block_table must be contiguous");
+nb::list begin_step(Client& client, uint32_t lane, int32_t num_decodes, const Int32s& query_lens,
+                    const Int32s& context_lens, const std::vector<GroupArrays>& groups, double timeout) {
+  StepView step{num_decodes, as_span(query_lens), as_span(context_lens), {}};
+  for (const auto& [block_table, slot_mapping] : groups) {
+    if (block_table.shape(0) < query_lens.size())
+      throw std::invalid_argument("block_table has fewer rows than requests");
+    if (block_table.shape(1) > 1 && block_table.stride(1) != 1) {
+      throw std::invalid_argument("the rows of block_table must be contiguous");
+    }
+    step.groups.push_back({block_table.data(), block_table.stride(0), static_cast<int64_t>(block_table.shape(1)),
+                           as_span(slot_mapping)});
   }
-  const StepView step{num_decodes,          as_span(query_lens),   as_span(context_lens),
-                      block_table.data(),   block_table.stride(0), static_cast<int64_t>(block_table.shape(1)),
-                      as_span(slot_mapping)};
-  AttentionClient::StepRows step_rows;
+  std::vector<AttentionClient::StepRows> step_rows;
   {
     nb::gil_scoped_release released;
     step_rows = client.begin_step(lane, step, deadline_after(timeout));
   }
-  return nb::make_tuple(step_rows.q, step_rows.context);
+  nb::list by_group;
+  for (const auto& rows : step_rows) by_group.append(nb::make_tuple(rows.q, rows.context));
+  return by_group;
 }
 
 // The tokens of ranges, one by one.
@@ -114,7 +121,7 @@ void bind_model_worker(nb::module_& m) {
           "lane"_a, "timeout"_a = 60.0, Released())
       .def("end_turn", &AttentionClient::end_turn, "lane"_a, Released())
       .def("begin_step", &begin_step<AttentionClient>, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
-           "block_table"_a, "slot_mapping"_a, "timeout"_a = 60.0)
+           "groups"_a, "timeout"_a = 60.0)
       .def(
           "post",
           [](AttentionClient& client, uint32_t lane, uint32_t layer, uintptr_t q, int64_t q_stride,
@@ -196,7 +203,7 @@ void bind_model_worker(nb::module_& m) {
           "lane"_a, "worker"_a, "layer"_a)
       .def("announce", &StreamedExchange::announce, "lane"_a, Released())
       .def("begin_step", &begin_step<StreamedExchange>, "lane"_a, "num_decodes"_a, "query_lens"_a, "context_lens"_a,
-           "block_table"_a, "slot_mapping"_a, "timeout"_a = 60.0)
+           "groups"_a, "timeout"_a = 60.0)
       .def(
           "part",
           [](const StreamedExchange& exchange, uint32_t lane, uint32_t worker) {

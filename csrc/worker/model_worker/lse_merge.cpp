@@ -55,10 +55,11 @@ LAMINA_CLONES void store_scaled(DType dtype, void* to, const float* from, float 
 
 }  // namespace
 
-void LseMerge::resize(size_t num_rows) {
-  max_.resize(num_rows * num_heads_);
-  sum_.resize(max_.size());
-  out_.resize(max_.size() * head_size_);
+void LseMerge::reset(size_t num_rows, DType dtype, int32_t num_heads, int32_t head_size) {
+  dtype_ = dtype, num_heads_ = num_heads, head_size_ = head_size;
+  const size_t rows = num_rows * static_cast<size_t>(num_heads);
+  if (rows > max_.size()) max_.resize(rows), sum_.resize(rows);
+  if (rows * head_size > out_.size()) out_.resize(rows * head_size);
 }
 
 void LseMerge::begin(size_t first, size_t count, const std::byte* out, const float* lse) {
@@ -82,12 +83,15 @@ void LseMerge::add(size_t first, size_t count, const std::byte* out, const float
   }
 }
 
-void LseMerge::finish(size_t row, std::byte* out, float* lse) const {
+void LseMerge::finish(size_t row, std::byte* out, float* lse, const float* sinks) const {
   const size_t head_bytes = head_size_ * element_size(dtype_);
   for (size_t i = row * num_heads_; i < (row + 1) * num_heads_; ++i, out += head_bytes) {
-    const float factor = sum_[i] == 0.0f ? 0.0f : 1.0f / sum_[i];
+    float sum = sum_[i];
+    if (sinks != nullptr && sum > 0.0f) sum += std::exp(*sinks - max_[i]);
+    if (sinks != nullptr) ++sinks;
+    const float factor = sum == 0.0f ? 0.0f : 1.0f / sum;
     store_scaled(dtype_, out, &out_[i * head_size_], factor, head_size_);
-    if (lse != nullptr) *lse++ = max_[i] + std::log(sum_[i]);
+    if (lse != nullptr) *lse++ = max_[i] + std::log(sum);
   }
 }
 

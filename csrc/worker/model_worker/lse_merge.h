@@ -12,19 +12,19 @@ namespace lamina {
 // sum(A S) / sum(S) (the merge of the Lamina paper), computed relative to the largest LSE so that nothing overflows.
 class LseMerge {
  public:
-  LseMerge(DType dtype, int32_t num_heads, int32_t head_size)
-      : dtype_(dtype), num_heads_(num_heads), head_size_(head_size) {}
-
-  void resize(size_t num_rows);
+  // For rows of another layer; those before are forgotten.
+  void reset(size_t num_rows, DType dtype, int32_t num_heads, int32_t head_size);
   // Takes a part of rows [first, first + count). out: [count, heads, head size] in dtype, lse: [count, heads].
   void begin(size_t first, size_t count, const std::byte* out, const float* lse);
   void add(size_t first, size_t count, const std::byte* out, const float* lse);
-  // The whole of one row. out: [heads, head size]; lse, if not null: [heads].
-  void finish(size_t row, std::byte* out, float* lse) const;
+  // The whole of one row. out: [heads, head size]; lse, if not null: [heads]. sinks, if not null: [heads], logits that are
+  // added to the denominator.
+  void finish(size_t row, std::byte* out, float* lse, const float* sinks = nullptr) const;
 
  private:
-  const DType dtype_;
-  const int32_t num_heads_, head_size_;
+  DType dtype_ = DType::kFloat32;
+  int32_t num_heads_ = 0, head_size_ = 0;
+  // They only grow.
   std::vector<float> out_;  // [rows, heads, head size], times the sum
   std::vector<float> max_;  // [rows, heads]
   std::vector<float> sum_;

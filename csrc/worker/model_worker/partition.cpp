@@ -1,6 +1,7 @@
 #include "worker/model_worker/partition.h"
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <numeric>
 #include <string>
@@ -47,28 +48,59 @@ void WorkerStep::clear() {
   deliveries.clear();
 }
 
-Partition::Partition(ModelGeometry geometry, size_t num_workers)
-    : geometry_(std::move(geometry)), heads_(num_workers, Heads{geometry_}) {}
+bool SplitStep::takes_part(size_t worker) const {
+  return std::any_of(groups.begin(), groups.end(),
+                     [&](const SplitGroup& group) { return group.part(worker).takes_part(); });
+}
 
-Partition Partition::by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& by_cache) {
-  std::vector<int32_t> kv_heads;
-  for (const auto& heads : by_cache) kv_heads.push_back(heads.at(0));
-  require_positive(kv_heads, "KV head");
+size_t SplitStep::payload_bytes(size_t worker) const {
+  size_t bytes = sizeof(uint64_t);
+  for (const SplitGroup& group : groups) bytes += group.part(worker).section_bytes();
+  return bytes;
+}
+
+void SplitStep::write(size_t worker, std::byte* payload) const {
+  const uint64_t num_groups = groups.size();
+  std::memcpy(payload, &num_groups, sizeof num_groups);
+  payload += sizeof num_groups;
+  for (const SplitGroup& group : groups) payload = group.part(worker).write(payload);
+}
+
+Partition::Partition(ModelGeometry geometry, size_t num_workers) : geometry_(std::move(geometry)) {
+  std::vector<Heads> all;
+  for (const LayerGeometry& layer : geometry_.layers()) all.push_back({layer.rows, {}});
+  heads_.assign(num_workers, all);
+}
+
+Partition Partition::by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& kv_heads) {
   Partition partition(std::move(geometry), kv_heads.size());
-  const AttentionGeometry& all = partition.geometry_.attention;
-  if (std::accumulate(kv_heads.begin(), kv_heads.end(), int64_t{0}) != all.num_kv_heads) {
-    throw std::invalid_argument("the attention workers' KV heads do not add up to the model's " +
-                                std::to_string(all.num_kv_heads));
+  const auto& caches = partition.geometry_.caches();
+  for (size_t c = 0; c < caches.size(); ++c) {
+    std::vector<int32_t> shares;
+    for (const auto& by_cache : kv_heads) {
+      if (by_cache.size() != caches.size()) {
+        throw std::invalid_argument("an attention worker has KV heads of " + std::to_string(by_cache.size()) +
+                                    " caches, the model " + std::to_string(caches.size()));
+      }
+      shares.push_back(by_cache[c]);
+    }
+    require_positive(shares, "KV head");
+    if (std::accumulate(shares.begin(), shares.end(), int64_t{0}) != caches[c].num_kv_heads) {
+      throw std::invalid_argument("the attention workers' KV heads do not add up to the model's " +
+                                  std::to_string(caches[c].num_kv_heads));
+    }
   }
-  const int32_t group = all.num_heads / all.num_kv_heads;
-  size_t q = 0, kv = 0, lse = 0;
-  for (size_t w = 0; w < kv_heads.size(); ++w) {
-    Heads& heads = partition.heads_[w];
-    heads.geometry.attention.num_kv_heads = kv_heads[w];
-    heads.geometry.attention.num_heads = kv_heads[w] * group;
-    heads.q_offset = std::exchange(q, q + heads.geometry.q_row_bytes());
-    heads.kv_offset = std::exchange(kv, kv + heads.geometry.kv_row_bytes());
-    heads.lse_offset = std::exchange(lse, lse + heads.geometry.lse_row_bytes());
+  for (size_t l = 0; l < partition.geometry_.layers().size(); ++l) {
+    const LayerGeometry& layer = partition.geometry_.layers()[l];
+    LayerRows next;
+    for (size_t w = 0; w < kv_heads.size(); ++w) {
+      AttentionGeometry part = layer.attention;
+      part.num_kv_heads = kv_heads[w][static_cast<size_t>(layer.cache)];
+      part.num_heads = part.num_kv_heads * (layer.num_heads / layer.attention.num_kv_heads);
+      Heads& heads = partition.heads_[w][l];
+      heads = {LayerRows(part, layer.stores), next};
+      next += heads.rows;
+    }
   }
   return partition;
 }
@@ -94,35 +126,48 @@ Partition::Place Partition::place(int64_t block) const {
 }
 
 void Partition::split(const StepView& view, SplitStep& into) const {
-  view.validate(geometry_.attention.block_size);
-  into.parts.resize(divides_blocks() ? num_workers() : 1);
-  for (WorkerStep& part : into.parts) part.clear();
-  into.merged.clear();
-  into.num_merge_rows = into.num_q_rows = into.num_context_rows = 0;
-  if (divides_blocks()) {
-    split_by_blocks(view, into);
-  } else {
-    split_by_heads(view, into);
+  view.validate(geometry_);
+  into.groups.resize(geometry_.groups().size());
+  for (size_t g = 0; g < into.groups.size(); ++g) {
+    SplitGroup& group = into.groups[g];
+    group.parts.resize(divides_blocks() ? num_workers() : 1);
+    for (WorkerStep& part : group.parts) {
+      part.clear();
+      part.has_positions = geometry_.groups()[g].has_positions;
+    }
+    group.merged.clear();
+    group.num_merge_rows = group.num_q_rows = group.num_context_rows = 0;
+    if (divides_blocks()) {
+      split_by_blocks(view, g, group);
+    } else {
+      split_by_heads(view, g, group);
+    }
   }
 }
 
-void Partition::split_by_heads(const StepView& view, SplitStep& into) const {
-  const int32_t block_size = geometry_.attention.block_size;
+void Partition::split_by_heads(const StepView& view, size_t g, SplitGroup& into) const {
+  const GroupGeometry& group = geometry_.groups()[g];
   WorkerStep& part = into.parts.front();
   const auto num_decodes = static_cast<size_t>(view.num_decodes);
   size_t token = 0;
   for (size_t i = 0; i < view.query_lens.size(); token += view.query_lens[i++]) {
-    const int32_t kv_len = view.kv_len(i);
-    if (kv_len == 0) continue;
-    const auto blocks = view.blocks(i, block_size);
-    part.query_lens.push_back(view.query_lens[i]);
-    part.kv_lens.push_back(kv_len);
-    part.block_ids.insert(part.block_ids.end(), blocks.begin(), blocks.end());
-    add(part.q_tokens, token, view.query_lens[i]);
-    part.num_rows += view.query_lens[i];
+    const Attended attended = view.attended(i, view.groups[g], group);
+    if (attended.num_rows == 0) continue;
+    part.query_lens.push_back(attended.num_rows);
+    part.kv_lens.push_back(attended.kv_len);
+    part.block_ids.insert(part.block_ids.end(), attended.blocks.begin(), attended.blocks.end());
+    if (group.has_positions) {
+      part.positions.push_back(view.context_lens[i]);
+      for (size_t b = 0; b < attended.blocks.size(); ++b) {
+        part.block_positions.push_back(attended.first_position + static_cast<int32_t>(b) * group.block_size);
+      }
+    }
+    add(part.q_tokens, token, attended.num_rows);
+    part.num_rows += attended.num_rows;
   }
   part.num_rows_without_lse = num_decodes;
-  part.slot_mapping.assign(view.slot_mapping.begin(), view.slot_mapping.end());
+  const auto& slot_mapping = view.groups[g].slot_mapping;
+  part.slot_mapping.assign(slot_mapping.begin(), slot_mapping.end());
   if (token > 0) part.kv_tokens.push_back({0, token});
   into.num_q_rows = part.num_rows;
   into.num_context_rows = part.num_rows - num_decodes;
@@ -143,47 +188,52 @@ size_t Partition::owner(std::span<const int32_t> blocks) const {
 
 // A worker's rows without LSE come first: the decodes that it attends alone, then those that are merged, then the
 // prefill chunks.
-void Partition::split_by_blocks(const StepView& view, SplitStep& into) const {
-  const int32_t block_size = geometry_.attention.block_size;
+void Partition::split_by_blocks(const StepView& view, size_t g, SplitGroup& into) const {
+  const GroupGeometry& group = geometry_.groups()[g];
   const auto num_decodes = static_cast<size_t>(view.num_decodes);
   std::vector<size_t> shared;
   for (size_t i = 0; i < num_decodes; ++i) {
-    if (owner(view.blocks(i, block_size)) == kSeveral) {
+    if (owner(view.attended(i, view.groups[g], group).blocks) == kSeveral) {
       shared.push_back(i);
     } else {
-      add_request(view, i, i, into);
+      add_request(view, g, i, i, into);
     }
   }
   for (WorkerStep& part : into.parts) part.num_rows_without_lse = part.num_rows;
-  for (const size_t i : shared) add_request(view, i, i, into);
+  for (const size_t i : shared) add_request(view, g, i, i, into);
   size_t token = num_decodes;
   for (size_t i = num_decodes; i < view.query_lens.size(); token += view.query_lens[i++]) {
-    if (view.kv_len(i) > 0) add_request(view, i, token, into);
+    add_request(view, g, i, token, into);
   }
-  for (size_t t = 0; t < view.slot_mapping.size(); ++t) {
-    const int64_t slot = view.slot_mapping[t];
+  const auto& slot_mapping = view.groups[g].slot_mapping;
+  for (size_t t = 0; t < slot_mapping.size(); ++t) {
+    const int64_t slot = slot_mapping[t];
     if (slot < 0) continue;
-    const Place at = place(slot / block_size);
+    const Place at = place(slot / group.block_size);
     WorkerStep& part = into.parts[at.worker];
-    part.slot_mapping.push_back(int64_t{at.block} * block_size + slot % block_size);
+    part.slot_mapping.push_back(int64_t{at.block} * group.block_size + slot % group.block_size);
     add(part.kv_tokens, t, 1);
   }
 }
 
-// Adds the request, whose query begins at `token`, to the step of every worker that holds some of its blocks. Attention
-// asks for no order among the tokens that are attended: each worker's blocks are a sequence of their own.
-void Partition::add_request(const StepView& view, size_t request, size_t token, SplitStep& into) const {
+// Adds the request, whose query begins at `token`, to the step of every worker that holds some of its blocks. Each
+// worker's blocks are a sequence of their own; where the order among the tokens matters, the positions say it.
+void Partition::add_request(const StepView& view, size_t g, size_t request, size_t token, SplitGroup& into) const {
   using To = Delivery::To;
-  const int32_t block_size = geometry_.attention.block_size;
-  const auto count = static_cast<size_t>(view.query_lens[request]);
-  const auto blocks = view.blocks(request, block_size);
+  const GroupGeometry& group = geometry_.groups()[g];
+  const Attended attended = view.attended(request, view.groups[g], group);
+  if (attended.num_rows == 0) return;
+  const auto count = static_cast<size_t>(attended.num_rows);
   std::vector<int32_t> kv_lens(num_workers(), 0);
-  int32_t left = view.kv_len(request);
-  for (const int32_t block : blocks) {
+  int32_t left = attended.kv_len, position = attended.first_position;
+  for (const int32_t block : attended.blocks) {
     const Place at = place(block);
-    into.parts[at.worker].block_ids.push_back(at.block);
-    kv_lens[at.worker] += std::min(left, block_size);
-    left -= block_size;
+    WorkerStep& part = into.parts[at.worker];
+    part.block_ids.push_back(at.block);
+    if (group.has_positions) part.block_positions.push_back(position);
+    kv_lens[at.worker] += std::min(left, group.block_size);
+    left -= group.block_size;
+    position += group.block_size;
   }
 
   const bool decodes = view.decodes(request);
@@ -194,8 +244,9 @@ void Partition::add_request(const StepView& view, size_t request, size_t token, 
   for (size_t w = 0; w < num_workers(); ++w) {
     if (kv_lens[w] == 0) continue;
     WorkerStep& part = into.parts[w];
-    part.query_lens.push_back(static_cast<int32_t>(count));
+    part.query_lens.push_back(attended.num_rows);
     part.kv_lens.push_back(kv_lens[w]);
+    if (group.has_positions) part.positions.push_back(view.context_lens[request]);
     add(part.q_tokens, token, count);
     if (alone) {
       add(part.deliveries, Delivery{to, part.num_rows, first, count});

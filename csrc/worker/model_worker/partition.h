@@ -36,23 +36,25 @@ struct MergedRows {
   size_t count;
 };
 
-// One worker's part of a step.
+// One worker's part of a step in the layers of a group.
 struct WorkerStep : StepPart {
   std::vector<RowRange> q_tokens;   // tokens whose q the worker gets, in the order of its rows
   std::vector<RowRange> kv_tokens;  // tokens whose k, v it gets
   std::vector<Delivery> deliveries;
   bool takes_part() const { return num_rows > 0 || num_tokens() > 0; }
-  // Of a layer of the step, at a worker with this geometry.
-  AttendLayout attend_layout(const ModelGeometry& geometry) const {
-    return {num_rows * geometry.q_row_bytes(), num_tokens() * geometry.kv_row_bytes()};
+  // Of a layer of the group, at a worker with these rows. A layer without k and v takes no part without rows of q.
+  bool takes_part(const LayerRows& rows) const { return num_rows > 0 || (num_tokens() > 0 && rows.k > 0); }
+  AttendLayout attend_layout(const LayerRows& rows) const {
+    return {num_rows * rows.q, num_tokens() * rows.k, num_tokens() * rows.v};
   }
-  OutputLayout output_layout(const ModelGeometry& geometry) const {
-    return {num_rows * geometry.q_row_bytes(), (num_rows - num_rows_without_lse) * geometry.lse_row_bytes()};
+  OutputLayout output_layout(const LayerRows& rows) const {
+    return {num_rows * rows.out, (num_rows - num_rows_without_lse) * rows.lse};
   }
   void clear();
 };
 
-struct SplitStep {
+// A step in the layers of a group.
+struct SplitGroup {
   // One for each worker, or a single one that is the same for all.
   std::vector<WorkerStep> parts;
   std::vector<MergedRows> merged;
@@ -62,23 +64,29 @@ struct SplitStep {
   const WorkerStep& part(size_t worker) const { return parts[parts.size() == 1 ? 0 : worker]; }
 };
 
+struct SplitStep {
+  std::vector<SplitGroup> groups;
+  bool takes_part(size_t worker) const;
+  // Of the worker's STEP frame.
+  size_t payload_bytes(size_t worker) const;
+  void write(size_t worker, std::byte* payload) const;
+};
+
 class Partition {
  public:
-  // Worker w holds kv_heads[w] KV heads of all tokens, with their query heads, in the model's order of heads; the numbers
-  // add up to the model's KV heads. Blocks have the same ids everywhere.
+  // Worker w holds kv_heads[w][c] KV heads of all tokens in cache c, with their query heads, in the model's order of
+  // heads; the numbers add up to the cache's KV heads. Blocks have the same ids everywhere.
   static Partition by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& kv_heads);
   // Worker w holds all heads of num_blocks[w] blocks: those that follow the blocks of the workers before it.
   static Partition by_blocks(ModelGeometry geometry, const std::vector<int32_t>& num_blocks);
 
-  // What a worker has of the heads: its geometry, and where its columns begin in the model's rows.
+  // What a worker has of a layer's heads: its rows, and where they begin in the model's (bytes).
   struct Heads {
-    ModelGeometry geometry;
-    size_t q_offset = 0;    // bytes, in a row of q or of the output
-    size_t kv_offset = 0;   // bytes, in a row of k or of v
-    size_t lse_offset = 0;  // bytes, in a row of LSE
+    LayerRows rows;
+    LayerRows offset;
   };
   size_t num_workers() const { return heads_.size(); }
-  const Heads& heads(size_t worker) const { return heads_[worker]; }
+  const Heads& heads(size_t worker, uint32_t layer) const { return heads_[worker][layer]; }
   const ModelGeometry& geometry() const { return geometry_; }
 
   // Throws std::invalid_argument for a step that does not add up or, by blocks, names a block that does not exist.
@@ -99,13 +107,13 @@ class Partition {
   Partition(ModelGeometry geometry, size_t num_workers);
   bool divides_blocks() const { return !first_block_.empty(); }
   Place place(int64_t block) const;
-  void split_by_heads(const StepView& view, SplitStep& into) const;
-  void split_by_blocks(const StepView& view, SplitStep& into) const;
+  void split_by_heads(const StepView& view, size_t group, SplitGroup& into) const;
+  void split_by_blocks(const StepView& view, size_t group, SplitGroup& into) const;
   size_t owner(std::span<const int32_t> blocks) const;
-  void add_request(const StepView& view, size_t request, size_t token, SplitStep& into) const;
+  void add_request(const StepView& view, size_t group, size_t request, size_t token, SplitGroup& into) const;
 
   ModelGeometry geometry_;
-  std::vector<Heads> heads_;
+  std::vector<std::vector<Heads>> heads_;  // by worker and layer
   std::vector<int64_t> first_block_;  // of each worker, and the number of all; empty where the heads are divided
 };
 

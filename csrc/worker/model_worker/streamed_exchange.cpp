@@ -19,8 +19,8 @@ namespace {
 constexpr int kRoundsPerLook = 1024;
 constexpr std::chrono::microseconds kSleep{50};
 
-size_t frame_bytes(const ModelGeometry& geometry, size_t max_tokens) {
-  const AttendLayout layout(max_tokens * geometry.q_row_bytes(), max_tokens * geometry.kv_row_bytes());
+size_t frame_bytes(const LayerRows& rows, size_t max_tokens) {
+  const AttendLayout layout(max_tokens * rows.q, max_tokens * rows.k, max_tokens * rows.v);
   return round_up(sizeof(FrameHeader) + layout.bytes, kFrameAlignment);
 }
 
@@ -32,7 +32,7 @@ void publish(std::atomic<T>& word, T value) {
 }  // namespace
 
 size_t StreamedExchange::memory_bytes(const ModelGeometry& geometry, uint32_t num_lanes, size_t max_tokens) {
-  return size_t{num_lanes} * kFrames * frame_bytes(geometry, max_tokens);
+  return size_t{num_lanes} * kFrames * frame_bytes(geometry.layers().front().rows, max_tokens);
 }
 
 StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens, int spin_us)
@@ -44,6 +44,11 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
   if (num_workers > std::tuple_size_v<decltype(Words::replies)>) {
     throw std::invalid_argument("a stream takes replies of at most 16 attention workers, not of " +
                                 std::to_string(num_workers));
+  }
+  for (const LayerGeometry& layer : client.partition().geometry().layers()) {
+    if (layer.cache != 0 || layer.group != 0 || layer.num_heads != client.partition().geometry().layers()[0].num_heads) {
+      throw std::invalid_argument("a stream takes models whose attention layers are all alike");
+    }
   }
   workers_.resize(num_workers);
   lanes_.resize(num_lanes);
@@ -75,16 +80,15 @@ StreamedExchange::~StreamedExchange() {
 }
 
 void StreamedExchange::attach(uint32_t w) {
-  const ModelGeometry& geometry = client_.partition().heads(w).geometry;
   Channel& channel = client_.link(w).channel();
-  const size_t bytes = memory_bytes(geometry, static_cast<uint32_t>(lanes_.size()), max_tokens_);
+  const size_t frame = frame_bytes(rows(w), max_tokens_), bytes = lanes_.size() * kFrames * frame;
   const size_t memory = channel.send_memory().size();
   if (bytes + kFrameAlignment > memory) {
     throw FrameTooLarge("frames of " + std::to_string(bytes) + " bytes do not fit the channel's ring of " +
                         std::to_string(memory) + " bytes; raise ring_bytes");
   }
   channel.set_aside(bytes);
-  workers_[w] = {memory - bytes, frame_bytes(geometry, max_tokens_), std::nullopt};
+  workers_[w] = {memory - bytes, frame, std::nullopt};
   for (Lane& lane : lanes_) {
     lane.sent[w] = {};
     lane.copies[w].clear();
@@ -121,14 +125,16 @@ void StreamedExchange::announce(uint32_t lane_id) {
   lanes_.at(lane_id).ordinal = ++num_announced_;
 }
 
-AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const StepView& step, Deadline deadline) {
+std::vector<AttentionClient::StepRows> StreamedExchange::begin_step(uint32_t lane_id, const StepView& step,
+                                                                    Deadline deadline) {
   Lane& lane = lanes_.at(lane_id);
-  if (step.slot_mapping.size() > max_tokens_) {
-    throw FrameTooLarge("a step of " + std::to_string(step.slot_mapping.size()) + " tokens, where frames hold " +
+  const size_t num_tokens = step.groups.empty() ? 0 : step.groups.front().slot_mapping.size();
+  if (num_tokens > max_tokens_) {
+    throw FrameTooLarge("a step of " + std::to_string(num_tokens) + " tokens, where frames hold " +
                         std::to_string(max_tokens_));
   }
   // Not under the mutex: it may wait for room. The proxy does not touch a lane whose step has not begun.
-  const AttentionClient::StepRows rows = client_.begin_step(lane_id, step, deadline);
+  const auto rows = client_.begin_step(lane_id, step, deadline);
   Words& words = words_[lane_id];
   for (auto* word : {&words.packed, &words.taken, &words.replied, &words.free}) word->store(0, std::memory_order_relaxed);
   for (auto& reply : words.replies) reply.store(0, std::memory_order_relaxed);
@@ -139,9 +145,8 @@ AttentionClient::StepRows StreamedExchange::begin_step(uint32_t lane_id, const S
   lane.room_wanted = Clock::now();
   lane.slowest = {};
   lane.failure.reset();
-  const SplitStep& split = client_.split(lane_id);
   lane.num_owed = 0;
-  for (size_t w = 0; w < workers_.size(); ++w) lane.num_owed += split.part(w).num_rows > 0;
+  for (size_t w = 0; w < workers_.size(); ++w) lane.num_owed += split(lane_id).part(w).num_rows > 0;
   lane.begun = true;
   for (uint32_t w = 0; w < workers_.size(); ++w) {
     if (workers_[w].held_by == lane_id) let_go(w);  // of a step that failed
@@ -230,14 +235,13 @@ bool StreamedExchange::free_one(uint32_t lane_id) {
 void StreamedExchange::post_layer(uint32_t lane_id) {
   Lane& lane = lanes_[lane_id];
   const auto layer = static_cast<uint32_t>(lane.posted);
-  const SplitStep& split = client_.split(lane_id);
   FrameHeader header = client_.attend_header(lane_id, layer);
   header.posted_ns = static_cast<uint64_t>(Clock::now().time_since_epoch().count());
   const Deadline deadline = deadline_after(timeout_);
   for (uint32_t w = 0; w < workers_.size(); ++w) {
-    const WorkerStep& part = split.part(w);
+    const WorkerStep& part = split(lane_id).part(w);
     if (!part.takes_part()) continue;
-    header.payload_bytes = part.attend_layout(client_.partition().heads(w).geometry).bytes;
+    header.payload_bytes = part.attend_layout(rows(w)).bytes;
     lane.sent[w][layer % kFrames] = client_.link(w).send_at(frame_at(lane_id, w, layer), header, deadline);
   }
   if (lane.num_owed > 0 && lane.replied == lane.posted) lane.since = Clock::now();
@@ -281,13 +285,13 @@ bool StreamedExchange::receive(uint32_t w) {
       client_.is_current(*header)) {
     const uint32_t lane_id = header->lane;
     Lane& lane = lanes_[lane_id];
-    const WorkerStep& part = client_.split(lane_id).part(w);
+    const WorkerStep& part = split(lane_id).part(w);
     if (header->type == FrameType::kError) {
       fail(lane_id, "the attention worker dropped a frame: " +
                         std::string(reinterpret_cast<const char*>(payload), header->payload_bytes));
     } else if (header->type != FrameType::kOutput || lane.replied >= lane.posted ||
                header->layer != static_cast<uint32_t>(lane.replied) ||
-               header->payload_bytes != part.output_layout(client_.partition().heads(w).geometry).bytes) {
+               header->payload_bytes != part.output_layout(rows(w)).bytes) {
       fail(lane_id, "the attention worker's output does not fit the step");
     } else {
       lane.slowest = std::max(lane.slowest, std::chrono::nanoseconds(header->service_ns));
@@ -329,7 +333,7 @@ void StreamedExchange::look() {
     if (!lane.begun || lane.failure) continue;
     for (uint32_t w = 0; w < workers_.size(); ++w) {
       WorkerLink& link = client_.link(w);
-      const WorkerStep& part = client_.split(lane_id).part(w);
+      const WorkerStep& part = split(lane_id).part(w);
       if (part.num_rows > 0 && lane.replied < lane.posted && lane.since < oldest && !workers_[w].held_by) {
         link.set_failed();
         fail(lane_id, "the attention worker's output did not come in time");

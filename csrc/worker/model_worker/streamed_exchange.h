@@ -64,9 +64,9 @@ class StreamedExchange {
   void announce(uint32_t lane);
   // Opens the announced step: tells the attention workers, and lets the proxy serve its layers. A worker that is lost
   // fails the step, which finish_step() says. Throws as AttentionClient::begin_step().
-  AttentionClient::StepRows begin_step(uint32_t lane, const StepView& step, Deadline deadline);
+  std::vector<AttentionClient::StepRows> begin_step(uint32_t lane, const StepView& step, Deadline deadline);
   // What of the lane's step concerns a worker.
-  const WorkerStep& part(uint32_t lane, uint32_t worker) const { return client_.split(lane).part(worker); }
+  const WorkerStep& part(uint32_t lane, uint32_t worker) const { return split(lane).part(worker); }
   // Waits until all layers of the step are sent and answered, or it failed: why, if it did. The stream may still read the
   // last reply; before the lane's next step begins it must have come to the end. A step that was only announced, and
   // does not begin, is over at once. Throws ChannelTimeout if a layer takes the device longer than `timeout` seconds.
@@ -109,6 +109,9 @@ class StreamedExchange {
     std::unique_lock<std::mutex> lock;
   };
 
+  // Streams serve models whose layers are all alike.
+  const SplitGroup& split(uint32_t lane) const { return client_.split(lane).groups.front(); }
+  const LayerRows& rows(uint32_t worker) const { return client_.partition().heads(worker, 0).rows; }
   size_t frame_at(uint32_t lane, uint32_t worker, uint32_t layer) const;
   void attach(uint32_t worker);
   void run();

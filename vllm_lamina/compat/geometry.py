@@ -40,7 +40,12 @@ def _layers_are_alike(model: Any) -> bool:
     """Whether nothing in the configuration tells one attention layer from another."""
     text = model.hf_text_config
     kinds = set(getattr(text, "layer_types", None) or ())
-    told = ("attention_chunk_size", "num_kv_shared_layers", "num_attention_heads_per_layer", "hybrid_layer_pattern")
+    told = (
+        "attention_chunk_size",
+        "num_kv_shared_layers",
+        "num_attention_heads_per_layer",
+        "hybrid_layer_pattern",
+    )
     return (
         len(kinds) <= 1
         and "sliding_attention" not in kinds
@@ -70,7 +75,9 @@ def spec_of(group: KVCacheGroupSpec, name: str) -> Any:
     return spec.kv_cache_specs[name] if isinstance(spec, UniformTypeKVCacheSpecs) else spec
 
 
-def geometry_of_layers(config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> tuple[Sequence[str], Geometry]:
+def geometry_of_layers(
+    config: VllmConfig, groups: Sequence[KVCacheGroupSpec]
+) -> tuple[Sequence[str], Geometry]:
     """The names of a loaded model's attention layers, in the model's order, and their geometry.
 
     Raises

@@ -43,9 +43,7 @@ def check_before_start(config: Any) -> None:
     sharing = options.ranks_sharing_memory(config.parallel_config.tensor_parallel_size)
     for partition in source.check(geometry_of(config), model.max_model_len):
         if not fits_length_to_pool(model):
-            partition.check_holds_one_request(
-                model.max_model_len, sharing, config.max_in_flight_tokens
-            )
+            partition.check_holds_one_request(model.max_model_len, sharing, config.max_in_flight_tokens)
 
 
 def settle(config: Any) -> None:

@@ -66,9 +66,17 @@ class Partition:
 
     def num_tokens(self, max_model_len: int, max_step_tokens: int = 0) -> int:
         """Tokens that all blocks hold together, of requests of ``max_model_len`` in steps of ``max_step_tokens``."""
-        if self.geometry.num_groups == 1 and not self.geometry.groups[0].window and not self.geometry.groups[0].chunk:
+        if (
+            self.geometry.num_groups == 1
+            and not self.geometry.groups[0].window
+            and not self.geometry.groups[0].chunk
+        ):
             return max(self.num_blocks - 1, 0) * self.geometry.block_size(0)
-        return max(self.num_blocks - 1, 0) * max_model_len // self.geometry.num_blocks(max_model_len, max_step_tokens)
+        return (
+            max(self.num_blocks - 1, 0)
+            * max_model_len
+            // self.geometry.num_blocks(max_model_len, max_step_tokens)
+        )
 
     @property
     def blocks_per_worker(self) -> list[int]:

@@ -29,7 +29,6 @@ def test_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     assert lamina.phase("warm").prefix_cache_hits > 0
 
 
-@pytest.mark.skip(reason="startup refuses layers of several kinds")
 @pytest.mark.parametrize(
     "family",
     [pytest.param(name, marks=[pytest.mark.slow] * (name not in OF_THEIR_KIND)) for name in LAYERED],

@@ -6,6 +6,7 @@ import random
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from math import gcd, lcm
 from typing import Any
 from unittest.mock import patch
@@ -424,7 +425,7 @@ class Simulation:
         """Counted as vLLM counts."""
         scheduler = self.scheduler
         manager = scheduler.kv_cache_manager
-        for request in (*scheduler.running, *scheduler.waiting):
+        for request in (*scheduler.running, *islice(scheduler.waiting, 2)):
             name, num_tokens = request.request_id, request.num_tokens
             for counted, capped in (
                 (scheduler.kv_blocks.lacking(name, num_tokens), False),

@@ -58,7 +58,10 @@ def test_random_arrivals_aborts_and_preemptions(
 
 
 @pytest.mark.parametrize("kind", ["sequence", "request"])
-@pytest.mark.parametrize("groups", SEVERAL)
+@pytest.mark.parametrize(
+    "groups",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name != "windows and full")) for name in SEVERAL],
+)
 def test_blocks_of_several_groups(simulate: Simulate, kind: str, groups: str) -> None:
     run_at_random(simulate(1, kind, [10, 6] if groups == "window" else [25, 25, 10], SEVERAL[groups]), 600)
 

@@ -185,14 +185,19 @@ def test_workers_lost_at_random(
     lose_workers_at_random(make_simulation(seed, kind, num_batches=num_batches, may_move=may_move))
 
 
-@pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
 @pytest.mark.parametrize(
-    ("groups", "num_batches", "may_move"),
+    ("groups", "kind", "num_batches", "may_move"),
     [
-        ("window", 2, True),
-        ("windows and full", 2, False),
-        ("blocks of two sizes", 1, False),
-        ("chunks and full", 2, False),
+        ("window", REQUEST, 2, True),
+        ("windows and full", HEAD, 2, False),
+        ("blocks of two sizes", SEQUENCE, 1, False),
+        ("chunks and full", SEQUENCE, 2, False),
+        *(
+            pytest.param(groups, kind, 2, may_move, marks=pytest.mark.slow)
+            for groups in SEVERAL
+            for kind in (HEAD, SEQUENCE, REQUEST)
+            for may_move in (False, True)
+        ),
     ],
 )
 def test_workers_lost_at_random_under_several_groups(

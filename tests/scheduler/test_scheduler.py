@@ -75,8 +75,11 @@ def test_random_arrivals_aborts_and_preemptions(
 
 @pytest.mark.parametrize(
     ("num_batches", "may_move"),
-    [(1, False), (2, False), (2, True)],
-    ids=["one batch", "two", "two, may move"],
+    [
+        pytest.param(1, False, id="one batch", marks=pytest.mark.slow),
+        pytest.param(2, False, id="two"),
+        pytest.param(2, True, id="two, requests may move", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.parametrize(
     ("groups", "num_blocks"), list(zip(SEVERAL, (16, 60, 45, 60), strict=True)), ids=list(SEVERAL)

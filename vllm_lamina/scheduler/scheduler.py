@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from vllm_lamina.compat.outputs import has_failed, reported_times
@@ -106,14 +107,16 @@ class LaminaScheduler(SchedulerPort):
     def _next_to_run(self, running: Mapping[str, int]) -> Iterator[int]:
         """Tokens of waiting requests that may run soon beside the others, if they share blocks as much as those do."""
         room, needed = self.num_admissible, self.kv_blocks.needed
+        waiting = list(islice(self.waiting_tokens(), max(0, room)))
+        if not waiting:
+            return  # as in most steps
         free: float = self.kv_blocks.num_free
         used = self.placement.num_usable_blocks - free
         held = sum(map(needed, running.values()))
         unshared = min(1.0, used / held) if held else 1.0
-        for tokens in self.waiting_tokens():
-            room -= 1
+        for tokens in waiting:
             free -= unshared * needed(tokens)
-            if room < 0 or free < 0:
+            if free < 0:
                 return
             yield tokens
 

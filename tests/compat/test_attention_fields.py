@@ -1,6 +1,6 @@
 """All that vLLM can say of attention is read or refused: a field that is new in vLLM fails here until it is either.
 
-Relies on the fields of ``FullAttentionSpec`` and ``CommonAttentionMetadata``, on the arguments of ``Attention`` and
+Relies on the fields of the KV cache specs and of ``CommonAttentionMetadata``, on the arguments of ``Attention`` and
 ``AttentionImpl``, on ``static_forward_context`` holding the layers, and on their ``get_kv_cache_spec`` and attributes.
 """
 
@@ -19,7 +19,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import attention as layers
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionImpl, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
 
 from vllm_lamina.attention_backend import LaminaAttentionBackend
 from vllm_lamina.attention_backend.exchange import Exchange
@@ -27,9 +27,10 @@ from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.compat.attention import (
     METADATA_FIELDS,
     SPEC_FIELDS,
-    check_layers,
+    SPECS,
     check_metadata,
     check_spec,
+    settle_layers,
 )
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.device import device_for
@@ -40,14 +41,11 @@ OTHER_SPECS = {
     "block_stride_alignment": (512, "other attention options"),
     "max_tp_shards": (2, "other attention options"),
     "is_draft": (True, "other attention options"),
-    "head_size_v": (16, "other attention options"),
     "kv_quant_mode": (KVQuantMode.FP8_PER_TENSOR, "quantised KV cache"),
-    "page_size_padded": (1 << 20, "other attention options"),
     "num_head_slots": (4, "other attention options"),
     "state_content_bytes": (1 << 10, "other attention options"),
     "tokens_per_state": (2, "other attention options"),
-    "sliding_window": (64, "other attention options"),
-    "attention_chunk_size": (64, "other attention options"),
+    "extra_retained_tokens": (3, "other attention options"),
     "non_causal": (True, "attention that is not causal"),
 }
 OTHER_METADATA = {
@@ -69,14 +67,12 @@ OTHER_IMPLS = {
 }
 OTHER_LAYERS = {
     "use_alibi_sqrt": (True, "use_alibi_sqrt is not supported"),  # vLLM itself
-    "per_layer_sliding_window": (64, "other attention options"),
     "attn_type": ("encoder_decoder", "cross attention"),
     "mm_prefix_clamp_sliding_window": (
         True,
         "other attention options .* mm_prefix_clamp_sliding_window=True",
     ),
     "attn_backend": (type("Other", (LaminaAttentionBackend,), {}), "other attention options .*='Other'"),
-    "head_size_v": (64, "other attention options .* head_size_v=64"),
     "extra_impl_args": (1, "other attention options"),
 }
 IMPL_ARGUMENTS = {
@@ -92,6 +88,8 @@ LAYER_ARGUMENTS = IMPL_ARGUMENTS | {
     "cache_config",
     "quant_config",
     "prefix",
+    "per_layer_sliding_window",
+    "head_size_v",
 }
 """Those that are read: by the implementation, or by way of the spec."""
 
@@ -100,12 +98,13 @@ KINDS = {
     "PrefillPrefixLMAttention": ({}, "attention that is not causal"),
     "EncoderOnlyAttention": ({}, "encoder attention"),
     "CrossAttention": ({}, "cross attention"),
-    "ChunkedLocalAttention": ({"attention_chunk_size": 64}, "other attention options"),
     "RSWAAttention": ({"rswa_window": 64}, "other attention options"),
     "StaticSinkAttention": ({"sink_len": 32}, "other attention options"),
 }
 
-SPEC = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
+SHAPE: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+SPEC = FullAttentionSpec(**SHAPE)
+WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
 METADATA = CommonAttentionMetadata(
     query_start_loc=torch.tensor([0, 1, 3]),
     query_start_loc_cpu=torch.tensor([0, 1, 3]),
@@ -118,7 +117,7 @@ METADATA = CommonAttentionMetadata(
     slot_mapping=torch.zeros(3),
 )
 
-Make = Callable[..., None]
+Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +135,12 @@ def load(config: VllmConfig) -> Iterator[Make]:
         device.backend_name, f"{LaminaAttentionBackend.__module__}.LaminaAttentionBackend"
     )
 
-    def make(kind: str, **arguments: Any) -> None:
+    def make(kind: str, **arguments: Any) -> Any:
         plain = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2, "prefix": "model.layers.0"}
         with set_current_vllm_config(config):
-            getattr(layers, kind)(**plain | {"cache_config": config.cache_config} | arguments)
-        check_layers(config, LaminaAttentionBackend)
+            layer = getattr(layers, kind)(**plain | {"cache_config": config.cache_config} | arguments)
+            settle_layers(config, LaminaAttentionBackend)
+        return layer
 
     yield make
     config.compilation_config.static_forward_context.clear()
@@ -157,28 +157,40 @@ def names(described: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("described", "read", "others"),
     [
-        (FullAttentionSpec, SPEC_FIELDS, OTHER_SPECS),
+        *((spec, SPEC_FIELDS, OTHER_SPECS) for spec in SPECS),
         (CommonAttentionMetadata, METADATA_FIELDS, OTHER_METADATA),
         (AttentionImpl.__init__, IMPL_ARGUMENTS | {"sliding_window"}, OTHER_IMPLS),
         (Attention.__init__, LAYER_ARGUMENTS, OTHER_LAYERS),
     ],
 )
 def test_each_is_read_or_refused(described: Any, read: set[str], others: dict[str, Any]) -> None:
-    assert not set(names(described)) - read - others.keys()
+    assert not set(names(described)) - set(read) - others.keys()
     assert not read & others.keys()
 
 
-def test_full_causal_attention_is_served(load: Make) -> None:
+def test_causal_attention_is_served(load: Make) -> None:
     check_spec("a", SPEC)
+    check_spec("a", WINDOW)
     check_metadata(METADATA)
     load("Attention")
 
 
-@pytest.mark.parametrize("name", [name for name in names(FullAttentionSpec) if name not in SPEC_FIELDS])
-def test_spec(name: str) -> None:
+def test_what_only_the_layer_is_told(load: Make) -> None:
+    """And the backend that vLLM makes of chunks is not used."""
+    assert load("Attention", head_size_v=64).impl.shape.head_size_v == 64
+    layer = load("ChunkedLocalAttention", attention_chunk_size=64, prefix="model.layers.1")
+    assert layer.impl.shape.chunk == 64
+    assert layer.get_attn_backend() is LaminaAttentionBackend
+
+
+@pytest.mark.parametrize(
+    ("spec", "name"),
+    [(spec, name) for spec in (SPEC, WINDOW) for name in names(spec) if name not in SPEC_FIELDS],
+)
+def test_spec(spec: Any, name: str) -> None:
     value, message = OTHER_SPECS[name]
     with pytest.raises(UnsupportedError, match=rf"{message}.* the KV cache of a with {name}="):
-        check_spec("a", dataclasses.replace(SPEC, **{name: value}))
+        check_spec("a", dataclasses.replace(spec, **{name: value}))
 
 
 @pytest.mark.parametrize("name", [name for name in names(METADATA) if name not in METADATA_FIELDS])
@@ -205,6 +217,7 @@ def test_layer(load: Make, name: str) -> None:
 def test_kinds_of_layers_are_here() -> None:
     assert {name for name in layers.__all__ if name.endswith("Attention")} - KINDS.keys() == {
         "Attention",
+        "ChunkedLocalAttention",
         "MLAAttention",
         "MMEncoderAttention",
     }

@@ -12,7 +12,7 @@ from pathlib import Path
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed
 
-DEADLINE = 90.0
+DEADLINE = 600.0  # an engine takes minutes to start where CPUs are shared and kernels are interpreted
 EMBEDDED = "vllm_lamina.worker.attention_worker"
 
 

@@ -300,7 +300,7 @@ class LaminaCUDAWorker(_LaminaWorker):
             cache.num_kv_heads,
             cache.head_size,
             cache.head_size_v,
-            layer.scale,
+            cache.head_size**-0.5,
             self.model_config.dtype,
         )
         attend = self.exchange.device.local_attention(shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec
     sinks = torch.tensor(spec.sinks or (-torch.inf,) * q.shape[1]).double()
     scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), dim=2)
     return torch.einsum("hqk,khd->qhd", scores.softmax(2)[..., :-1], v)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Its tensors are small: more threads would wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])

@@ -41,21 +41,20 @@ def _check_steps() -> None:
     def build_and_check(self: Any, common_prefix_len: int, theirs: Any, fast_build: bool = False) -> Any:
         metadata = build(self, common_prefix_len, theirs, fast_build)
         if metadata.step is not None:
-            _check(metadata.step, theirs, self.kv_cache_spec.block_size)
+            group = metadata.step.group_of(self.exchange._layer_indices[self.layer_names[0]])
+            _check(metadata.step, group, theirs, self.kv_cache_spec.block_size)
             COUNTS["checked steps"] += 1
         return metadata
 
     LaminaMetadataBuilder.build = build_and_check  # type: ignore[method-assign]
 
 
-def _check(step: Any, theirs: Any, block_size: int) -> None:
+def _check(step: Any, group: Any, theirs: Any, block_size: int) -> None:
     n = theirs.num_reqs
     assert step.num_tokens == theirs.num_actual_tokens
     assert step.query_lens.tolist() == theirs.query_start_loc_cpu[: n + 1].diff().tolist()
     assert (step.context_lens + step.query_lens).tolist() == theirs.seq_lens[:n].tolist()
-    assert step.groups[0].slot_mapping.tolist() == theirs.slot_mapping[: step.num_tokens].tolist()
-    for ours, row, length in zip(
-        step.groups[0].block_table, theirs.block_table_tensor, theirs.seq_lens, strict=False
-    ):
+    assert group.slot_mapping.tolist() == theirs.slot_mapping[: step.num_tokens].tolist()
+    for ours, row, length in zip(group.block_table, theirs.block_table_tensor, theirs.seq_lens, strict=False):
         used = -(-int(length) // block_size)
         assert ours[:used].tolist() == row[:used].tolist()

@@ -154,9 +154,9 @@ def test_zero_and_copy_blocks(connect: Connect) -> None:
     def tokens(block: int) -> slice:
         return slice(block * BLOCK_SIZE, (block + 1) * BLOCK_SIZE)
 
-    for cache in (engine.k, engine.v):
-        cache[:, tokens(9)], cache[:, tokens(29)] = cache[:, tokens(1)], cache[:, tokens(12)]
-        cache[:, tokens(3)] = cache[:, tokens(12)] = 0
+    for cache in (*engine.k, *engine.v):
+        cache[tokens(9)], cache[tokens(29)] = cache[tokens(1)], cache[tokens(12)]
+        cache[tokens(3)] = cache[tokens(12)] = 0
     engine.step(1, [Request(5 * BLOCK_SIZE, 1, [9, 12, 29, 3, 1, 0])])
     with pytest.raises(ValueError, match="block 1 cannot be copied to block 12, which is on another"):
         client.copy_blocks(np.array([[1, 12]], np.int32))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -68,10 +67,10 @@ class HostLayers:
         attend_locally: LocalAttention,
     ) -> None:
         step.send_once(self._client, lane, self._timeout)
-        rows = [query] if key is None or value is None else [query, key, value]
-        call = _LayerCall(
-            self._client, self._timeout, lane, layer, [_with_contiguous_rows(part) for part in rows], output
-        )
+        q = _with_contiguous_rows(query)
+        # Of a layer that stores nothing they are not read.
+        k, v = (q if rows is None else _with_contiguous_rows(rows) for rows in (key, value))
+        call = _LayerCall(self._client, self._timeout, lane, layer, q, k, v, output)
         try:
             if step.has_chunks:
                 self._attend_chunks(call, step, layer, query, key, value, output, attend_locally)
@@ -131,16 +130,23 @@ class _LayerCall:
         timeout: float,
         lane: int,
         layer: int,
-        rows: Sequence[torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
         self.client = client
         self.timeout = timeout
         self.where = (lane, layer)
-        size = out.element_size()
-        # q, k and v, or q alone.
-        self.qkv = [number for row in rows for number in (row.data_ptr(), row.stride(0) * size)]
-        self.qkv += [0] * (6 - len(self.qkv))
+        size = q.element_size()
+        self.qkv = (
+            q.data_ptr(),
+            q.stride(0) * size,
+            k.data_ptr(),
+            k.stride(0) * size,
+            v.data_ptr(),
+            v.stride(0) * size,
+        )
         self.out = (out.data_ptr(), out.stride(0) * size)
 
     def attend(self) -> None:

@@ -50,7 +50,7 @@ class ContextRows(NamedTuple):
 
     start: int
     context_start: int
-    count: int
+    num_rows: int
 
 
 class StepGroup:

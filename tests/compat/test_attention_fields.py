@@ -68,10 +68,6 @@ OTHER_IMPLS = {
 OTHER_LAYERS = {
     "use_alibi_sqrt": (True, "use_alibi_sqrt is not supported"),  # vLLM itself
     "attn_type": ("encoder_decoder", "cross attention"),
-    "mm_prefix_clamp_sliding_window": (
-        True,
-        "other attention options .* mm_prefix_clamp_sliding_window=True",
-    ),
     "attn_backend": (type("Other", (LaminaAttentionBackend,), {}), "other attention options .*='Other'"),
     "extra_impl_args": (1, "other attention options"),
 }
@@ -90,6 +86,7 @@ LAYER_ARGUMENTS = IMPL_ARGUMENTS | {
     "prefix",
     "per_layer_sliding_window",
     "head_size_v",
+    "mm_prefix_clamp_sliding_window",  # says something where `use_mm_prefix` does
 }
 """Those that are read: by the implementation, or by way of the spec."""
 
@@ -173,6 +170,12 @@ def test_causal_attention_is_served(load: Make) -> None:
     check_spec("a", WINDOW)
     check_metadata(METADATA)
     load("Attention")
+
+
+def test_images_that_are_seen_whole(load: Make, config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(config.model_config), "is_mm_prefix_lm", True)
+    with pytest.raises(UnsupportedError, match="other attention options .* use_mm_prefix=True"):
+        load("Attention")
 
 
 def test_what_only_the_layer_is_told(load: Make) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from concurrent.futures import Future
+from types import SimpleNamespace
 
 import torch
 from vllm.config import ModelConfig
@@ -132,5 +133,13 @@ def test_a_kv_cache_can_be_elsewhere() -> None:
     spec = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=32, dtype=torch.float32)
     group = KVCacheGroupSpec(["a", "b"], spec)
     config = KVCacheConfig(num_blocks=3, kv_cache_tensors=["anything"], kv_cache_groups=[group])
-    assert without_tensors(config).kv_cache_tensors == []
+    layers = {"b": SimpleNamespace(kv_sharing_target_layer_name="a"), "a": SimpleNamespace()}
+    vllm_config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+    group_of_one = KVCacheGroupSpec(["a"], spec)
+    elsewhere = without_tensors(dataclasses.replace(config, kv_cache_groups=[group_of_one]), vllm_config)
+    assert elsewhere.kv_cache_tensors == []
+    assert elsewhere.kv_cache_groups[0].layer_names == ["a", "b"]
+    assert group_of_one.layer_names == ["a"]
+    assert layers["b"].kv_sharing_target_layer_name is None
+    assert "self.shared_kv_cache_layers" in inspect.getsource(GPUModelRunner.__init__)
     assert counted_bytes([group], 3) == 3 * 2 * (2 * 32 * 2 * 32 * 4)

@@ -63,7 +63,7 @@ METADATA_FIELDS = frozenset(
 )
 """Fields of a ``CommonAttentionMetadata`` that may have any value."""
 
-LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "mm_prefix_clamp_sliding_window": False, "query_quant": None}
+LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "use_mm_prefix": False, "query_quant": None}
 """What an ``Attention`` layer is told and tells neither its implementation nor its spec, as it must be."""
 
 _METADATA_DEFAULTS = tuple(

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
+from vllm.config import VllmConfig
+from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
 
-def without_tensors(kv_cache_config: Any) -> Any:
-    """The same ``KVCacheConfig``, of which vLLM allocates nothing."""
-    return dataclasses.replace(kv_cache_config, kv_cache_tensors=[])
+
+def without_tensors(kv_cache_config: Any, vllm_config: VllmConfig) -> Any:
+    """The same ``KVCacheConfig``, of which vLLM allocates nothing.
+
+    Layers that share another's KV are in that one's group, where vLLM would put them. It would also look for the other's
+    tensor, so that it does not hear of the sharing any more.
+    """
+    groups = copy.deepcopy(kv_cache_config.kv_cache_groups)
+    shared = {}
+    for name, layer in vllm_config.compilation_config.static_forward_context.items():
+        if target := getattr(layer, "kv_sharing_target_layer_name", None):
+            shared[name] = target
+            layer.kv_sharing_target_layer_name = None
+    add_kv_sharing_layers_to_kv_cache_groups(shared, groups)
+    return dataclasses.replace(kv_cache_config, kv_cache_tensors=[], kv_cache_groups=groups)
+
+
+def forget_shared_layers(model_runner: Any) -> None:
+    """The same for what the V1 model runner has found out already."""
+    model_runner.shared_kv_cache_layers = {}
 
 
 def allocated_bytes(model_runner: Any) -> int:

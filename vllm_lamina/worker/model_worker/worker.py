@@ -25,6 +25,7 @@ from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, group
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
     fits_length_to_pool,
+    forget_shared_layers,
     warm_up_on_cpu,
     without_tensors,
 )
@@ -138,7 +139,8 @@ class _LaminaWorker(Worker):
         layers = self._layers(client, streams, partition, options)
         self.attention_workers.replace_channel = layers.replace_channel
         self.exchange.open(layers, layer_names, partition.geometry)
-        kv_cache_config = without_tensors(kv_cache_config)
+        kv_cache_config = without_tensors(kv_cache_config, self.vllm_config)
+        forget_shared_layers(self.model_runner)
         super().initialize_from_config(kv_cache_config)
         runners = lane_runners(
             self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config

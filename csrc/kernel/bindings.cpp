@@ -95,8 +95,9 @@ class CheckedKernel {
 
   void attend(const Blocks& layer, const ConstTokens& q, const Lengths& query_start_loc,
               const Lengths& kv_lens, const BlockTables& block_tables, const ScoreRule& rule,
-              const Tokens& out, const std::optional<Lse>& lse, ThreadPool& threads, const std::optional<Lengths>& positions,
-              const std::optional<BlockTables>& block_positions, int32_t num_complete_tokens) const {
+              const Tokens& out, const std::optional<Lse>& lse, ThreadPool& threads,
+              const std::optional<Lengths>& positions, const std::optional<BlockTables>& block_positions,
+              int32_t num_complete_tokens) const {
     const LayerPool pool = layer_pool(layer);
     check_score_rule(rule, geometry_);
     check_tokens("q", q, geometry_.num_heads, geometry_.head_size);

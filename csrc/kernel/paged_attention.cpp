@@ -35,8 +35,8 @@ class Attend {
         q_(static_cast<const std::byte*>(q)),
         requests_(requests),
         rule_(rule),
-        num_complete_rows_(rule.sinks.empty() ? 0
-                                              : static_cast<size_t>(num_complete_tokens) * geometry.num_heads),
+        num_complete_rows_(static_cast<size_t>(rule.sinks.empty() ? 0 : num_complete_tokens) *
+                           geometry.num_heads),
         scale_log2_(rule.scale * kLog2E),
         out_(static_cast<std::byte*>(out)),
         lse_(lse) {}

@@ -233,8 +233,8 @@ void AttentionWorker::attend(const FrameHeader& header, std::span<const std::byt
   {
     const Timer timer(counters_.ns_attending);
     kernel_->attend(layer, payload.data(), step.requests().data(),
-                    static_cast<int32_t>(step.requests().size()), ScoreRule{geometry_.scales[header.layer]}, 0, out,
-                    lse, threads_);
+                    static_cast<int32_t>(step.requests().size()), ScoreRule{geometry_.scales[header.layer]},
+                    0, out, lse, threads_);
   }
   if (threads_.cancelled()) return;
   if (lse != nullptr && lse != reply_lse) {

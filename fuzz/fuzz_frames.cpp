@@ -21,7 +21,7 @@ ModelGeometry layers_of_several_kinds() {
   const ScoreRule windowed{.scale = 0.2f, .soft_cap = 3, .window = 20, .chunk = 0, .sinks = {0.5f, -1}, .alibi_slopes = {}};
   const ScoreRule chunked{.scale = 0.1f, .soft_cap = 0, .window = 0, .chunk = 24, .sinks = {}, .alibi_slopes = {0.5f, 0.1f}};
   return {{{32, 2, 32, 32, DType::kFloat32}, {16, 1, 48, 32, DType::kBFloat16}},
-          {{0, 0, 0, 2, ScoreRule{0.17f}, true},
+          {{0, 0, 0, 2, ScoreRule{0.17f, 0, 0, 0, {}, {}}, true},
            {1, 1, 0, 2, windowed, true},
            {1, 1, 1, 2, chunked, true},
            {1, 1, 0, 2, windowed, false}}};

@@ -21,8 +21,8 @@ struct BlockRange {
   int32_t first, count;
 };
 
-// The blocks of a request but those before the first that a query token, counted from the request's first, sees. Later
-// query tokens see none of these either.
+// The blocks of a request but those before the first that a query token, counted from the request's first,
+// sees. Later query tokens see none of these either.
 BlockRange seen_blocks(const AttendRequest& request, int32_t query_token, const ScoreRule& rule,
                        int32_t block_size) {
   // In 64 bits: a length may be close to the largest 32-bit one.
@@ -69,7 +69,8 @@ void AttendPlan::add_items(const AttentionGeometry& geometry, const AttendReques
         const int32_t item_rows = std::min(tile_rows, rows - begin);
         const int64_t cost = item_heads * (kRowsPerBlockRead + item_rows);
         const BlockRange blocks = seen_blocks(request, begin / group, rule, geometry.block_size);
-        items_.push_back({r, head, item_heads, begin, item_rows, blocks.first, blocks.count, cost, total_cost_});
+        items_.push_back(
+            {r, head, item_heads, begin, item_rows, blocks.first, blocks.count, cost, total_cost_});
         total_cost_ += cost * blocks.count;
       }
     }

@@ -93,10 +93,11 @@ class CheckedKernel {
     kernel_->zero_block(pool, block);
   }
 
-  void attend(const Blocks& layer, const ConstTokens& q, const Lengths& query_start_loc, const Lengths& kv_lens,
-              const BlockTables& block_tables, const ScoreRule& rule, const Tokens& out,
-              const std::optional<Lse>& lse, ThreadPool& threads, const std::optional<Lengths>& positions,
-              const std::optional<BlockTables>& block_positions, int32_t num_complete_tokens) const {
+  void attend(const Blocks& layer, const ConstTokens& q, const Lengths& query_start_loc,
+              const Lengths& kv_lens, const BlockTables& block_tables, const ScoreRule& rule,
+              const Tokens& out, const std::optional<Lse>& lse, ThreadPool& threads,
+              const std::optional<Lengths>& positions, const std::optional<BlockTables>& block_positions,
+              int32_t num_complete_tokens) const {
     const LayerPool pool = layer_pool(layer);
     check_score_rule(rule, geometry_);
     check_tokens("q", q, geometry_.num_heads, geometry_.head_size);
@@ -124,15 +125,16 @@ class CheckedKernel {
               "kv_len " + std::to_string(kv_len) + " does not fit its block table");
       AttendRequest request{begin, end - begin, kv_len, block_tables.data() + r * max_blocks};
       if (positions) request.position = (*positions)(r);
-      require(request.position >= 0 && request.position <= std::numeric_limits<int32_t>::max() - request.query_len,
+      require(request.position >= 0 &&
+                  request.position <= std::numeric_limits<int32_t>::max() - request.query_len,
               "position " + std::to_string(request.position) + " is out of range");
       if (block_positions) request.block_positions = block_positions->data() + r * max_blocks;
       for (int64_t b = 0; b < used; ++b) check_block(layer, request.block_table[b]);
       requests.push_back(request);
     }
     nb::gil_scoped_release release;
-    kernel_->attend(pool, q.data(), requests.data(), static_cast<int32_t>(num_requests), rule, num_complete_tokens,
-                    out.data(), lse ? lse->data() : nullptr, threads);
+    kernel_->attend(pool, q.data(), requests.data(), static_cast<int32_t>(num_requests), rule,
+                    num_complete_tokens, out.data(), lse ? lse->data() : nullptr, threads);
   }
 
  private:
@@ -154,8 +156,8 @@ class CheckedKernel {
     require(array.dtype() == array_dtype(geometry_.dtype),
             std::string(name) + " must have the kernel's dtype (bfloat16 as uint16)");
     require(array.shape(1) == static_cast<size_t>(heads) && array.shape(2) == static_cast<size_t>(head_size),
-            std::string(name) + " must be [tokens, " + std::to_string(heads) + ", " + std::to_string(head_size) +
-                "]");
+            std::string(name) + " must be [tokens, " + std::to_string(heads) + ", " +
+                std::to_string(head_size) + "]");
   }
 
   AttentionGeometry geometry_;
@@ -185,8 +187,8 @@ void bind_kernel(nb::module_& m) {
   nb::class_<ScoreRule>(m, "ScoreRule", "What a layer does with scores.")
       .def(
           "__init__",
-          [](ScoreRule* self, float scale, float soft_cap, int32_t window, int32_t chunk, std::vector<float> sinks,
-             std::vector<float> alibi_slopes) {
+          [](ScoreRule* self, float scale, float soft_cap, int32_t window, int32_t chunk,
+             std::vector<float> sinks, std::vector<float> alibi_slopes) {
             new (self) ScoreRule{scale, soft_cap, window, chunk, std::move(sinks), std::move(alibi_slopes)};
           },
           "scale"_a, "soft_cap"_a = 0.0f, "window"_a = 0, "chunk"_a = 0, "sinks"_a = std::vector<float>(),

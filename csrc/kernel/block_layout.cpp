@@ -36,8 +36,8 @@ void store_panels(const BlockShape& shape, std::byte* region, int32_t offset, in
   auto* values = reinterpret_cast<Element*>(region + shape.key_bytes());
   for (int32_t t = 0; t < num_tokens;) {
     const int32_t column = (offset + t) % 16, count = std::min(16 - column, num_tokens - t);
-    store_columns(keys + static_cast<size_t>(offset + t - column) * shape.head_size, column, count, k.token(t),
-                  k.stride, shape.head_size);
+    store_columns(keys + static_cast<size_t>(offset + t - column) * shape.head_size, column, count,
+                  k.token(t), k.stride, shape.head_size);
     t += count;
   }
   for (int32_t t = 0; t < num_tokens; ++t)

@@ -11,8 +11,8 @@
 // reduction axis:
 //   K: [block_size / 32][head_size / 32][2 tiles of 16 tokens][16 dim pairs][16 tokens][2 dims];
 //   V: [head_size / 32][block_size / 32][2 tiles of 16 dims][16 token pairs][16 dims][2 tokens].
-//   Head sizes and the block size are padded with zeros to multiples of 32: a block of 16 tokens takes as much memory
-//   as one of 32.
+//   Head sizes and the block size are padded with zeros to multiples of 32: a block of 16 tokens takes as
+//   much memory as one of 32.
 // The head size is k's for K and v's for V.
 #pragma once
 

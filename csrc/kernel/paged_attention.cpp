@@ -35,7 +35,8 @@ class Attend {
         q_(static_cast<const std::byte*>(q)),
         requests_(requests),
         rule_(rule),
-        num_complete_rows_(rule.sinks.empty() ? 0 : static_cast<size_t>(num_complete_tokens) * geometry.num_heads),
+        num_complete_rows_(static_cast<size_t>(rule.sinks.empty() ? 0 : num_complete_tokens) *
+                           geometry.num_heads),
         scale_log2_(rule.scale * kLog2E),
         out_(static_cast<std::byte*>(out)),
         lse_(lse) {}
@@ -104,7 +105,8 @@ class Attend {
   void write_empty(const RowItem& item) const {
     for_each_row(item, [&](size_t row, size_t) {
       std::memset(out_ + row * out_row_bytes_, 0, out_row_bytes_);
-      if (lse_ != nullptr) lse_[row] = row < num_complete_rows_ ? rule_.sinks[row % geometry_.num_heads] : kNegInf;
+      if (lse_ == nullptr) return;
+      lse_[row] = row < num_complete_rows_ ? rule_.sinks[row % geometry_.num_heads] : kNegInf;
     });
   }
 
@@ -143,9 +145,9 @@ class Attend {
       std::fill_n(acc.max + first, item.rows, kNegInf);
       std::fill_n(acc.sum + first, item.rows, 0.0f);
       thread.tiles.push_back({item.rows, shape_.stored_head_size, shape_.stored_head_size_v,
-                              shape_.stored_block_size, scale_log2_, shape_.key_bytes(), shape_.region_bytes(),
-                              queries, thread.weights, out, acc.max + first, acc.sum + first,
-                              row_rule(item, head, thread), 0});
+                              shape_.stored_block_size, scale_log2_, shape_.key_bytes(),
+                              shape_.region_bytes(), queries, thread.weights, out, acc.max + first,
+                              acc.sum + first, row_rule(item, head, thread), 0});
     }
   }
 
@@ -295,9 +297,9 @@ void PagedAttention::append(LayerPool layer, const void* k, const void* v, const
   });
 }
 
-void PagedAttention::attend(LayerPool layer, const void* q, const AttendRequest* requests, int32_t num_requests,
-                            const ScoreRule& rule, int32_t num_complete_tokens, void* out, float* lse,
-                            ThreadPool& threads) const {
+void PagedAttention::attend(LayerPool layer, const void* q, const AttendRequest* requests,
+                            int32_t num_requests, const ScoreRule& rule, int32_t num_complete_tokens,
+                            void* out, float* lse, ThreadPool& threads) const {
   const Attend attend(geometry_, shape_, ops_, layer, q, requests, rule, num_complete_tokens, out, lse);
   const int num_threads = threads.size();
   const AttendPlan plan(geometry_, requests, num_requests, rule, num_threads, max_rows_, ops_.row_granule);

@@ -14,7 +14,8 @@ void check_by_head(const char* name, const std::vector<float>& values, int32_t n
     refuse(std::string(name) + " has " + std::to_string(values.size()) + " values for " +
            std::to_string(num_heads) + " query heads: give one for each, or none");
   for (const float value : values)
-    if (!std::isfinite(value)) refuse(std::string(name) + " holds " + std::to_string(value) + ": use finite numbers");
+    if (!std::isfinite(value))
+      refuse(std::string(name) + " holds " + std::to_string(value) + ": use finite numbers");
 }
 
 }  // namespace

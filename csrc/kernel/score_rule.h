@@ -9,16 +9,18 @@
 
 namespace lamina {
 
-// Constant per layer, chosen when the pool is configured. A key at position j is seen by the query at position p (j <= p)
-// iff (no window or j > p - window) and (no chunk or j >= p / chunk * chunk).
+// Constant per layer, chosen when the pool is configured. A key at position j is seen by the query at position
+// p (j <= p) iff (no window or j > p - window) and (no chunk or j >= p / chunk * chunk).
 struct ScoreRule {
   float scale;
-  float soft_cap = 0;                // score = soft_cap * tanh(scale * q.k / soft_cap); 0: none
-  int32_t window = 0;                // tokens that a query sees, its own among them; 0: all
-  int32_t chunk = 0;                 // tokens of a chunk, across whose edges nothing is seen; 0: none
-  std::vector<float> sinks;          // by query head: a logit that is added to the softmax denominator only; or empty
-  std::vector<float> alibi_slopes;   // by query head: slope * (key position - query position) is added to the score,
-                                     // after scale and soft-cap; or empty
+  float soft_cap = 0;  // score = soft_cap * tanh(scale * q.k / soft_cap); 0: none
+  int32_t window = 0;  // tokens that a query sees, its own among them; 0: all
+  int32_t chunk = 0;   // tokens of a chunk, across whose edges nothing is seen; 0: none
+  // By query head, or empty: a logit that is added to the softmax denominator only.
+  std::vector<float> sinks = {};
+  // By query head, or empty: slope * (key position - query position) is added to the score, after scale and
+  // soft-cap.
+  std::vector<float> alibi_slopes = {};
 
   bool hides() const { return window > 0 || chunk > 0; }
   bool needs_positions() const { return hides() || !alibi_slopes.empty(); }

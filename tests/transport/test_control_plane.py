@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import zmq
 
-from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.transport.address import ControlAddress
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import (
@@ -17,6 +17,7 @@ from vllm_lamina.transport.errors import (
     WorkerRefused,
     WorkerUnreachable,
 )
+from vllm_lamina.transport.listener import MAX_REQUEST_BYTES
 from vllm_lamina.wire.messages import (
     MAX_HOSTS,
     PROTOCOL_VERSION,
@@ -64,6 +65,15 @@ def test_addresses(address: str, endpoint: str, needs_secret: bool) -> None:
 def test_other_addresses_are_refused(address: str, reason: str) -> None:
     with pytest.raises(UnsupportedAddress, match=reason):
         AttentionWorkerConnection.connect(address, timeout=1.0)
+
+
+def test_the_largest_models_fit_a_request() -> None:
+    cache = CacheSpec(128, 128, 128, 128, "bfloat16")
+    slopes = tuple(1 / (head + 3) for head in range(128))
+    layers = tuple(LayerSpec(0, 0, position, 128, 0.1, alibi_slopes=slopes) for position in range(126))
+    request = Configure(Geometry((cache,), layers), 1, 0)
+    assert 64 << 10 < len(encode(request)) < MAX_REQUEST_BYTES
+    assert decode_request(encode(request)) == request
 
 
 def test_scales_match_layers() -> None:

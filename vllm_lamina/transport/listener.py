@@ -16,7 +16,9 @@ from vllm_lamina.transport.sockets import HANDSHAKE_MS, Socket, SocketMonitor, s
 
 logger = logging.getLogger("vllm_lamina.attention_worker")
 
-MAX_REQUEST_BYTES = 64 << 10
+MAX_REQUEST_BYTES = 256 << 10
+"""A geometry may say a number for every head of every layer."""
+
 REFUSED_LOG_SECONDS = 1.0
 """At most one line about refused clients in this time, so that they cannot fill the log."""
 

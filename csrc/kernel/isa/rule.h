@@ -25,10 +25,11 @@ inline typename Lanes::Vec tanh(typename Lanes::Vec x) {
   return Lanes::div(Lanes::mul(x, p), q);
 }
 
-// Replaces scores[0 .. num_tokens), as they come from the product, by what the softmax takes, in units of log2; `scale`
-// brings the product there. Keys that the row does not see get -inf.
+// Replaces scores[0 .. num_tokens), as they come from the product, by what the softmax takes, in units of log2;
+// `scale` brings the product there. Keys that the row does not see get -inf. Not inlined: layers without a rule
+// keep the code that they would have without this.
 template <class Lanes>
-inline void apply_rule(const RowTile& tile, int row, float* scores, float scale, int num_tokens) {
+[[gnu::noinline]] void apply_rule(const RowTile& tile, int row, float* scores, float scale, int num_tokens) {
   const RowRule& rule = tile.rule;
   int hidden = 0;
   if (rule.first_seen != nullptr) {

@@ -78,6 +78,8 @@ class Sizes:
     compared: int = 24
     memory: str = "16GiB"
     engine: dict[str, Any] = field(default_factory=lambda: {"max_model_len": 4096, "max_num_seqs": 256})
+    stock: dict[str, Any] = field(default_factory=dict)
+    """Options of stock vLLM alone."""
 
 
 # What a run without a GPU has otherwise: see tests/device/gpu_on_cpu.py.
@@ -341,8 +343,7 @@ def _params(num_tokens: int, **more: Any) -> Any:
 def _engine(model: str, **options: Any) -> Any:
     from vllm import LLM
 
-    if "executor" in options:
-        options["lamina_memory"] = SIZES.memory
+    options |= {"lamina_memory": SIZES.memory} if "executor" in options else SIZES.stock
     return LLM(model, skip_tokenizer_init=True, gpu_memory_utilization=0.5, seed=0, **SIZES.engine, **options)
 
 

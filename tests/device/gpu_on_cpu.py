@@ -29,6 +29,7 @@ gpu.SIZES = gpu.Sizes(
     prompts=(1, 33, 40),
     compared=3,
     memory="64MiB",
+    stock={"kv_cache_memory_bytes": 64 << 20},
     engine={"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 32},
 )
 

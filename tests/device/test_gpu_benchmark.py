@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from engines import ENGINE_ENV
 from runners import V2, environment
 
 from benchmarks import gpu
+from vllm_lamina import _native
 
 PROGRAM = Path(__file__).with_name("gpu_on_cpu.py")
 TESTS = PROGRAM.parent.parent
@@ -96,6 +99,30 @@ def test_a_part_that_breaks_costs_itself(monkeypatch: pytest.MonkeyPatch) -> Non
         ("equality", {"part": "equality"}),
     ]
     assert "| exchange |  |\n|  | status 3 |" in gpu.page({"GPU": "none"}, rows)
+
+
+@pytest.mark.slow
+def test_script(tmp_path: Path) -> None:
+    """From a bare checkout to the results, where building is copying, and no part finds what it asks."""
+    checkout, programs = tmp_path / "checkout", tmp_path / "bin"
+    for name in ("scripts/gpu.sh", "pyproject.toml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TESTS.parent / name, checkout / name)
+    for name in ("benchmarks", "vllm_lamina"):
+        shutil.copytree(TESTS.parent / name, checkout / name, ignore=shutil.ignore_patterns("*.so"))
+    programs.mkdir()
+    build = f"mkdir -p build/gpu && cp {_native.__file__} build/gpu/"
+    for name, script in (("nvidia-smi", "echo none"), ("cmake", build)):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    env = os.environ | {"PATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([checkout / "scripts" / "gpu.sh", "--parts", "words"], check=True, env=env)
+    written = json.loads((checkout / "results" / "gpu.json").read_text())
+    assert written["rows"] == [["words", {"error": "status 1"}]]
+    assert list((checkout / "vllm_lamina").glob("_native*.so"))
+    [points] = checkout.glob("vllm_lamina-*.dist-info/entry_points.txt")
+    assert "[vllm.general_plugins]\nlamina = " in points.read_text()
 
 
 def test_all_parts_have_limits() -> None:

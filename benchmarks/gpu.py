@@ -18,12 +18,14 @@ import argparse
 import ctypes
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,36 +44,86 @@ from vllm_lamina.transport.connection import AttentionWorkerConnection
 LIMITS = {"words": 40, "exchange": 90, "equality": 150, "steps": 200}
 """Seconds for each part, in this order: eight minutes in all."""
 
-WIDTHS = (32, 8, 128)
-"""Query heads, KV heads and head size of Llama-3-8B."""
-
 TIMEOUT = 20.0
 BLOCK_SIZE = 128
 
 Row = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Model:
+    """A Llama; ``heads`` are query heads, KV heads and head size."""
+
+    hidden_size: int
+    intermediate_size: int
+    heads: tuple[int, int, int]
+    layers: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    round_trips: int = 300
+    widths: tuple[int, int, int] = (32, 8, 128)
+    """Query heads, KV heads and head size of Llama-3-8B."""
+    layers: int = 32
+    exchanged_steps: int = 20
+    batches: tuple[int, ...] = (8, 64, 256)
+    context: int = 1024
+    decoded: int = 32
+    small: Model = Model(1024, 2816, (16, 4, 64), 8)
+    big: Model = Model(4096, 14336, (32, 8, 128), 16)
+    prompts: tuple[int, ...] = (1, 5, 17, 33, 64, 100, 129, 300, 511, 700, 1500, 3000)
+    compared: int = 24
+    memory: str = "16GiB"
+    engine: dict[str, Any] = field(default_factory=lambda: {"max_model_len": 4096, "max_num_seqs": 256})
+    stock: dict[str, Any] = field(default_factory=dict)
+    """Options of stock vLLM alone."""
+
+
+# What a run without a GPU has otherwise: see tests/device/gpu_on_cpu.py.
+SIZES = Sizes()
+PROGRAM = [sys.executable, "-m", "benchmarks.gpu"]
+
+
+def make_streams() -> Streams:
+    """The device's."""
+    from vllm_lamina.device.cuda_streams import CudaStreams
+
+    return CudaStreams()
+
+
+def word_streams(memory: tuple[int, int]) -> Iterator[tuple[str, Any]]:
+    """Streams that write words and wait for them, by the driver's operations and by kernels: None where there are none.
+
+    ``memory`` is where the words are.
+    """
+    from vllm_lamina.device.cuda_streams import CudaStream, CudaStreams
+
+    streams = CudaStreams()
+    streams.register([memory])
+    failed = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    for name, driver in (("driver", streams._driver), ("kernels", None)):
+        is_missing = name == "driver" and driver is None
+        yield name, None if is_missing else CudaStream(driver, failed, torch.cuda.current_device())
+
+
 # ------------------------------------------------------------------------------------------------------------- words
 
 
 def words(report: Callable[[Row], None]) -> None:
-    """Round trips between a stream and a thread of the host, by the driver's operations and by kernels."""
-    from vllm_lamina.device.cuda_streams import CudaStream, CudaStreams
-
+    """Round trips between a stream and a thread of the host."""
     memory = np.zeros(4096, np.uint8)
-    streams = CudaStreams()
-    streams.register([(memory.ctypes.data, memory.nbytes)])
     there, back = memory.ctypes.data, memory.ctypes.data + 128
-    failed = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    for name, driver in (("driver", streams._driver), ("kernels", None)):
-        if name == "driver" and driver is None:
+    for name, stream in word_streams((memory.ctypes.data, memory.nbytes)):
+        if stream is None:
             report({"by": name, "error": "no cuda-bindings"})
-            continue
-        stream = CudaStream(driver, failed, torch.cuda.current_device())
-        report({"by": name, "us": round_trip_us(stream, there, back)})
+        else:
+            report({"by": name, "us": round_trip_us(stream, there, back, SIZES.round_trips)})
 
 
-def round_trip_us(stream: Any, there: int, back: int, times: int = 300) -> float:
+def round_trip_us(stream: Any, there: int, back: int, times: int) -> float:
     """Microseconds from a word that the stream writes to one that it waits for, and the host writes."""
     seen, answer = (ctypes.c_int32.from_address(word) for word in (there, back))
     seen.value = answer.value = 0
@@ -199,13 +251,13 @@ def _no_chunks(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def exchange(report: Callable[[Row], None]) -> None:
-    """At the widths of an 8B model, 32 layers."""
-    from vllm_lamina.device.cuda_streams import CudaStreams
-
-    cpus = sorted(os.sched_getaffinity(0))[2:]
-    for batch in (8, 64, 256):
+    """At the widths of an 8B model."""
+    cpus = sorted(os.sched_getaffinity(0))
+    cpus = cpus[2:] or cpus[-1:]
+    for batch in SIZES.batches:
         for num_lanes in (1, 2):
-            took, attention = DecodeSteps(CudaStreams(), WIDTHS, 32, batch, num_lanes).run(20, 100, cpus)
+            steps = DecodeSteps(make_streams(), SIZES.widths, SIZES.layers, batch, num_lanes)
+            took, attention = steps.run(SIZES.exchanged_steps, 100, cpus)
             report({"batch": batch, "lanes": num_lanes, "layer us": took, "of these attention": attention})
 
 
@@ -220,7 +272,7 @@ SYSTEMS = {
 
 def equality(report: Callable[[Row], None]) -> None:
     """Prompts of 1 to 3000 tokens, twice, so that the second time they are in the prefix cache."""
-    model = _model("small", hidden_size=1024, intermediate_size=2816, heads=(16, 4, 64), layers=8)
+    model = _model("small", SIZES.small)
     outputs = {
         name: _in_process("tokens", str(model), json.dumps(options)) for name, options in SYSTEMS.items()
     }
@@ -246,7 +298,7 @@ def compare(expected: list[Any], actual: list[Any]) -> Row:
 
 def steps(report: Callable[[Row], None]) -> None:
     """An 8B model's widths, half of its layers, random weights."""
-    model = _model("big", hidden_size=4096, intermediate_size=14336, heads=WIDTHS, layers=16)
+    model = _model("big", SIZES.big)
     for name, options in SYSTEMS.items():
         for row in _in_process("decode", str(model), json.dumps(options)):
             report({"system": name, **row})
@@ -255,13 +307,10 @@ def steps(report: Callable[[Row], None]) -> None:
 def _tokens(model: str, options: str) -> list[Any]:
     llm = _engine(model, dtype="float32", **json.loads(options))
     rng = np.random.default_rng(0)
-    prompts = [
-        {"prompt_token_ids": rng.integers(5, 1000, length).tolist()}
-        for length in (1, 5, 17, 33, 64, 100, 129, 300, 511, 700, 1500, 3000)
-    ]
+    prompts = [{"prompt_token_ids": rng.integers(5, 1000, length).tolist()} for length in SIZES.prompts]
     outputs = []
     for _ in range(2):
-        for request in llm.generate(prompts, _params(24, logprobs=1), use_tqdm=False):
+        for request in llm.generate(prompts, _params(SIZES.compared, logprobs=1), use_tqdm=False):
             completion = request.outputs[0]
             logprobs = [next(iter(choices.values())).logprob for choices in completion.logprobs]
             outputs.append([list(completion.token_ids), logprobs])
@@ -273,8 +322,8 @@ def _decode(model: str, options: str) -> Iterator[Row]:
     llm = _engine(model, dtype="bfloat16", load_format="dummy", **json.loads(options))
     started = time.perf_counter() - begin
     rng = np.random.default_rng(0)
-    for batch in (8, 64, 256):
-        prompts = [{"prompt_token_ids": rng.integers(5, 1000, 1024).tolist()} for _ in range(batch)]
+    for batch in SIZES.batches:
+        prompts = [{"prompt_token_ids": rng.integers(5, 1000, SIZES.context).tolist()} for _ in range(batch)]
 
         def seconds(num_tokens: int, prompts: list[Any] = prompts) -> float:
             begin = time.perf_counter()
@@ -283,7 +332,7 @@ def _decode(model: str, options: str) -> Iterator[Row]:
 
         seconds(2)
         # The prompts are in the prefix cache now: the difference is decoding.
-        step = (seconds(34) - seconds(2)) / 32
+        step = (seconds(SIZES.decoded + 2) - seconds(2)) / SIZES.decoded
         yield {"batch": batch, "step ms": step * 1e3, "started in s": started}
 
 
@@ -296,34 +345,23 @@ def _params(num_tokens: int, **more: Any) -> Any:
 def _engine(model: str, **options: Any) -> Any:
     from vllm import LLM
 
-    if "executor" in options:
-        options["lamina_memory"] = "16GiB"
-    return LLM(
-        model,
-        skip_tokenizer_init=True,
-        max_model_len=4096,
-        max_num_seqs=256,
-        gpu_memory_utilization=0.5,
-        seed=0,
-        **options,
-    )
+    options |= {"lamina_memory": SIZES.memory} if "executor" in options else SIZES.stock
+    return LLM(model, skip_tokenizer_init=True, gpu_memory_utilization=0.5, seed=0, **SIZES.engine, **options)
 
 
-def _model(
-    name: str, *, hidden_size: int, intermediate_size: int, heads: tuple[int, int, int], layers: int
-) -> Path:
-    """A random Llama; of the big one the configuration alone."""
+def _model(name: str, model: Model) -> Path:
+    """With random weights; of the big one the configuration alone."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     directory = Path(os.environ.get("TMPDIR", "/tmp")) / f"lamina-gpu-{name}"
     config = LlamaConfig(
         vocab_size=32000,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=layers,
-        num_attention_heads=heads[0],
-        num_key_value_heads=heads[1],
-        head_dim=heads[2],
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads[0],
+        num_key_value_heads=model.heads[1],
+        head_dim=model.heads[2],
         max_position_embeddings=32768,
         initializer_range=0.05,
         architectures=["LlamaForCausalLM"],
@@ -338,7 +376,7 @@ def _model(
 
 def _in_process(function: str, *arguments: str) -> Any:
     """What a function of this file returns, called in a process of its own: a GPU's memory is free again then."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--call", function, *arguments]
+    command = [*PROGRAM, "--call", function, *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise RuntimeError(f"{function} ended with status {done.returncode}")
@@ -358,17 +396,26 @@ PARTS: dict[str, Callable[[Callable[[Row], None]], None]] = {
 def run_parts(parts: list[str], report: Callable[[str, Row], None]) -> None:
     """Each in a process, whose lines are its rows; what it has said when its time is over stands."""
     for part in parts:
-        command = [sys.executable, "-m", "benchmarks.gpu", "--part", part]
+        command = [*PROGRAM, "--part", part]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as child:
-            end = threading.Timer(LIMITS[part], os.killpg, (child.pid, 9))
-            end.start()
+            is_late = threading.Event()
+
+            def end(child: Any = child, is_late: threading.Event = is_late) -> None:
+                is_late.set()
+                os.killpg(child.pid, signal.SIGKILL)
+
+            limit = threading.Timer(LIMITS[part], end)
+            limit.start()
             assert child.stdout is not None
             for line in child.stdout:
                 if line.startswith("{"):
                     report(part, json.loads(line))
-            if child.wait() != 0:
-                report(part, {"error": f"status {child.returncode}"})
-            end.cancel()
+            status = child.wait()
+            limit.cancel()
+        if is_late.is_set():
+            report(part, {"error": f"not over after {LIMITS[part]:g} s"})
+        elif status != 0:
+            report(part, {"error": f"status {status}"})
 
 
 def page(described: dict[str, str], rows: list[tuple[str, Row]]) -> str:

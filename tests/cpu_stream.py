@@ -40,14 +40,14 @@ class CpuStream:
         self._operations.put(operation)
 
     def write(self, word: int, value: int) -> None:
-        self.enqueue(lambda: _store(word, value))
+        self.enqueue(lambda: store(word, value))
 
     def wait(self, word: int, value: int) -> None:
         """Until the word is at least ``value``."""
 
         def wait() -> None:
             end = time.monotonic() + DEADLINE
-            while _load(word) < value:
+            while load(word) < value:
                 assert time.monotonic() < end, "a stream waits for ever"
                 time.sleep(0)
 
@@ -74,11 +74,11 @@ class CpuStream:
                 self._error = error
 
 
-def _load(word: int) -> int:
+def load(word: int) -> int:
     return ctypes.c_int32.from_address(word).value
 
 
-def _store(word: int, value: int) -> None:
+def store(word: int, value: int) -> None:
     ctypes.c_int32.from_address(word).value = value
 
 

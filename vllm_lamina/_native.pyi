@@ -492,7 +492,7 @@ class StreamedExchange:
     max_tokens
         Of a step.
     spin_us
-        How long the proxy's thread polls before it sleeps.
+        How long the proxy's thread polls before it sleeps. None where there is no such thread, see `serve_once`.
 
     Raises
     ------
@@ -501,7 +501,7 @@ class StreamedExchange:
     """
 
     POISON: int
-    def __init__(self, client: AttentionClient, num_lanes: int, max_tokens: int, spin_us: int) -> None: ...
+    def __init__(self, client: AttentionClient, num_lanes: int, max_tokens: int, spin_us: int | None) -> None: ...
     @staticmethod
     def memory_bytes(geometry: ModelGeometry, num_lanes: int, max_tokens: int) -> int:
         """Bytes that the lanes' frames take of a channel's ring, for a worker with this geometry."""
@@ -535,5 +535,7 @@ class StreamedExchange:
         """Let the step run to its end for nothing."""
     def replace_channel(self, worker: int, channel: Channel) -> None:
         """As `AttentionClient.replace_channel`."""
+    def serve_once(self) -> bool:
+        """One round of the proxy: send what is packed, show what came. Whether there was anything."""
     def set_timeout(self, seconds: float) -> None:
         """How long an attention worker may take for one layer."""

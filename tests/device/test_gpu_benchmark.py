@@ -1,64 +1,139 @@
-"""What `scripts/gpu.sh` measures, as far as it runs without a GPU: on streams that threads of the CPU execute."""
+"""What `scripts/gpu.sh` measures, as far as it runs without a GPU, and what becomes of a part that breaks."""
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from cores import ATTENTION_CPU
-from cpu_stream import CpuStream, CpuStreams, launch_one_at_a_time
-from kernel_modules import exchange_kernels
+from engines import ENGINE_ENV
+from runners import V2, environment
 
-from benchmarks.gpu import DecodeSteps, compare, page, round_trip_us, run_parts
+from benchmarks import gpu
+from vllm_lamina import _native
 
-
-class RunAhead(CpuStream):
-    """A host that only enqueues waits for nothing."""
-
-    def run(self, launch: Any) -> None:
-        self.enqueue(launch)
-
-    def enter(self) -> None:
-        pass
-
-    def mark(self) -> None:
-        return None
-
-    def fence(self) -> None:
-        pass
+PROGRAM = Path(__file__).with_name("gpu_on_cpu.py")
+TESTS = PROGRAM.parent.parent
 
 
-class Streams(CpuStreams):
-    def stream(self, lane: int) -> Any:
-        return RunAhead()
+Run = Callable[..., dict[str, list[dict[str, Any]]]]
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2])
-def test_exchange(num_lanes: int) -> None:
-    launch_one_at_a_time()
-    steps = DecodeSteps(Streams(exchange_kernels(interpreted=True)), (4, 2, 32), 2, 2, num_lanes)
-    took, attention = steps.run(3, context=40, cpus=[int(ATTENTION_CPU)])
-    assert 0 < attention < took
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Measures parts: the rows of each, of which there is a table too."""
+    for name, value in (ENGINE_ENV | environment(V2)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", f"{TESTS.parent}:{TESTS}:{os.environ['PYTHONPATH']}")
+    monkeypatch.setattr(gpu, "PROGRAM", [sys.executable, str(PROGRAM)])
+    monkeypatch.setattr(gpu, "LIMITS", dict.fromkeys(gpu.LIMITS, 800))
+
+    def run(*parts: str) -> dict[str, list[dict[str, Any]]]:
+        monkeypatch.setattr(sys, "argv", ["gpu", "--output", str(tmp_path), "--parts", *parts])
+        gpu.main()
+        return check_written(tmp_path, capsys.readouterr().out, parts)
+
+    return run
 
 
-def test_words() -> None:
-    memory = np.zeros(256, np.uint8)
-    stream = CpuStream()
-    assert round_trip_us(stream, memory.ctypes.data, memory.ctypes.data + 128, times=5) > 0
-    stream.close()
+def check_written(directory: Path, printed: str, parts: tuple[str, ...]) -> dict[str, list[dict[str, Any]]]:
+    written = json.loads((directory / "gpu.json").read_text())
+    table = (directory / "gpu.md").read_text()
+    assert table in printed
+    assert f"GPU: {written['machine']['GPU']}" in table
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in parts}
+    for part, row in written["rows"]:
+        assert "error" not in row, row
+        rows[part].append(row)
+        assert f"**{part}**" in table
+    return rows
+
+
+def test_what_the_exchange_costs(run: Run) -> None:
+    rows = run("words", "exchange")
+    assert [row["by"] for row in rows["words"]] == ["thread"]
+    assert rows["words"][0]["us"] > 0
+    assert [(row["batch"], row["lanes"]) for row in rows["exchange"]] == [(2, 1), (2, 2)]
+    assert all(0 < row["of these attention"] < row["layer us"] for row in rows["exchange"])
+
+
+@pytest.mark.slow
+def test_engines(run: Run) -> None:
+    rows = run("equality", "steps")
+    assert [(row["system"], row["equal"]) for row in rows["equality"]] == [
+        ("one lane", "6 of 6"),
+        ("two lanes", "6 of 6"),
+    ]
+    assert all(row["log-probabilities apart"] < 1e-4 for row in rows["equality"])
+    assert [row["system"] for row in rows["steps"]] == ["stock", "one lane", "two lanes"]
+    assert all(row["step ms"] > 0 for row in rows["steps"])
+
+
+BROKEN = """
+import sys, time
+part = sys.argv[-1]
+print('{"part": "%s"}' % part, flush=True)
+if part == "words":
+    time.sleep(600)
+if part == "exchange":
+    sys.exit(3)
+"""
+
+
+def test_a_part_that_breaks_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PROGRAM", [sys.executable, "-c", BROKEN])
+    monkeypatch.setattr(gpu, "LIMITS", {"words": 5, "exchange": 60, "equality": 60})
+    rows: list[tuple[str, dict[str, Any]]] = []
+    gpu.run_parts(["words", "exchange", "equality"], lambda part, row: rows.append((part, row)))
+    assert rows == [
+        ("words", {"part": "words"}),
+        ("words", {"error": "not over after 5 s"}),
+        ("exchange", {"part": "exchange"}),
+        ("exchange", {"error": "status 3"}),
+        ("equality", {"part": "equality"}),
+    ]
+    assert "| exchange |  |\n|  | status 3 |" in gpu.page({"GPU": "none"}, rows)
+
+
+@pytest.mark.slow
+def test_script(tmp_path: Path) -> None:
+    """From a bare checkout to the results, where building is copying, and no part finds what it asks."""
+    checkout, programs = tmp_path / "checkout", tmp_path / "bin"
+    for name in ("scripts/gpu.sh", "pyproject.toml"):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(TESTS.parent / name, checkout / name)
+    for name in ("benchmarks", "vllm_lamina"):
+        shutil.copytree(TESTS.parent / name, checkout / name, ignore=shutil.ignore_patterns("*.so"))
+    programs.mkdir()
+    build = f"mkdir -p build/gpu && cp {_native.__file__} build/gpu/"
+    for name, script in (("nvidia-smi", "echo none"), ("cmake", build)):
+        (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+        (programs / name).chmod(0o755)
+    path = [str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]
+    env = os.environ | {"PATH": os.pathsep.join(path), "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([checkout / "scripts" / "gpu.sh", "--parts", "words"], check=True, env=env)
+    written = json.loads((checkout / "results" / "gpu.json").read_text())
+    assert written["rows"] == [["words", {"error": "status 1"}]]
+    assert list((checkout / "vllm_lamina").glob("_native*.so"))
+    [points] = checkout.glob("vllm_lamina-*.dist-info/entry_points.txt")
+    assert "[vllm.general_plugins]\nlamina = " in points.read_text()
+
+
+def test_all_parts_have_limits() -> None:
+    """Eight minutes together."""
+    assert gpu.LIMITS.keys() == gpu.PARTS.keys()
+    assert sum(gpu.LIMITS.values()) <= 8 * 60
 
 
 def test_equality_counts_up_to_the_first_difference() -> None:
     expected = [[[1, 2, 3], [-0.5, -0.25, -1.0]], [[7, 8], [-1.0, -2.0]]]
     same = [[[1, 2, 3], [-0.5, -0.25, -1.0]], [[7, 8], [-1.0, -2.5]]]
-    assert compare(expected, same) == {"equal": "2 of 2", "log-probabilities apart": 0.5}
+    assert gpu.compare(expected, same) == {"equal": "2 of 2", "log-probabilities apart": 0.5}
     other = [[[1, 5, 3], [-0.5, -9.0, -9.0]], [[7, 8], [-1.0, -2.0]]]
-    assert compare(expected, other) == {"equal": "1 of 2", "log-probabilities apart": 0.0}
-
-
-def test_a_part_that_breaks_costs_itself() -> None:
-    rows: list[tuple[str, dict[str, Any]]] = []
-    run_parts(["words"], lambda part, row: rows.append((part, row)))
-    assert rows[-1] == ("words", {"error": "status 1"}), "there is no GPU here"
-    assert "| status 1 |" in page({"GPU": "none"}, rows)
+    assert gpu.compare(expected, other) == {"equal": "1 of 2", "log-probabilities apart": 0.0}

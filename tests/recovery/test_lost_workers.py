@@ -141,6 +141,25 @@ def test_embedded_worker_with_the_v2_runner(scene: Scene, engines: Engines, job:
     assert "attention workers complete again" in scene.log
 
 
+@pytest.mark.slow
+def test_spare_takes_its_place_on_streams(scene: Scene, engines: Engines, job: Job) -> None:
+    """What two lanes have enqueued runs to its end for nothing, over memory that is given back only then."""
+    few = [Phase("few", [*requests((1, 33, 70), max_tokens=12), *requests((40,), seed=3, max_tokens=12)])]
+    engine = {"max_model_len": 256, "max_num_batched_tokens": 32, "block_size": 32, "max_num_seqs": 8}
+    job = replace(job, phases=few, engine=engine, runner=runners.V2)
+    worker, spare = scene.start(), scene.start()
+
+    def lose() -> None:
+        wait_for_steps(worker.address, 6)
+        scene.kill(worker)
+
+    workers = {"lamina_workers": worker.address, "lamina_spares": spare.address}
+    result = scene.run(lose, replace(job, streams=True), **workers)
+    assert_same(engines.run(job), result)
+    assert f"{spare.address} takes the place of {worker.address}" in scene.log
+    assert result.counts["layers on streams"] > 20
+
+
 def test_embedded_worker_of_one_rank(scene: Scene, stock: JobResult) -> None:
     """Of two tensor-parallel ranks, which wait for each other in every layer."""
 

@@ -175,13 +175,14 @@ def test_a_stream_waits_for_room(setup: Setup, workers: list[EmbeddedAttentionWo
     engine.step(1, [Request(150, 1, [1, 2, 3, 4, 5])])
 
 
-def test_a_lost_worker_fails_the_steps_of_all_lanes(setup: Setup) -> None:
+@pytest.mark.parametrize("transport", ["shm", "ucx"])
+def test_a_lost_worker_fails_the_steps_of_all_lanes(setup: Setup, transport: str) -> None:
     with contextlib.ExitStack() as stack:
         doomed = EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))])
         stack.callback(doomed.stop)
         spare = setup.workers[0]
         setup.workers = [doomed]
-        engines = setup.open("heads", [4], num_lanes=2)
+        engines = setup.open("heads", [4], num_lanes=2, transport=transport)
         for engine in engines:
             engine.step(0, [Request(0, 20, [engine.lane])])
         pause(doomed.pid)
@@ -197,12 +198,33 @@ def test_a_lost_worker_fails_the_steps_of_all_lanes(setup: Setup) -> None:
         engines[0].enqueue_step(1, [Request(20, 1, [0])])
         assert engines[0].finish()
 
-        connection = setup.connect(spare, GEOMETRY, NUM_BLOCKS, "auto", 2)
+        connection = setup.connect(spare, GEOMETRY, NUM_BLOCKS, transport, 2)
         setup.exchange.replace_channel(0, connection.channel)
         setup.client.generation += 1
         for engine in engines:
             engine.step(0, [Request(0, 40, [2 * engine.lane, 2 * engine.lane + 1])])
             engine.step(1, [Request(40, 1, [2 * engine.lane, 2 * engine.lane + 1])])
+
+
+def test_a_worker_that_is_lost_before_it_is_sent_anything(setup: Setup) -> None:
+    """Of a step: the device is busy with something else."""
+    doomed = EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))])
+    setup.stack.callback(doomed.stop)
+    setup.workers = [doomed]
+    [engine] = setup.open("heads", [4], transport="ucx")
+    engine.step(0, [Request(0, 20, [0])])
+    engine.step(1, [Request(20, 1, [0])])  # answered: all is taken
+    go_on = threading.Event()
+    engine.stream.enqueue(lambda: assert_set(go_on))
+    engine.exchange.announce(0)
+    engine.enqueue_step(1, [Request(21, 1, [0])])
+    os.kill(doomed.pid, signal.SIGKILL)
+    try:
+        assert setup.exchange.finish_step(0) == "the attention worker is gone"
+    finally:
+        go_on.set()
+    engine.stream.synchronize()
+    assert setup.client.failed_workers == [0]
 
 
 @pytest.mark.parametrize(
@@ -249,6 +271,10 @@ def test_what_does_not_fit(setup: Setup) -> None:
         engine.begin_step(0, [Request(0, 250, list(range(8)))])
     with pytest.raises(FrameTooLarge, match="raise ring_bytes"):
         StreamedExchange(setup.client, 1, 1 << 20, spin_us=0)
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(DEADLINE)
 
 
 def in_threads(tasks: list[Callable[[], None]]) -> None:

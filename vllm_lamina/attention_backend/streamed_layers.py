@@ -68,7 +68,7 @@ class StreamedLayers:
         partition: Partition,
         num_lanes: int,
         max_tokens: int,
-        spin_us: int,
+        spin_us: int | None,
         timeout: float,
     ) -> None:
         self._client = client
@@ -248,7 +248,8 @@ class _Lane:
     ) -> None:
         stream, number, workers = self.stream, layer + 1, len(self._heads)
         descriptors = self._descriptors[layer % FRAMES]
-        if not self._answers_all:
+        # The first places may still hold frames of the step before that nobody answers.
+        if layer < FRAMES or not self._answers_all:
             stream.wait(self._free, number)
 
         def pack() -> None:

@@ -13,7 +13,7 @@ from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
 def without_tensors(kv_cache_config: Any, vllm_config: VllmConfig) -> Any:
     """The same ``KVCacheConfig``, of which vLLM allocates nothing.
 
-    Layers that share another's KV are in that one's group, where vLLM would put them. It would also look for the other's
+    Layers that share another's KV are in that one's group, where vLLM would put them. It would also look for that one's
     tensor, so that it does not hear of the sharing any more.
     """
     groups = copy.deepcopy(kv_cache_config.kv_cache_groups)

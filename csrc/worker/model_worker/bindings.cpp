@@ -175,7 +175,8 @@ void bind_model_worker(nb::module_& m) {
   nb::class_<StreamedExchange> streamed(m, "StreamedExchange");
   streamed.attr("POISON") = StreamedExchange::kPoison;
   streamed
-      .def(nb::init<AttentionClient&, uint32_t, size_t, int>(), "client"_a, "num_lanes"_a, "max_tokens"_a, "spin_us"_a,
+      .def(nb::init<AttentionClient&, uint32_t, size_t, std::optional<int>>(), "client"_a, "num_lanes"_a, "max_tokens"_a,
+           "spin_us"_a.none(),
            nb::keep_alive<1, 2>())
       .def_static("memory_bytes", &StreamedExchange::memory_bytes, "geometry"_a, "num_lanes"_a, "max_tokens"_a)
       .def_prop_ro("memories",
@@ -214,6 +215,7 @@ void bind_model_worker(nb::module_& m) {
       .def("finish_step", &StreamedExchange::finish_step, "lane"_a, "timeout"_a = 60.0, Released())
       .def("fail_step", &StreamedExchange::fail_step, "lane"_a, "why"_a, Released())
       .def("replace_channel", &StreamedExchange::replace_channel, "worker"_a, "channel"_a, Released())
+      .def("serve_once", &StreamedExchange::serve_once, Released())
       .def("set_timeout", &StreamedExchange::set_timeout, "seconds"_a);
 }
 

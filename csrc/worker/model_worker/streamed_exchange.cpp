@@ -6,6 +6,7 @@
 #include <cerrno>
 #include <cstring>
 #include <new>
+#include <numeric>
 #include <system_error>
 #include <utility>
 
@@ -24,6 +25,11 @@ size_t frame_bytes(const LayerRows& rows, size_t max_tokens) {
   return round_up(sizeof(FrameHeader) + layout.bytes, kFrameAlignment);
 }
 
+size_t reply_bytes(const LayerRows& rows, size_t max_tokens) {
+  const OutputLayout layout(max_tokens * rows.out, max_tokens * rows.lse);
+  return round_up(layout.bytes, kFrameAlignment);
+}
+
 template <typename T>
 void publish(std::atomic<T>& word, T value) {
   word.store(value, std::memory_order_release);
@@ -35,8 +41,9 @@ size_t StreamedExchange::memory_bytes(const ModelGeometry& geometry, uint32_t nu
   return size_t{num_lanes} * kFrames * frame_bytes(geometry.layers().front().rows, max_tokens);
 }
 
-StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens, int spin_us)
-    : client_(client), max_tokens_(max_tokens), spin_(spin_us) {
+StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens,
+                                   std::optional<int> spin_us)
+    : client_(client), max_tokens_(max_tokens), spin_(spin_us.value_or(0)) {
   const size_t num_workers = client.partition().num_workers();
   if (num_lanes == 0 || num_lanes > kMaxLanes) {
     throw std::invalid_argument(std::to_string(num_lanes) + " lanes, of at most " + std::to_string(kMaxLanes));
@@ -52,13 +59,14 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
   }
   workers_.resize(num_workers);
   lanes_.resize(num_lanes);
-  for (Lane& lane : lanes_) {
-    lane.sent.resize(num_workers);
-    lane.copies.resize(num_workers);
-  }
+  for (Lane& lane : lanes_) lane.sent.resize(num_workers);
   for (uint32_t w = 0; w < num_workers; ++w) attach(w);
-  // Pages of its own, which a device can register.
-  words_bytes_ = round_up(num_lanes * sizeof(Words), 4096);
+  // Pages of its own, which a device can register: it reads the copies of replies too.
+  std::vector<size_t> copies;
+  for (uint32_t w = 0; num_workers > 1 && w < num_workers; ++w) {
+    copies.push_back(reply_bytes(client.partition().heads(w).geometry.layers().front().rows, max_tokens));
+  }
+  words_bytes_ = round_up(num_lanes * (sizeof(Words) + std::reduce(copies.begin(), copies.end())), 4096);
   void* map = mmap(nullptr, words_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (map == MAP_FAILED) {
     throw std::system_error(errno, std::generic_category(), "cannot map the words of the lanes");
@@ -66,7 +74,11 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
   madvise(map, words_bytes_, MADV_DONTFORK);
   words_ = static_cast<Words*>(map);
   for (uint32_t lane = 0; lane < num_lanes; ++lane) new (&words_[lane]) Words();
-  proxy_ = std::thread([this] { run(); });
+  auto* copy = reinterpret_cast<std::byte*>(words_ + num_lanes);
+  for (Lane& lane : lanes_) {
+    for (const size_t bytes : copies) lane.copies.push_back(std::exchange(copy, copy + bytes));
+  }
+  if (spin_us) proxy_ = std::thread([this] { run(); });
 }
 
 StreamedExchange::~StreamedExchange() {
@@ -75,7 +87,7 @@ StreamedExchange::~StreamedExchange() {
     stopping_ = true;
     begun_.notify_all();
   }
-  proxy_.join();
+  if (proxy_.joinable()) proxy_.join();
   munmap(words_, words_bytes_);
 }
 
@@ -89,10 +101,7 @@ void StreamedExchange::attach(uint32_t w) {
   }
   channel.set_aside(bytes);
   workers_[w] = {memory - bytes, frame, std::nullopt};
-  for (Lane& lane : lanes_) {
-    lane.sent[w] = {};
-    lane.copies[w].clear();
-  }
+  for (Lane& lane : lanes_) lane.sent[w] = {};
 }
 
 void StreamedExchange::replace_channel(uint32_t worker, std::shared_ptr<Channel> channel) {
@@ -122,7 +131,9 @@ std::byte* StreamedExchange::payload(uint32_t lane, uint32_t worker, uint32_t la
 
 void StreamedExchange::announce(uint32_t lane_id) {
   const Entry entry(*this);
-  lanes_.at(lane_id).ordinal = ++num_announced_;
+  Lane& lane = lanes_.at(lane_id);
+  lane.ordinal = ++num_announced_;
+  lane.posted = 0;  // from now on, also before it begins: later steps wait for its layers
 }
 
 std::vector<AttentionClient::StepRows> StreamedExchange::begin_step(uint32_t lane_id, const StepView& step,
@@ -213,10 +224,15 @@ bool StreamedExchange::wants_room(const Lane& lane) const {
   return lane.free < num_layers && lane.free < lane.posted + static_cast<int32_t>(kFrames);
 }
 
-// Whether nothing of a worker's lies any more where they go.
+// Whether nothing that a worker is to read lies any more where they go. One that is lost reads nothing.
 bool StreamedExchange::has_room(Lane& lane, uint32_t w) {
   auto& sent = lane.sent[w][static_cast<uint32_t>(lane.free) % kFrames];
-  if (sent && client_.link(w).num_consumed() <= *sent) return false;
+  WorkerLink& link = client_.link(w);
+  try {
+    if (sent && link.num_consumed() <= *sent && !link.failed()) return false;
+  } catch (const ChannelError&) {
+    link.set_failed();
+  }
   sent.reset();
   return true;
 }
@@ -277,7 +293,7 @@ bool StreamedExchange::receive(uint32_t w) {
     let_go(w);
   }
   WorkerLink& link = client_.link(w);
-  if (link.failed() || !link.channel().has_frame()) return false;
+  if (!link.has_frame()) return false;
   const auto frame = link.channel().receive(Clock::now());
   const auto header = read_header(frame);
   const std::byte* payload = frame.data() + sizeof(FrameHeader);
@@ -298,8 +314,7 @@ bool StreamedExchange::receive(uint32_t w) {
       if (workers_.size() == 1) {
         worker.held_by = lane_id;
       } else {
-        lane.copies[w].assign(payload, payload + header->payload_bytes);
-        payload = lane.copies[w].data();
+        payload = static_cast<const std::byte*>(std::memcpy(lane.copies[w], payload, header->payload_bytes));
       }
       words_[lane_id].replies[w].store(reinterpret_cast<uint64_t>(payload), std::memory_order_relaxed);
       if (++lane.num_replies == lane.num_owed) replied(lane_id);
@@ -337,7 +352,7 @@ void StreamedExchange::look() {
       if (part.num_rows > 0 && lane.replied < lane.posted && lane.since < oldest && !workers_[w].held_by) {
         link.set_failed();
         fail(lane_id, "the attention worker's output did not come in time");
-      } else if (part.takes_part() && link.failed() && !link.channel().has_frame()) {
+      } else if (part.takes_part() && link.failed() && !link.has_frame()) {
         fail(lane_id, "the attention worker is gone");
       } else if (wants_room(lane) && lane.room_wanted < oldest && !has_room(lane, w)) {
         link.set_failed();
@@ -358,6 +373,12 @@ bool StreamedExchange::serve() {
   }
   for (uint32_t lane = 0; lane < lanes_.size(); ++lane) worked |= serve_lane(lane);
   return worked;
+}
+
+bool StreamedExchange::serve_once() {
+  const Entry entry(*this);
+  look();
+  return serve();
 }
 
 void StreamedExchange::run() {

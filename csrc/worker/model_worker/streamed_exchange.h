@@ -41,8 +41,9 @@ class StreamedExchange {
   };
 
   // The client's channels, which have carried nothing yet, with room for a layer of `max_tokens` tokens for each lane. The
-  // client's post(), collect() and turns are not used any more. Waits of the proxy poll for `spin_us`, then sleep.
-  StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens, int spin_us);
+  // client's post(), collect() and turns are not used any more. Waits of the proxy poll for `spin_us`, then sleep. Without
+  // it there is no proxy: who decides what happens next, a test, calls serve_once().
+  StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens, std::optional<int> spin_us);
   ~StreamedExchange();
   StreamedExchange(const StreamedExchange&) = delete;
   StreamedExchange& operator=(const StreamedExchange&) = delete;
@@ -54,7 +55,7 @@ class StreamedExchange {
     const std::byte* data;
     size_t bytes;
   };
-  // What a device has to reach: the words, then each worker's frames and its replies.
+  // What a device has to reach: the words with the copies of replies, then each worker's frames and its replies.
   std::vector<Memory> memories() const;
   Words& words(uint32_t lane) const { return words_[lane]; }
   // Where the payload of a layer's frame for a worker begins.
@@ -76,6 +77,8 @@ class StreamedExchange {
   // Gives a worker's part to whoever serves `channel`; no lane may be in a step. What memories() returns is other memory
   // afterwards.
   void replace_channel(uint32_t worker, std::shared_ptr<Channel> channel);
+  // A round of the proxy: sends what is packed, shows what came. Whether there was anything.
+  bool serve_once();
   // How long an attention worker may take for one layer.
   void set_timeout(double seconds) { timeout_ = seconds; }
 
@@ -97,7 +100,7 @@ class StreamedExchange {
     std::chrono::nanoseconds slowest{0};        // of its workers, as they say themselves
     // By worker: the number of the frame that lay last in each place, until it is consumed.
     std::vector<std::array<std::optional<uint64_t>, kFrames>> sent;
-    std::vector<std::vector<std::byte>> copies;  // of replies, by worker
+    std::vector<std::byte*> copies;  // of replies, by worker, where there are several: behind the words
   };
   // The mutex, before the proxy's next round.
   struct Entry {
@@ -132,7 +135,7 @@ class StreamedExchange {
   const size_t max_tokens_;
   const std::chrono::microseconds spin_;
   Words* words_ = nullptr;
-  size_t words_bytes_ = 0;
+  size_t words_bytes_ = 0;  // with the copies of replies
   std::atomic<double> timeout_{60.0};
   std::atomic<int> num_entering_{0};
 

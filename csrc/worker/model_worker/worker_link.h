@@ -48,6 +48,15 @@ class WorkerLink {
     const std::lock_guard lock(send_mutex_);
     return channel_->num_consumed();
   }
+  // Whether a frame of the worker lies there; one that arrived before it was lost is still delivered.
+  bool has_frame() {
+    try {
+      return channel_->has_frame();
+    } catch (const ChannelClosed&) {
+      failed_ = true;
+      return false;
+    }
+  }
   void set_failed() { failed_ = true; }
 
   // Waits for the lane's next reply and lets `take` read it in place. Threads of several lanes may wait here.

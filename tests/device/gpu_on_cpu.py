@@ -1,0 +1,74 @@
+"""A part of `benchmarks.gpu` without a GPU, tiny: threads of the CPU execute streams, vLLM has its V2 runner.
+
+`test_gpu_benchmark.py` starts it in place of the real one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import cpu_stream
+from cpu_stream import CpuStream, CpuStreams
+from kernel_modules import exchange_kernels
+
+from benchmarks import gpu
+
+gpu.PROGRAM = [sys.executable, __file__]
+gpu.SIZES = gpu.Sizes(
+    round_trips=5,
+    widths=(4, 2, 32),
+    layers=2,
+    exchanged_steps=3,
+    batches=(2,),
+    context=8,
+    decoded=2,
+    small=gpu.Model(64, 64, (4, 2, 32), 2),
+    big=gpu.Model(64, 64, (4, 2, 32), 2),
+    prompts=(1, 33, 40),
+    compared=3,
+    memory="64MiB",
+    stock={"kv_cache_memory_bytes": 64 << 20},
+    engine={"enforce_eager": True, "max_model_len": 256, "max_num_seqs": 4, "max_num_batched_tokens": 32},
+)
+
+
+class RunAhead(CpuStream):
+    """A host that only enqueues waits for nothing."""
+
+    def run(self, launch: Any) -> None:
+        self.enqueue(launch)
+
+    def enter(self) -> None:
+        pass
+
+    def mark(self) -> None:
+        return None
+
+    def fence(self) -> None:
+        pass
+
+
+class Streams(CpuStreams):
+    """Of lanes that compute nothing but attention."""
+
+    def stream(self, lane: int) -> Any:
+        return RunAhead()
+
+
+def make_streams() -> Any:
+    cpu_stream.launch_one_at_a_time()
+    return Streams(exchange_kernels(interpreted=True))
+
+
+def word_streams(memory: tuple[int, int]) -> Iterator[tuple[str, CpuStream]]:
+    yield "thread", CpuStream()
+
+
+gpu.make_streams, gpu.word_streams = make_streams, word_streams
+
+if __name__ == "__main__":
+    if "--call" in sys.argv:
+        cpu_stream.use_streams()
+    gpu.main()

@@ -1,0 +1,328 @@
+"""Lanes on streams whose every next move a seed decides: of hosts, streams, the proxy and attention workers.
+
+What moves is what runs on a GPU: `StreamedLayers`, the exchange's native code, native attention workers. The test has
+the streams' operations, the proxy's rounds and both ends of the workers' channels in its hands, on one thread, so that
+a seed gives the same order each time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Self
+
+import numpy as np
+import torch
+from cpu_stream import load
+from held_streams import HeldStream, HeldStreams
+from held_worker import HeldWorker
+from worker_processes import DEADLINE
+
+from vllm_lamina._native import AttentionClient, ChannelTimeout
+from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
+from vllm_lamina.attention_backend.streamed_layers import StreamedLayers, memory_bytes
+from vllm_lamina.device.base import Chunks
+from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.partition import Partition, Pool, Share
+
+BLOCK_SIZE = 32
+NUM_LAYERS = 4
+"""Twice as many as a lane has places for frames."""
+GEOMETRY = Geometry(NUM_LAYERS, BLOCK_SIZE, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
+NUM_BLOCKS = 60
+MAX_TOKENS = 128
+NUM_STEPS = 8
+TOLERANCE = 1e-4
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal; q follows ``context`` tokens of k and v. The output, and the LSE [rows, heads]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->qhk", q, k) * GEOMETRY.scales[0]
+    later = torch.arange(len(k)) > context + torch.arange(len(q))[:, None]
+    scores = scores.masked_fill(later[:, None], -torch.inf)
+    return torch.einsum("qhk,khd->qhd", scores.softmax(2), v), scores.logsumexp(2)
+
+
+def attend_locally(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `LocalAttention`."""
+    parts = [
+        attention(*chunk, 0) for chunk in zip(*(x.split(chunks.lengths) for x in (q, k, v)), strict=True)
+    ]
+    return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+
+
+@dataclass
+class Request:
+    blocks: list[int]
+    context: int = 0
+    in_flight: bool = False
+
+
+@dataclass
+class StepInFlight:
+    """A step that was announced, and what must come of it: of each layer q, k, v, output and expected output."""
+
+    step: Step
+    requests: list[Request]
+    layers: list[tuple[torch.Tensor, ...]]
+    num_enqueued: int = 0
+    is_finished: bool = False
+    is_ended: bool = False
+
+
+@dataclass
+class Fault:
+    """Something that is done wrong, for the order to find."""
+
+    stream: Callable[[], HeldStream] = HeldStream
+    spoil: Callable[[StreamedLayers], None] = lambda layers: None
+    announces_late: bool = False
+
+
+@dataclass
+class SeededRun:
+    """Steps of two lanes, in an order that the seed decides. A worker may be ``lost`` in the middle of it."""
+
+    seed: int
+    kind: str = "head"
+    shares: tuple[int, ...] = (GEOMETRY.num_kv_heads,)
+    """By head KV heads of each worker, otherwise blocks."""
+    lost: bool = False
+    fault: Fault = field(default_factory=Fault)
+    order: list[str] = field(default_factory=list)
+    """What happened."""
+    num_lanes: int = 2
+    _is_replaced: bool = False
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[Self]:
+        by_head = self.kind == "head"
+        geometries = [GEOMETRY.with_kv_heads(n) if by_head else GEOMETRY for n in self.shares]
+        blocks = [NUM_BLOCKS if by_head else n for n in self.shares]
+        shares = tuple(
+            Share(Pool("", 0), geometry, geometry.block_bytes(), n)
+            for geometry, n in zip(geometries, blocks, strict=True)
+        )
+        self._partition = Partition(self.kind, "", GEOMETRY, shares)
+        self._random = random.Random(self.seed)
+        self._numbers = torch.Generator().manual_seed(self.seed)
+        self._workers = [self._start_worker(index) for index in range(len(shares))]
+        channels = [worker.channel for worker in self._workers]
+        self._client = AttentionClient(channels, self._partition.to_native())
+        self._streams = HeldStreams(self.fault.stream)
+        self._layers = StreamedLayers(
+            self._client, self._streams, self._partition, self.num_lanes, MAX_TOKENS, None, 0.0
+        )
+        self._exchange = self._layers._exchange
+        self._exchange.set_timeout(DEADLINE)  # a host's call of `wait` looks and returns, a worker has time
+        self.fault.spoil(self._layers)
+        self._lanes: list[StepInFlight | None] = [None] * self.num_lanes
+        self._is_lost = False
+        self._forget()
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # of so few rows each has none
+        try:
+            yield self
+        finally:
+            torch.set_num_threads(num_threads)
+            for worker in self._workers:
+                worker.leave()
+
+    def _start_worker(self, index: int) -> HeldWorker:
+        share = self._partition.shares[index]
+        ring = share.geometry.ring_bytes(MAX_TOKENS, MAX_TOKENS, 2 * BLOCK_SIZE)
+        return HeldWorker(share, ring + memory_bytes(share.geometry, self.num_lanes, MAX_TOKENS))
+
+    def _forget(self) -> None:
+        """No KV is there, and no request has come yet."""
+        shape = (NUM_LAYERS, NUM_BLOCKS * BLOCK_SIZE, GEOMETRY.num_kv_heads, GEOMETRY.head_size)
+        self._k, self._v = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        self._free_blocks = self._random.sample(range(NUM_BLOCKS), NUM_BLOCKS)
+        self._requests: list[Request] = []
+        self._prefixes: list[int] = []
+        self._num_to_come = NUM_STEPS
+        self._has_failed = False
+
+    def run(self) -> None:
+        """Until all steps are over. What goes wrong is an AssertionError, whose note has the order."""
+        with self._open():
+            moves: dict[str, Callable[[], bool]] = {"announce": self._announce, "proxy": self._serve}
+            for lane in range(self.num_lanes):
+                moves[f"host {lane}"] = lambda lane=lane: self._go_on(lane)  # type: ignore[misc]
+                moves[f"stream {lane}"] = self._streams.streams[lane].advance
+            for index in range(len(self._workers)):
+                moves[f"worker {index} takes"] = lambda index=index: self._workers[index].take_frame()  # type: ignore[misc]
+                moves[f"worker {index} answers"] = lambda index=index: self._workers[index].send_reply()  # type: ignore[misc]
+            if self.lost:
+                moves |= {"lose": self._lose, "replace": self._replace}
+            try:
+                self._move(moves)
+            except AssertionError as error:
+                error.add_note(f"seed {self.seed}: {', '.join(self.order)}")
+                raise
+
+    def _move(self, moves: dict[str, Callable[[], bool]]) -> None:
+        # Some are much slower than others.
+        haste = {name: self._random.choice([1, 4, 16]) for name in moves}
+        waiting: set[str] = set()
+        while self._num_to_come or any(self._lanes) or (self.lost and not self._is_replaced):
+            names = [name for name in moves if name not in waiting]
+            assert names, "nobody can go on"
+            [name] = self._random.choices(names, [haste[name] for name in names])
+            if moves[name]():
+                self.order.append(name)
+                waiting.clear()
+            else:
+                waiting.add(name)
+
+    # ------------------------------------------------------------------------------------------------- what may happen
+
+    def _announce(self) -> bool:
+        """A lane's next step is scheduled."""
+        idle = [lane for lane, step in enumerate(self._lanes) if step is None]
+        if not idle or not self._num_to_come or self._has_failed:
+            return False
+        lane = self._random.choice(idle)
+        self._num_to_come -= 1
+        self._lanes[lane] = self._next_step()
+        if not self.fault.announces_late:
+            self._layers.announce(lane)
+        return True
+
+    def _go_on(self, lane: int) -> bool:
+        """The lane's host, see `Lane` in worker/model_worker/lanes.py."""
+        now, stream = self._lanes[lane], self._streams.streams[lane]
+        if now is None:
+            return False
+        if now.num_enqueued < NUM_LAYERS:
+            # PyTorch's operators of a chunk run on the host, after all that was enqueued.
+            if now.num_enqueued and now.step.prefill_chunks and not stream.is_done:
+                return False
+            if now.num_enqueued == 0:
+                if self.fault.announces_late:
+                    self._layers.announce(lane)
+                self._layers.begin(lane)
+            q, k, v, out, _ = now.layers[now.num_enqueued]
+            self._layers.attend(lane, now.step, now.num_enqueued, q, k, v, out, attend_locally)
+            now.num_enqueued += 1
+        elif not now.is_finished:
+            try:
+                self._layers.wait(lane)
+            except ChannelTimeout:
+                return False
+            now.is_finished = True
+        elif self._layers._lanes[lane].failure is not None:
+            if not stream.is_done:
+                return False  # take_failure() waits for it
+            assert self._layers.take_failure(lane)
+            assert self._is_lost
+            self._has_failed, self._lanes[lane] = True, None
+        elif not now.is_ended:
+            self._layers.end(lane)
+            now.is_ended = True
+        else:
+            if not stream.is_done:
+                return False  # what was sampled is there only then
+            self._check(now)
+            self._lanes[lane] = None
+        return True
+
+    def _serve(self) -> bool:
+        words = [word for lane in range(self.num_lanes) for word in self._exchange.words(lane)[:4]]
+        before = [load(word) for word in words]
+        return self._exchange.serve_once() or [load(word) for word in words] != before
+
+    def _lose(self) -> bool:
+        if self._is_lost or self._is_replaced or not any(self._lanes) or self._num_to_come > NUM_STEPS // 2:
+            return False
+        self._lost_one = self._random.randrange(len(self._workers))
+        self._workers[self._lost_one].leave()
+        self._is_lost = True
+        return True
+
+    def _replace(self) -> bool:
+        """A worker takes the place of the lost one, and all requests begin anew."""
+        if not self._is_lost or any(self._lanes):
+            return False
+        self._workers[self._lost_one] = self._start_worker(self._lost_one)
+        self._layers.replace_channel(self._lost_one, self._workers[self._lost_one].channel)
+        self._client.generation += 1
+        self._forget()
+        self._is_lost, self._is_replaced = False, True
+        return True
+
+    # ----------------------------------------------------------------------------------------------------------- steps
+
+    def _next_step(self) -> StepInFlight:
+        """Prompts, requests that hit a prefix of earlier steps or of this one, and requests that go on."""
+        parts: list[tuple[Request, int]] = []
+        prompts_alone = self._random.random() < 0.3
+        for _ in range(self._random.choice([1, 1, 2, 3])):
+            kind = "prompt" if prompts_alone else self._random.choice(["prompt", "hit", "hit", "goes on"])
+            idle = [
+                request
+                for request in self._requests
+                if not request.in_flight and request.context < 2 * BLOCK_SIZE
+            ]
+            if kind == "prompt" or not self._prefixes:
+                request, query = (
+                    Request([self._free_blocks.pop(), self._free_blocks.pop()]),
+                    self._random.choice([32, 40]),
+                )
+                self._prefixes.append(request.blocks[0])
+            elif kind == "hit" or not idle:
+                prefix = self._random.choice(self._prefixes[-2:])
+                request = Request([prefix, self._free_blocks.pop()], context=BLOCK_SIZE)
+                query = self._random.choice([1, 1, 1, 5])
+            else:
+                request, query = self._random.choice(idle), 1
+            if request not in self._requests:
+                self._requests.append(request)
+            request.in_flight = True
+            parts.append((request, query))
+        parts.sort(key=lambda part: not (part[1] == 1 and part[0].context))  # decodes first
+        planned = {
+            f"{i}": PlannedRequest(request.context, query, np.array(request.blocks, np.int32))
+            for i, (request, query) in enumerate(parts)
+        }
+        step = Step(StepPlan(planned, lambda: tuple(planned)), BLOCK_SIZE)
+        layers = [self._layer(layer, step, parts) for layer in range(NUM_LAYERS)]
+        for request, query in parts:
+            request.context += query
+        return StepInFlight(step, [request for request, _ in parts], layers)
+
+    def _layer(self, layer: int, step: Step, parts: list[tuple[Request, int]]) -> tuple[torch.Tensor, ...]:
+        q, k, v = (
+            torch.randn(step.num_tokens, heads, GEOMETRY.head_size, generator=self._numbers)
+            for heads in (GEOMETRY.num_heads, GEOMETRY.num_kv_heads, GEOMETRY.num_kv_heads)
+        )
+        slots = torch.from_numpy(step.slot_mapping)
+        self._k[layer, slots], self._v[layer, slots] = k, v
+        expected = []
+        for rows, (request, query) in zip(q.split([query for _, query in parts]), parts, strict=True):
+            positions = torch.arange(request.context + query)
+            its_slots = (
+                torch.tensor(request.blocks)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+            )
+            kv = (self._k[layer, its_slots], self._v[layer, its_slots])
+            expected.append(attention(rows, *kv, request.context)[0])
+        return q, k, v, torch.full_like(q, torch.nan), torch.cat(expected)
+
+    def _check(self, now: StepInFlight) -> None:
+        for layer, (_, _, _, out, expected) in enumerate(now.layers):
+            torch.testing.assert_close(
+                out,
+                expected,
+                rtol=TOLERANCE,
+                atol=TOLERANCE,
+                msg=lambda text, layer=layer: f"layer {layer}: {text}",  # type: ignore[misc]
+            )
+        for request in now.requests:
+            request.in_flight = False

@@ -181,6 +181,7 @@ class DecodeSteps:
             begin = time.perf_counter()
             layers.announce(lane)
             layers.begin(lane)
+            layers.prepare(lane, step)
             for layer in range(self.num_layers):
                 layers.attend(lane, step, layer, q, kv, kv, out, _no_chunks)
             layers.wait(lane)

@@ -77,6 +77,8 @@ def run(job: Job) -> JobResult:
         adversary.provoke(job.random_lanes)
     if job.streams:
         cpu_stream.use_streams()
+    if job.graphs:
+        cpu_stream.use_graphs()
     with contextlib.ExitStack() as stack:
         pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
         if job.executor is not None:

@@ -36,6 +36,9 @@ class LaneRunner(Protocol):
     def order(self) -> Sequence[str]:
         """The requests of the step that is being executed, in the order of its batch; once it is prepared."""
 
+    def capture(self) -> None:
+        """Capture the graphs of a further lane, once vLLM has captured those of the first, where it captures any."""
+
     def load_adapter(self, lora_request: Any) -> None:
         """Load a LoRA adapter; no lane has a step in flight."""
 

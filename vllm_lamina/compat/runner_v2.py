@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
@@ -49,6 +50,10 @@ class Runner:
     def order(self) -> Sequence[str]:
         return self._order
 
+    def capture(self) -> None:
+        if self._runner.cudagraph_manager.needs_capture():
+            self._runner.capture_model()
+
     def load_adapter(self, lora_request: Any) -> None:
         self._runner.add_lora(lora_request)
 
@@ -77,11 +82,22 @@ def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfi
     if state.rope_state is not None:
         state.rope_state = copy.copy(state.rope_state)
         state.rope_state.positions = torch.zeros_like(state.rope_state.positions)
-    # A graph holds the addresses of the buffers with which it was captured. Nothing is captured for this lane.
-    graphs = first.cudagraph_manager
-    runner.cudagraph_manager = type(graphs)(
-        config, first.device, graphs.cudagraph_mode, graphs.decode_query_len, graphs.lora_capture_cases
-    )
+    runner.cudagraph_manager = _graphs(first.cudagraph_manager, config)
     if config.lora_config is not None:
         share_adapters(first, runner)
     return runner
+
+
+def _graphs(first: Any, config: VllmConfig) -> Any:
+    """A further lane's graphs, which hold the addresses of its own buffers: of whole decode steps.
+
+    Graphs of pieces belong to the compiled model, which all lanes share, and hold the first one's addresses. A memory
+    pool is for graphs that run one after the other: those of another lane may run meanwhile, and have their own.
+    """
+    is_whole = (
+        first.cudagraph_mode.decode_mode() is CUDAGraphMode.FULL and not config.use_cumem_cudagraph_pool
+    )
+    mode = CUDAGraphMode.FULL_DECODE_ONLY if is_whole else CUDAGraphMode.NONE
+    graphs = type(first)(config, first.device, mode, first.decode_query_len, first.lora_capture_cases)
+    graphs.pool = current_platform.graph_pool_handle() if is_whole else None
+    return graphs

@@ -106,7 +106,7 @@ class CpuGraph:
     def replay(self) -> None:
         """On the current stream."""
         stream: LaneStream = _THREAD.stream
-        assert self.streams == {stream}, "a lane replays another lane's graph"
+        assert self.streams <= {stream}, "a lane replays another lane's graph"
         COUNTS[f"replays of lane {stream.lane}"] += 1
         for operation in self.operations:
             stream.run(operation)

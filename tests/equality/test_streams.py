@@ -42,10 +42,21 @@ ENGINES: dict[str, tuple[dict[str, Any], int]] = {
 """Options of Lamina, and attention workers that run already."""
 
 
-@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "captured"])
+CAPTURED_BY_TWO_LANES = "two lanes", True
+"""What runs on every change; steps with a prefill chunk are eager there too."""
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["two lanes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequence", "one lane", "head"))],
+    ("name", "graphs"),
+    [
+        CAPTURED_BY_TWO_LANES,
+        *(
+            pytest.param(name, graphs, marks=pytest.mark.slow)
+            for name in ENGINES
+            for graphs in (False, True)
+            if (name, graphs) != CAPTURED_BY_TWO_LANES
+        ),
+    ],
 )
 def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str, graphs: bool) -> None:
     options, num_workers = ENGINES[name]

@@ -43,8 +43,11 @@ class Runner:
         order: Sequence[str] = batch.req_ids[: batch.num_reqs]
         return order
 
-    def capture(self) -> None:
+    def use_graphs(self) -> None:
         pass  # CPUs have no graphs, and GPUs no V1
+
+    def capture(self) -> None:
+        pass
 
     def load_adapter(self, lora_request: Any) -> None:
         self._runner.add_lora(lora_request)

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from vllm_lamina.compat.lora import share_adapters
+from vllm_lamina.compat.piecewise_graphs import PiecewiseGraphs
 
 
 class Runner:
@@ -30,12 +31,14 @@ class Runner:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._order: Sequence[str] = ()
+        self._pieces = PiecewiseGraphs(runner.cudagraph_manager.pool)
         self.shared_places: int | None = runner.max_num_reqs
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
         self._order = sort_batch_req_ids(
             output.num_scheduled_tokens, output.scheduled_spec_decode_tokens, self._runner.decode_query_len
         )
+        self.use_graphs()
         executed: ModelRunnerOutput | None = self._runner.execute_model(output)
         return executed
 
@@ -50,7 +53,11 @@ class Runner:
     def order(self) -> Sequence[str]:
         return self._order
 
+    def use_graphs(self) -> None:
+        self._pieces.use()
+
     def capture(self) -> None:
+        self.use_graphs()
         if self._runner.cudagraph_manager.needs_capture():
             self._runner.capture_model()
 
@@ -82,22 +89,24 @@ def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfi
     if state.rope_state is not None:
         state.rope_state = copy.copy(state.rope_state)
         state.rope_state.positions = torch.zeros_like(state.rope_state.positions)
-    runner.cudagraph_manager = _graphs(first.cudagraph_manager, config)
+    runner.cudagraph_manager = _graphs(first, config)
     if config.lora_config is not None:
         share_adapters(first, runner)
     return runner
 
 
 def _graphs(first: Any, config: VllmConfig) -> Any:
-    """A further lane's graphs, which hold the addresses of its own buffers: of whole decode steps.
+    """A further lane's graphs, which hold the addresses of its own buffers.
 
-    Graphs of pieces belong to the compiled model, which all lanes share, and hold the first one's addresses. A memory
-    pool is for graphs that run one after the other: those of another lane may run meanwhile, and have their own.
+    A memory pool is for graphs that run one after the other: those of another lane may run meanwhile, and have their
+    own. In sleep mode vLLM may want all of them in one pool; then this lane has none.
     """
-    is_whole = (
-        first.cudagraph_mode.decode_mode() is CUDAGraphMode.FULL and not config.use_cumem_cudagraph_pool
-    )
-    mode = CUDAGraphMode.FULL_DECODE_ONLY if is_whole else CUDAGraphMode.NONE
-    graphs = type(first)(config, first.device, mode, first.decode_query_len, first.lora_capture_cases)
-    graphs.pool = current_platform.graph_pool_handle() if is_whole else None
-    return graphs
+    graphs = first.cudagraph_manager
+    mode = CUDAGraphMode.NONE if config.use_cumem_cudagraph_pool else graphs.cudagraph_mode
+    further = type(graphs)(config, first.device, mode, graphs.decode_query_len, graphs.lora_capture_cases)
+    if mode:
+        further.pool = current_platform.graph_pool_handle()
+    if further.use_breakable_cg:
+        further.init_breakable_cg_runner(first.model)
+        further.breakable_cg_runner.graph_pool = further.pool
+    return further

@@ -243,6 +243,7 @@ class Lanes:
         Each on its lane's thread: what a graph holds may be the thread's own, such as the mapping of adapters.
         """
         first, *others = self._lanes
+        first.runner.use_graphs()
         warmed = first.do(warm_up_first)
         for lane in others:
             grow_workspaces()

@@ -19,7 +19,7 @@ from cpu_stream import CpuGraph, CpuStreams, LaneStream, capture, captured, laun
 from kernel_modules import exchange_kernels
 from worker_processes import DEADLINE, pause
 
-from vllm_lamina._native import AttentionClient
+from vllm_lamina._native import AttentionClient, Channel
 from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers, memory_bytes
 from vllm_lamina.device.cpu import causal_attention
@@ -132,18 +132,21 @@ def opened(
     shares = tuple(Share(Pool("", 0), share, share.block_bytes(), blocks) for _ in workers)
     partition = Partition(kind, "", geometry, shares)
     with contextlib.ExitStack() as stack:
-        connections = [
-            stack.enter_context(AttentionWorkerConnection.connect(worker.address)) for worker in workers
-        ]
-        for connection in connections:
-            ring = memory_bytes(share, 2, MAX_TOKENS) + share.ring_bytes(MAX_TOKENS, MAX_TOKENS, 256)
-            connection.configure(
-                share, blocks, ring_bytes=ring, spin_us=50, worker_spin_us=50, heartbeat_timeout=DEADLINE
-            )
-        client = AttentionClient([connection.channel for connection in connections], partition.to_native())
+        channels = [stack.enter_context(connected(worker, share, blocks)) for worker in workers]
+        client = AttentionClient(channels, partition.to_native())
         streams = Streams(exchange_kernels(interpreted=True))
         layers = StreamedLayers(client, streams, partition, 2, MAX_TOKENS, spin_us=50, timeout=DEADLINE)
         yield [Model(layers, lane, geometry.num_layers) for lane in range(2)]
+
+
+@contextlib.contextmanager
+def connected(worker: EmbeddedAttentionWorker, share: Geometry, num_blocks: int) -> Iterator[Channel]:
+    ring = memory_bytes(share, 2, MAX_TOKENS) + share.ring_bytes(MAX_TOKENS, MAX_TOKENS, 256)
+    with AttentionWorkerConnection.connect(worker.address) as connection:
+        connection.configure(
+            share, num_blocks, ring_bytes=ring, spin_us=50, worker_spin_us=50, heartbeat_timeout=DEADLINE
+        )
+        yield connection.channel
 
 
 def request(context: int, query: int, *blocks: int) -> PlannedRequest:
@@ -225,3 +228,25 @@ def test_a_frame_that_nobody_answers_stays_until_it_is_read(workers: list[Embedd
             later.start()
             torch.testing.assert_close(model.run(decode, replayed), expected)
             later.join()
+
+
+def test_a_lost_worker_ends_a_replay_and_the_next_serves_it(workers: list[EmbeddedAttentionWorker]) -> None:
+    doomed = EmbeddedAttentionWorker.start(32 << 20, [int(ATTENTION_CPU)])
+    with contextlib.ExitStack() as stack:
+        stack.callback(doomed.stop)
+        [model, _] = stack.enter_context(opened([doomed], "head"))
+        graph = model.capture()
+        model.run([request(0, 5, 1)])
+        expected = model.run([request(5, 1, 1)], graph)
+        pause(doomed.pid)
+        model.begin([request(6, 1, 1)])
+        killed = threading.Timer(0.2, os.kill, (doomed.pid, signal.SIGKILL))
+        killed.start()
+        graph.replay()
+        model.layers.wait(0)
+        assert model.layers.take_failure(0) is not None
+        # The frames are in other memory from now on.
+        channel = stack.enter_context(connected(workers[0], GEOMETRY, NUM_BLOCKS))
+        model.layers.replace_channel(0, channel)
+        model.run([request(0, 5, 1)])
+        torch.testing.assert_close(model.run([request(5, 1, 1)], graph), expected)

@@ -6,24 +6,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from cores import ATTENTION_CPU
-from cpu_stream import CpuStream, CpuStreams, launch_one_at_a_time
+from cpu_stream import CpuGraph, CpuStreams, LaneStream, capture, launch_one_at_a_time
 from kernel_modules import exchange_kernels
 
 from benchmarks.gpu import DecodeSteps, compare, page, round_trip_us, run_parts
 
 
-class RunAhead(CpuStream):
+class RunAhead(LaneStream):
     """A host that only enqueues waits for nothing."""
-
-    def run(self, launch: Any) -> None:
-        self.enqueue(launch)
-
-    def enter(self) -> None:
-        pass
-
-    def mark(self) -> None:
-        return None
 
     def fence(self) -> None:
         pass
@@ -31,21 +23,32 @@ class RunAhead(CpuStream):
 
 class Streams(CpuStreams):
     def stream(self, lane: int) -> Any:
-        return RunAhead()
+        return RunAhead(lane)
 
 
-@pytest.mark.parametrize("num_lanes", [1, 2])
-def test_exchange(num_lanes: int) -> None:
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", CpuGraph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+
+
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize(("num_lanes", "captured"), [(1, False), (2, False), (2, True)])
+def test_exchange(num_lanes: int, captured: bool) -> None:
     launch_one_at_a_time()
-    steps = DecodeSteps(Streams(exchange_kernels(interpreted=True)), (4, 2, 32), 2, 2, num_lanes)
+    streams = Streams(exchange_kernels(interpreted=True))
+    steps = DecodeSteps(streams, (4, 2, 32), 2, 2, num_lanes, captured)
     took, attention = steps.run(3, context=40, cpus=[int(ATTENTION_CPU)])
     assert 0 < attention < took
 
 
-def test_words() -> None:
+@pytest.mark.usefixtures("graphs")
+@pytest.mark.parametrize("captured", [False, True])
+def test_words(captured: bool) -> None:
     memory = np.zeros(256, np.uint8)
-    stream = CpuStream()
-    assert round_trip_us(stream, memory.ctypes.data, memory.ctypes.data + 128, times=5) > 0
+    stream = RunAhead(0)
+    stream.enter()
+    assert round_trip_us(stream, memory.ctypes.data, memory.ctypes.data + 128, captured, times=5) > 0
     stream.close()
 
 

@@ -99,14 +99,14 @@ def _graphs(first: Any, config: VllmConfig) -> Any:
     """A further lane's graphs, which hold the addresses of its own buffers.
 
     A memory pool is for graphs that run one after the other: those of another lane may run meanwhile, and have their
-    own. In sleep mode vLLM may want all of them in one pool; then this lane has none.
+    own. In sleep mode vLLM may want all of them in one pool; then this lane has none. Graphs that are broken without a
+    compiled model (VLLM_USE_BREAKABLE_CUDAGRAPH) are in vLLM's own pool, so this lane has whole steps alone.
     """
     graphs = first.cudagraph_manager
     mode = CUDAGraphMode.NONE if config.use_cumem_cudagraph_pool else graphs.cudagraph_mode
+    if graphs.use_breakable_cg:
+        mode = mode.without_piecewise()
     further = type(graphs)(config, first.device, mode, graphs.decode_query_len, graphs.lora_capture_cases)
     if mode:
         further.pool = current_platform.graph_pool_handle()
-    if further.use_breakable_cg:
-        further.init_breakable_cg_runner(first.model)
-        further.breakable_cg_runner.graph_pool = further.pool
     return further

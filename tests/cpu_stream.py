@@ -6,22 +6,18 @@ stream after each layer's exchange; meanwhile other lanes go on. A graph that wa
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import itertools
 import queue
 import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import torch
-from torch._C import DispatchKey, DispatchKeySet
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from cpu_graph import THREAD, captured
 
 from vllm_lamina.device.cpu import CpuDevice
 
@@ -29,9 +25,6 @@ DEADLINE = 60.0
 
 COUNTS: Counter[str] = Counter()
 """``layers on streams``: exchanges that the host enqueued; ``replays of lane ..``: graphs."""
-
-_THREAD = threading.local()
-"""Of a thread: its current ``stream``, and the ``graph`` that it captures."""
 
 
 class CpuStream:
@@ -95,72 +88,6 @@ def _store(word: int, value: int) -> None:
     ctypes.c_int32.from_address(word).value = value
 
 
-class CpuGraph:
-    """See ``torch.cuda.CUDAGraph``: operations that a stream repeats. No Python of the model's is run again."""
-
-    def __init__(self) -> None:
-        self.operations: list[Callable[[], None]] = []
-        self.streams: set[CpuStream] = set()
-        """Whose words it writes and waits for."""
-
-    def replay(self) -> None:
-        """On the current stream."""
-        stream: LaneStream = _THREAD.stream
-        assert self.streams <= {stream}, "a lane replays another lane's graph"
-        COUNTS[f"replays of lane {stream.lane}"] += 1
-        for operation in self.operations:
-            stream.run(operation)
-        stream.fence()
-
-
-def captured() -> CpuGraph | None:
-    """The graph that the calling thread captures."""
-    return getattr(_THREAD, "graph", None)
-
-
-@contextlib.contextmanager
-def capture(graph: CpuGraph, pool: Any = None, stream: Any = None) -> Iterator[None]:
-    """See ``torch.cuda.graph``: what the calling thread enqueues goes to the graph, and PyTorch's operators too."""
-    _THREAD.graph = graph
-    try:
-        with _Recorder(graph):
-            yield
-    finally:
-        _THREAD.graph = None
-
-
-class _Recorder(TorchDispatchMode):
-    """Records operators with their tensors. They run as well, for the shapes that come out."""
-
-    def __init__(self, graph: CpuGraph) -> None:
-        super().__init__()
-        self._graph = graph
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace == "vllm":  # written in Python, which is not run again; what it calls is recorded
-            with self:
-                return func.redispatch(DispatchKeySet(DispatchKey.CPU), *args, **kwargs)
-        assert torch.Tag.data_dependent_output not in func.tags, f"no graph can capture {func}"
-        result = func(*args, **kwargs)
-        inputs = {tensor.untyped_storage().data_ptr() for tensor in _tensors((args, kwargs))}
-        fresh = [t.untyped_storage().data_ptr() not in inputs for t in _tensors(result)]
-        if any(fresh) or func._schema.is_mutable:
-
-            def run() -> None:
-                again = func(*args, **kwargs)
-                for is_fresh, target, value in zip(fresh, _tensors(result), _tensors(again), strict=True):
-                    if is_fresh:
-                        target.copy_(value)
-
-            self._graph.operations.append(run)
-        return result
-
-
-def _tensors(values: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)]
-
-
 class LaneStream(CpuStream):
     """A stream that a lane's thread waits for, while it lets others have the turn. It dawdles at random."""
 
@@ -179,8 +106,14 @@ class LaneStream(CpuStream):
         else:
             self.enqueue(run)
 
+    def replay(self, operations: Sequence[Callable[[], None]]) -> None:
+        COUNTS[f"replays of lane {self.lane}"] += 1
+        for operation in operations:
+            self.run(operation)
+        self.fence()
+
     def enter(self) -> None:
-        _THREAD.stream = self
+        THREAD.stream = self
 
     def mark(self) -> threading.Event:
         done = threading.Event()
@@ -278,39 +211,3 @@ def use_streams() -> None:
 
     launch_one_at_a_time()
     worker.device_for = lambda device_type: StreamedCpuDevice()
-
-
-CAPTURED_SIZES = [2, 4]
-
-
-def use_graphs() -> None:
-    """For engines on streams, on vLLM's V2 runner: steps of decodes are captured, as it captures them on a GPU."""
-    from vllm.config import CUDAGraphMode
-    from vllm.platforms.cpu import CpuPlatform
-    from vllm.v1.worker import workspace
-    from vllm.v1.worker.cpu_worker import CPUWorker
-    from vllm.v1.worker.gpu import cudagraph_utils
-
-    cuda: Any = torch.cuda
-    cuda.CUDAGraph, cuda.graph = CpuGraph, capture
-    accelerator: Any = torch.accelerator
-    accelerator.empty_cache, accelerator.get_memory_info = lambda: None, lambda: (0, 0)
-    cudagraph_utils.graph_capture = lambda device: contextlib.nullcontext()
-    CpuPlatform.graph_pool_handle = itertools.count().__next__
-    initialize, warm_up = CPUWorker.initialize_from_config, CPUWorker.compile_or_warm_up_model
-
-    def initialize_with_graphs(worker: CPUWorker, kv_cache_config: Any) -> None:
-        workspace.init_workspace_manager(worker.device)
-        compilation = worker.vllm_config.compilation_config
-        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
-        compilation.cudagraph_capture_sizes = CAPTURED_SIZES
-        compilation.max_cudagraph_capture_size = max(CAPTURED_SIZES)
-        initialize(worker, kv_cache_config)
-
-    def warm_up_and_capture(worker: CPUWorker) -> Any:
-        times = warm_up(worker)
-        worker.model_runner.capture_model()
-        return times
-
-    CPUWorker.initialize_from_config = initialize_with_graphs
-    CPUWorker.compile_or_warm_up_model = warm_up_and_capture

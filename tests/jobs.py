@@ -64,7 +64,8 @@ class Job:
     the KV pool, wherever it is; `worker_memory_mib` are those of attention workers that run already, where Lamina is to
     use these instead; `environment` are variables of its process, and `runner` is vLLM's model runner. With
     `random_lanes`, a seed, the number of lanes changes at random, and each step is checked (`adversary.py`).
-    With `streams`, layers are exchanged as on a GPU (`cpu_stream.py`), with `graphs` too in steps that are captured.
+    With `streams`, layers are exchanged as on a GPU (`cpu_stream.py`), with `graphs` too in steps that are captured
+    (`cpu_graph.py`).
     Equal jobs give equal results, which is what makes them cacheable.
     """
 

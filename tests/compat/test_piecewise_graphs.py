@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from cpu_stream import CpuGraph, capture
+from cpu_graph import CpuGraph, capture
 from vllm.compilation import cuda_graph
 from vllm.config import CUDAGraphMode
 from vllm.platforms import current_platform

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from cores import ATTENTION_CPU
-from cpu_stream import CpuGraph, CpuStreams, LaneStream, capture, captured, launch_one_at_a_time
+from cpu_graph import CpuGraph, capture, captured
+from cpu_stream import CpuStreams, LaneStream, launch_one_at_a_time
 from kernel_modules import exchange_kernels
 from worker_processes import DEADLINE, pause
 

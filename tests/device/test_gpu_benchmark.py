@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from cores import ATTENTION_CPU
-from cpu_stream import CpuGraph, CpuStreams, LaneStream, capture, launch_one_at_a_time
+from cpu_graph import CpuGraph, capture
+from cpu_stream import CpuStreams, LaneStream, launch_one_at_a_time
 from kernel_modules import exchange_kernels
 
 from benchmarks.gpu import DecodeSteps, compare, page, round_trip_us, run_parts

@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 THREAD = threading.local()
 """Of a thread: its current ``stream``, and the ``graph`` that it captures."""
 
+_ONE_OPERATOR = threading.Lock()
+"""vLLM's linear layers on a CPU have buffers, a layer one set: two threads in one spoil each other's rows."""
+
 _OWNERS: dict[Any, set[Any]] = {}
 """By memory pool: the streams whose graphs it is for."""
 
@@ -72,7 +75,8 @@ class _Recorder(TorchDispatchMode):
         if any(fresh) or func._schema.is_mutable:
 
             def run() -> None:
-                again = func(*args, **kwargs)
+                with _ONE_OPERATOR:
+                    again = func(*args, **kwargs)
                 for is_fresh, target, value in zip(fresh, _tensors(result), _tensors(again), strict=True):
                     if is_fresh:
                         target.copy_(value)
@@ -90,6 +94,7 @@ CAPTURED_SIZES = [2, 4]
 
 def use_graphs() -> None:
     """For engines on streams, on vLLM's V2 runner: steps of decodes are captured, as it captures them on a GPU."""
+    from vllm import _custom_ops
     from vllm.config import CUDAGraphMode
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.worker import workspace
@@ -102,6 +107,13 @@ def use_graphs() -> None:
     accelerator.empty_cache, accelerator.get_memory_info = lambda: None, lambda: (0, 0)
     cudagraph_utils.graph_capture = lambda device: contextlib.nullcontext()
     CpuPlatform.graph_pool_handle = itertools.count().__next__
+    linear = _custom_ops.onednn_mm
+
+    def linear_alone(*args: Any) -> torch.Tensor:
+        with _ONE_OPERATOR:
+            return linear(*args)
+
+    _custom_ops.onednn_mm = linear_alone
     initialize, warm_up = CPUWorker.initialize_from_config, CPUWorker.compile_or_warm_up_model
 
     def initialize_with_graphs(worker: CPUWorker, kv_cache_config: Any) -> None:

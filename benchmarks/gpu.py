@@ -4,8 +4,9 @@
 
 Parts, each in processes of its own and under a time limit, so that a broken one costs only itself:
 
-words      Does a stream see what the host writes, and the host what a stream writes, and after how long?
-exchange   What a layer takes beyond its attention, with attention workers on this host's CPUs, one and two lanes.
+words      Does a stream see what the host writes, and the host what a stream writes, and after how long? In graphs too?
+exchange   What a layer takes beyond its attention, with attention workers on this host's CPUs, one and two lanes, eager
+           and captured.
 equality   Tokens and log-probabilities of stock vLLM and of Lamina with one and two lanes, float32.
 steps      Decode steps beside stock vLLM's, batches of 8, 64 and 256 at a context of 1024 tokens.
 
@@ -104,7 +105,7 @@ def word_streams(memory: tuple[int, int]) -> Iterator[tuple[str, Any]]:
     streams = CudaStreams()
     streams.register([memory])
     failed = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    for name, driver in (("driver", streams._driver), ("kernels", None)):
+    for name, driver in (("kernels", None), ("driver", streams._driver)):
         is_missing = name == "driver" and driver is None
         yield name, None if is_missing else CudaStream(driver, failed, torch.cuda.current_device())
 
@@ -116,15 +117,26 @@ def words(report: Callable[[Row], None]) -> None:
     """Round trips between a stream and a thread of the host."""
     memory = np.zeros(4096, np.uint8)
     there, back = memory.ctypes.data, memory.ctypes.data + 128
-    for name, stream in word_streams((memory.ctypes.data, memory.nbytes)):
-        if stream is None:
-            report({"by": name, "error": "no cuda-bindings"})
-        else:
-            report({"by": name, "us": round_trip_us(stream, there, back, SIZES.round_trips)})
+    streams = list(word_streams((memory.ctypes.data, memory.nbytes)))
+    # The question that may break the process comes last.
+    for captured in (False, True):
+        for name, stream in streams:
+            row = {"by": name, "captured": captured}
+            if stream is None:
+                report(row | {"error": "no cuda-bindings"})
+            else:
+                report(row | {"us": round_trip_us(stream, there, back, captured, SIZES.round_trips)})
 
 
-def round_trip_us(stream: Any, there: int, back: int, times: int) -> float:
+def round_trip_us(stream: Any, there: int, back: int, captured: bool, times: int) -> float:
     """Microseconds from a word that the stream writes to one that it waits for, and the host writes."""
+
+    def enqueue() -> None:
+        for number in range(1, times + 1):
+            stream.write(there, number)
+            stream.wait(back, number)
+
+    launch = _captured(enqueue) if captured else enqueue
     seen, answer = (ctypes.c_int32.from_address(word) for word in (there, back))
     seen.value = answer.value = 0
 
@@ -137,13 +149,20 @@ def round_trip_us(stream: Any, there: int, back: int, times: int) -> float:
     thread = threading.Thread(target=host)
     thread.start()
     begin = time.perf_counter()
-    for number in range(1, times + 1):
-        stream.write(there, number)
-        stream.wait(back, number)
+    launch()
     stream.synchronize()
     elapsed = time.perf_counter() - begin
     thread.join()
     return round(elapsed / times * 1e6, 2)
+
+
+def _captured(enqueue: Callable[[], None]) -> Callable[[], None]:
+    """What replays it, as a graph."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        enqueue()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 # ---------------------------------------------------------------------------------------------------------- exchange
@@ -153,9 +172,15 @@ class DecodeSteps:
     """Steps of lanes in which nothing but attention is computed, each request with ``context`` tokens."""
 
     def __init__(
-        self, streams: Streams, widths: tuple[int, int, int], num_layers: int, batch: int, num_lanes: int
+        self,
+        streams: Streams,
+        widths: tuple[int, int, int],
+        num_layers: int,
+        batch: int,
+        num_lanes: int,
+        captured: bool = False,
     ) -> None:
-        self.batch, self.num_lanes, self.num_layers = batch, num_lanes, num_layers
+        self.batch, self.num_lanes, self.num_layers, self.captured = batch, num_lanes, num_layers, captured
         dtype = "float32" if streams.tensor((1,), torch.float32)[0].device.type == "cpu" else "bfloat16"
         scales = (widths[2] ** -0.5,) * num_layers
         self.geometry = Geometry.uniform(num_layers, BLOCK_SIZE, *widths, dtype, scales)  # type: ignore[arg-type]
@@ -188,7 +213,8 @@ class DecodeSteps:
         attention: list[float] = []
         lanes = [
             threading.Thread(
-                target=self._lane, args=(layers, client, lane, num_steps, context, took, attention)
+                target=self._lane,
+                args=(layers, client, lane, self._model(layers, lane), num_steps, context, took, attention),
             )
             for lane in range(self.num_lanes)
         ]
@@ -200,26 +226,41 @@ class DecodeSteps:
             raise RuntimeError("a lane ended before its last step")
         return statistics.median(took), statistics.median(attention)
 
+    def _model(self, layers: StreamedLayers, lane: int) -> Callable[[Step], None]:
+        """What enqueues a step's layers, in buffers that stay."""
+        cache = self.geometry.caches[0]
+        heads, kv_heads, size = self.geometry.layers[0].num_heads, cache.num_kv_heads, cache.head_size
+        dtype = getattr(torch, cache.dtype)
+        q, _ = self.streams.tensor((self.batch, heads, size), dtype)
+        kv, _ = self.streams.tensor((self.batch, kv_heads, size), dtype)
+        out, _ = self.streams.tensor((self.batch, heads, size), dtype)
+
+        def capture() -> None:
+            for layer in range(self.num_layers):
+                layers.capture(lane, layer, q, kv, kv, out)
+
+        def attend(step: Step) -> None:
+            for layer in range(self.num_layers):
+                layers.attend(lane, step, layer, q, kv, kv, out, _no_chunks)
+
+        if not self.captured:
+            return attend
+        # Here, not on the lanes' threads: nothing else may go to the device meanwhile.
+        replay = _captured(capture)
+        return lambda step: replay()
+
     def _lane(
         self,
         layers: StreamedLayers,
         client: AttentionClient,
         lane: int,
+        model: Callable[[Step], None],
         num_steps: int,
         context: int,
         took: list[float],
         attention: list[float],
     ) -> None:
         layers.enter(lane)
-        heads, kv_heads, size = (
-            self.geometry.layers[0].num_heads,
-            self.geometry.caches[0].num_kv_heads,
-            self.geometry.caches[0].head_size,
-        )
-        dtype = getattr(torch, self.geometry.caches[0].dtype)
-        q, _ = self.streams.tensor((self.batch, heads, size), dtype)
-        kv, _ = self.streams.tensor((self.batch, kv_heads, size), dtype)
-        out, _ = self.streams.tensor((self.batch, heads, size), dtype)
         each = -(-(context + num_steps) // BLOCK_SIZE)
         first = lane * self.batch * each
         for number in range(num_steps):
@@ -235,8 +276,8 @@ class DecodeSteps:
             begin = time.perf_counter()
             layers.announce(lane)
             layers.begin(lane)
-            for layer in range(self.num_layers):
-                layers.attend(lane, step, layer, q, kv, kv, out, _no_chunks)
+            layers.prepare(lane, step)
+            model(step)
             layers.wait(lane)
             layers.end(lane)
             layers.synchronize(lane)
@@ -254,11 +295,13 @@ def exchange(report: Callable[[Row], None]) -> None:
     """At the widths of an 8B model."""
     cpus = sorted(os.sched_getaffinity(0))
     cpus = cpus[2:] or cpus[-1:]
-    for batch in SIZES.batches:
-        for num_lanes in (1, 2):
-            steps = DecodeSteps(make_streams(), SIZES.widths, SIZES.layers, batch, num_lanes)
-            took, attention = steps.run(SIZES.exchanged_steps, 100, cpus)
-            report({"batch": batch, "lanes": num_lanes, "layer us": took, "of these attention": attention})
+    for captured in (False, True):
+        for batch in SIZES.batches:
+            for num_lanes in (1, 2):
+                steps = DecodeSteps(make_streams(), SIZES.widths, SIZES.layers, batch, num_lanes, captured)
+                took, attention = steps.run(SIZES.exchanged_steps, 100, cpus)
+                case = {"batch": batch, "lanes": num_lanes, "captured": captured}
+                report(case | {"layer us": took, "of these attention": attention})
 
 
 # ----------------------------------------------------------------------------------------------------------- engines

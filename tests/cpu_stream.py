@@ -1,7 +1,7 @@
 """A device that works beside the host, played by a thread of the CPU for each lane.
 
 Its kernels are those of a GPU, in Triton's interpreter. PyTorch's operators run on the host, so that it waits for the
-stream after each layer's exchange; meanwhile other lanes go on.
+stream after each layer's exchange; meanwhile other lanes go on. A graph that was captured is replayed by the stream.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from functools import cache
 from typing import Any
 
 import torch
+from cpu_graph import THREAD, captured
 
 from vllm_lamina.device.cpu import CpuDevice
 
 DEADLINE = 60.0
 
 COUNTS: Counter[str] = Counter()
-"""``layers on streams``: exchanges."""
+"""``layers on streams``: exchanges that the host enqueued; ``replays of lane ..``: graphs."""
 
 
 class CpuStream:
@@ -37,7 +38,12 @@ class CpuStream:
         self._thread.start()
 
     def enqueue(self, operation: Callable[[], None]) -> None:
-        self._operations.put(operation)
+        graph = captured()
+        if graph is None:
+            self._operations.put(operation)
+        else:
+            graph.operations.append(operation)
+            graph.streams.add(self)
 
     def write(self, word: int, value: int) -> None:
         self.enqueue(lambda: store(word, value))
@@ -82,11 +88,11 @@ def store(word: int, value: int) -> None:
     ctypes.c_int32.from_address(word).value = value
 
 
-class _LaneStream(CpuStream):
+class LaneStream(CpuStream):
     """A stream that a lane's thread waits for, while it lets others have the turn. It dawdles at random."""
 
     def __init__(self, lane: int) -> None:
-        self._lane = lane
+        self.lane = lane
         rng = random.Random(lane)
         super().__init__(lambda: time.sleep(0.002 * (rng.random() < 0.05)))
 
@@ -95,10 +101,19 @@ class _LaneStream(CpuStream):
             with torch.inference_mode():
                 launch()
 
-        self.enqueue(run)
+        if captured():
+            launch()  # what it launches is captured, and not what it does to find that out
+        else:
+            self.enqueue(run)
+
+    def replay(self, operations: Sequence[Callable[[], None]]) -> None:
+        COUNTS[f"replays of lane {self.lane}"] += 1
+        for operation in operations:
+            self.run(operation)
+        self.fence()
 
     def enter(self) -> None:
-        pass
+        THREAD.stream = self
 
     def mark(self) -> threading.Event:
         done = threading.Event()
@@ -114,14 +129,19 @@ class _LaneStream(CpuStream):
         from vllm_lamina.attention_backend.exchange import Exchange
         from vllm_lamina.compat import forward_context
 
+        if captured():
+            return
         COUNTS["layers on streams"] += 1
+        if Exchange.current().step(self.lane) is None:  # vLLM warms up, without a turn
+            self.synchronize()
+            return
         client: Any = Exchange.current().layers._client  # type: ignore[attr-defined]
         context = forward_context.take_aside()
-        client.end_turn(self._lane)
+        client.end_turn(self.lane)
         try:
             self.synchronize()
         finally:
-            client.begin_turn(self._lane, DEADLINE)
+            client.begin_turn(self.lane, DEADLINE)
             forward_context.put_back(context)
 
 
@@ -133,16 +153,33 @@ class CpuStreams:
     """See `Streams`. ``kernels`` is the module of the exchange's kernels, interpreted."""
 
     def __init__(self, kernels: Any) -> None:
-        self.pack, self.take = kernels.pack, kernels.take
+        self._kernels = kernels
+
+    def pack(self, *args: Any) -> None:
+        _launch(self._kernels.pack, *args)
+
+    def take(self, *args: Any) -> None:
+        _launch(self._kernels.take, *args)
 
     def register(self, memories: Sequence[tuple[int, int]]) -> None:
         assert all(num_bytes > 0 for _, num_bytes in memories)
 
-    def stream(self, lane: int) -> _LaneStream:
-        return _LaneStream(lane)
+    def stream(self, lane: int) -> LaneStream:
+        stream = LaneStream(lane)
+        if lane == 0:  # a single one has no thread
+            stream.enter()
+        return stream
 
     def tensor(self, shape: Sequence[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.zeros(*shape, dtype=dtype), torch.zeros(*shape, dtype=dtype)
+
+
+def _launch(kernel: Callable[..., None], *args: Any) -> None:
+    graph = captured()
+    if graph is None:
+        kernel(*args)
+    else:
+        graph.operations.append(lambda: kernel(*args))
 
 
 class StreamedCpuDevice(CpuDevice):

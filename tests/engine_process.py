@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import adversary
+import cpu_graph
 import cpu_stream
 import runners
 from cores import ATTENTION_CPU
@@ -77,6 +78,8 @@ def run(job: Job) -> JobResult:
         adversary.provoke(job.random_lanes)
     if job.streams:
         cpu_stream.use_streams()
+    if job.graphs:
+        cpu_graph.use_graphs()
     with contextlib.ExitStack() as stack:
         pool: dict[str, Any] = {"kv_cache_memory_bytes": job.kv_memory_mib << 20}
         if job.executor is not None:

@@ -64,8 +64,9 @@ class Job:
     the KV pool, wherever it is; `worker_memory_mib` are those of attention workers that run already, where Lamina is to
     use these instead; `environment` are variables of its process, and `runner` is vLLM's model runner. With
     `random_lanes`, a seed, the number of lanes changes at random, and each step is checked (`adversary.py`).
-    With `streams`, layers are exchanged as on a GPU (`cpu_stream.py`). Equal jobs give equal results, which is what
-    makes them cacheable.
+    With `streams`, layers are exchanged as on a GPU (`cpu_stream.py`), with `graphs` too in steps that are captured
+    (`cpu_graph.py`).
+    Equal jobs give equal results, which is what makes them cacheable.
     """
 
     model: str
@@ -78,6 +79,7 @@ class Job:
     runner: str = runners.DEFAULT
     random_lanes: int | None = None
     streams: bool = False
+    graphs: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

@@ -169,8 +169,9 @@ def test_answers_of_the_builder_and_the_layer(cls: type, name: str, answer: Any)
     assert getattr(cls, name) == answer
 
 
-def test_no_graph_holds_an_exchange() -> None:
-    assert LaminaMetadataBuilder.get_cudagraph_support(None, None) is AttentionCGSupport.NEVER
+def test_steps_of_decodes_alone_are_captured() -> None:
+    support = LaminaMetadataBuilder.get_cudagraph_support(None, None)
+    assert support is AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
 
 def test_nothing_is_fused_into_a_layer(h100: Any) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from vllm.v1.worker import workspace
 
-from vllm_lamina.compat.workspaces import add_workspace, let_workspaces_grow, use_workspace
+from vllm_lamina.compat.workspaces import add_workspace, grow_workspaces, use_workspace
 from vllm_lamina.errors import UnsupportedError
 
 
@@ -42,11 +42,17 @@ def test_each_lane_has_its_own(manager: workspace.WorkspaceManager) -> None:
     assert (first, second) == (scratch(0, 1 << 16), scratch(1, 1 << 16))
 
 
-def test_it_grows_after_the_warm_up(manager: workspace.WorkspaceManager) -> None:
+def test_it_grows_after_the_warm_up(
+    manager: workspace.WorkspaceManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "empty_cache", lambda: None)
     add_workspace()
     first = scratch(0, 1 << 16)
+    manager.get_simultaneous(((1 << 12,), torch.uint8))
     workspace.lock_workspace()
-    let_workspaces_grow()
+    grow_workspaces()
+    sizes = [workspace_of_lane.numel() for workspace_of_lane in manager._current_workspaces]
+    assert sizes == [1 << 12] * 2, "none has to grow where the first did not: it would move"
     scratch(1, 1 << 16)
     assert scratch(0, 1 << 16) == first, "captured graphs hold its address"
 
@@ -54,7 +60,7 @@ def test_it_grows_after_the_warm_up(manager: workspace.WorkspaceManager) -> None
 def test_without_a_manager_there_is_nothing_to_divide() -> None:
     assert not workspace.is_workspace_manager_initialized()
     add_workspace()
-    let_workspaces_grow()
+    grow_workspaces()
 
 
 def test_micro_batches_are_refused() -> None:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import cpu_stream
-from cpu_stream import CpuStream, CpuStreams
+import torch
+from cpu_graph import CpuGraph, capture
+from cpu_stream import CpuStreams, LaneStream
 from kernel_modules import exchange_kernels
 
 from benchmarks import gpu
@@ -34,17 +36,8 @@ gpu.SIZES = gpu.Sizes(
 )
 
 
-class RunAhead(CpuStream):
+class RunAhead(LaneStream):
     """A host that only enqueues waits for nothing."""
-
-    def run(self, launch: Any) -> None:
-        self.enqueue(launch)
-
-    def enter(self) -> None:
-        pass
-
-    def mark(self) -> None:
-        return None
 
     def fence(self) -> None:
         pass
@@ -54,7 +47,7 @@ class Streams(CpuStreams):
     """Of lanes that compute nothing but attention."""
 
     def stream(self, lane: int) -> Any:
-        return RunAhead()
+        return RunAhead(lane)
 
 
 def make_streams() -> Any:
@@ -62,13 +55,16 @@ def make_streams() -> Any:
     return Streams(exchange_kernels(interpreted=True))
 
 
-def word_streams(memory: tuple[int, int]) -> Iterator[tuple[str, CpuStream]]:
-    yield "thread", CpuStream()
+def word_streams(memory: tuple[int, int]) -> Iterator[tuple[str, LaneStream]]:
+    stream = RunAhead(0)
+    stream.enter()
+    yield "thread", stream
 
 
 gpu.make_streams, gpu.word_streams = make_streams, word_streams
 
 if __name__ == "__main__":
+    torch.cuda.CUDAGraph, torch.cuda.graph = CpuGraph, capture  # type: ignore[misc, assignment]
     if "--call" in sys.argv:
         cpu_stream.use_streams()
     gpu.main()

@@ -57,9 +57,14 @@ def check_written(directory: Path, printed: str, parts: tuple[str, ...]) -> dict
 
 def test_what_the_exchange_costs(run: Run) -> None:
     rows = run("words", "exchange")
-    assert [row["by"] for row in rows["words"]] == ["thread"]
-    assert rows["words"][0]["us"] > 0
-    assert [(row["batch"], row["lanes"]) for row in rows["exchange"]] == [(2, 1), (2, 2)]
+    assert [(row["by"], row["captured"]) for row in rows["words"]] == [("thread", False), ("thread", True)]
+    assert all(row["us"] > 0 for row in rows["words"])
+    assert [(row["batch"], row["lanes"], row["captured"]) for row in rows["exchange"]] == [
+        (2, 1, False),
+        (2, 2, False),
+        (2, 1, True),
+        (2, 2, True),
+    ]
     assert all(0 < row["of these attention"] < row["layer us"] for row in rows["exchange"])
 
 

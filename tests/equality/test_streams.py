@@ -42,11 +42,23 @@ ENGINES: dict[str, tuple[dict[str, Any], int]] = {
 """Options of Lamina, and attention workers that run already."""
 
 
+CAPTURED_BY_TWO_LANES = "two lanes", True
+"""What runs on every change; steps with a prefill chunk are eager there too."""
+
+
 @pytest.mark.parametrize(
-    "name",
-    ["two lanes", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sequence", "one lane", "head"))],
+    ("name", "graphs"),
+    [
+        CAPTURED_BY_TWO_LANES,
+        *(
+            pytest.param(name, graphs, marks=pytest.mark.slow)
+            for name in ENGINES
+            for graphs in (False, True)
+            if (name, graphs) != CAPTURED_BY_TWO_LANES
+        ),
+    ],
 )
-def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str) -> None:
+def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str, graphs: bool) -> None:
     options, num_workers = ENGINES[name]
     engine = {"max_num_batched_tokens": 32, "block_size": 32, "max_model_len": 256, "max_num_seqs": 8}
     stock = Job(model_zoo("four_kv_heads"), PHASES, engine, kv_memory_mib=16, runner=V2)
@@ -54,6 +66,7 @@ def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str) -> Non
         stock,
         executor="lamina",
         streams=True,
+        graphs=graphs,
         engine=engine | options,
         worker_memory_mib=(16,) * num_workers,
     )
@@ -61,3 +74,5 @@ def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str) -> Non
     assert_same(expected, actual)
     assert actual.phases[1].prefix_cache_hits == expected.phases[1].prefix_cache_hits > 0
     assert actual.counts["layers on streams"] > 20
+    replays = [actual.counts.get(f"replays of lane {lane}", 0) for lane in (0, 1)]
+    assert [count > 3 for count in replays] == [graphs, graphs and "lamina_batches" not in options]

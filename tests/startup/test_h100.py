@@ -95,7 +95,7 @@ def test_what_lamina_needs(outcomes: Outcomes) -> None:
         "block size": 128,
         "attention backend": "CUSTOM",
         "class": "LaminaAttentionBackend",
-        "graphs": "PIECEWISE",
+        "graphs": "FULL_AND_PIECEWISE",
         "scheduler": "vllm_lamina.scheduler.scheduler.LaminaScheduler",
         "asynchronous": False,
     }, outcomes["lamina"]

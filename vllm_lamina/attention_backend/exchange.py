@@ -35,6 +35,9 @@ class Layers(Protocol):
     def begin(self, lane: int) -> None:
         """The lane's step begins: it finds what all steps that are over left in what lanes share."""
 
+    def prepare(self, lane: int, step: Step | None) -> None:
+        """Called before the layers of every step, also where a graph replays them; None attends nothing."""
+
     def attend(
         self,
         lane: int,
@@ -61,6 +64,20 @@ class Layers(Protocol):
             [step.num_tokens, num_heads, head_size_v], written in place; anything if the step fails.
         attend_locally
             The layer's attention within prefill chunks.
+        """
+
+    def capture(
+        self,
+        lane: int,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """Attend one layer of whichever step of decodes is prepared when it runs: it may be captured in a graph.
+
+        Tensors are as of `attend`, with at least as many tokens; further rows of ``output`` become zeros.
         """
 
     def wait(self, lane: int) -> None:

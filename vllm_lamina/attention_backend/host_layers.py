@@ -8,6 +8,7 @@ import torch
 
 from vllm_lamina._native import AttentionClient, Channel, ChannelError
 from vllm_lamina.compat import forward_context
+from vllm_lamina.errors import LaminaError
 
 if TYPE_CHECKING:
     from vllm_lamina.attention_backend.step import Step
@@ -39,6 +40,20 @@ class HostLayers:
 
     def begin(self, lane: int) -> None:
         pass
+
+    def prepare(self, lane: int, step: Step | None) -> None:
+        pass
+
+    def capture(
+        self,
+        lane: int,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        raise LaminaError("The host is in the middle of a step, which no graph can capture.")
 
     def wait(self, lane: int) -> None:
         pass

@@ -97,23 +97,30 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         query
             [tokens, num_heads, head_size], the model's dtype; tokens may be padded beyond those of the step.
         key, value
-            [tokens, num_kv_heads, head_size or head_size_v], the model's dtype.
+            [tokens, num_kv_heads, head_size or head_size_v], the model's dtype; None where the layer attends what another
+            stores.
         kv_cache
             Empty: the KV blocks are on the attention worker.
         attn_metadata
-            The step; None, or without one, when vLLM profiles or warms up, where nothing is attended.
+            The step; None, or without one, when vLLM profiles or warms up, where nothing is attended. Where vLLM
+            captures, what is enqueued attends the steps in which it is replayed.
         output
             [tokens, num_heads, head_size_v], written in place; zeros where nothing is attended. Anything where an
             attention worker was lost: the step is thrown away.
         """
-        step = attn_metadata.step if attn_metadata is not None else None
-        if attn_metadata is None or step is None:
+        if attn_metadata is None or (attn_metadata.step is None and not attn_metadata.captures):
             return output.zero_()
+        layers, lane = attn_metadata.exchange.layers, attn_metadata.lane
+        index = attn_metadata.exchange.layer_index(layer)
+        step = attn_metadata.step
+        if step is None:
+            layers.capture(lane, index, query, key, value, output)
+            return output
         rows = slice(step.num_tokens)
-        attn_metadata.exchange.layers.attend(
-            attn_metadata.lane,
+        layers.attend(
+            lane,
             step,
-            attn_metadata.exchange.layer_index(layer),
+            index,
             query[rows],
             key[rows] if key is not None else None,
             value[rows] if value is not None else None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
@@ -19,18 +19,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LaminaMetadata:
-    """One step of one lane; ``step`` is None where vLLM profiles, warms up or captures, and nothing is attended."""
+    """One step of one lane; ``step`` is None where vLLM profiles, warms up or captures, and nothing is attended.
+
+    ``captures`` says that the layers are captured whole.
+    """
 
     exchange: Exchange
     lane: int
     step: Step | None
+    captures: bool = False
 
 
 class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
     """Hands the step on. vLLM builds as often as it likes; what it says of the step is checked, and not read."""
 
-    # A step of another size has other grids and frames: vLLM captures the pieces between layers, see docs/gpu.md.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    # Prefill chunks attend locally, in grids that differ from step to step: see docs/gpu.md.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
     # Requests with one query token and a full prompt behind them come first in the batch.
     reorder_batch_threshold = 1
 
@@ -49,4 +53,10 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> LaminaMetadata:
         check_metadata(common_attn_metadata)
-        return LaminaMetadata(self.exchange, self.lane, self.exchange.step(self.lane))
+        step = self.exchange.step(self.lane)
+        # Here, not in the first layer: vLLM calls no layer in a step whose graph it replays.
+        self.exchange.layers.prepare(self.lane, step)
+        return LaminaMetadata(self.exchange, self.lane, step)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> LaminaMetadata:
+        return replace(self.build(0, common_attn_metadata), captures=True)

@@ -16,7 +16,8 @@ import torch
 
 from vllm_lamina._native import AttentionClient, Channel, StreamedExchange
 from vllm_lamina.compat.workspaces import add_workspace, use_workspace
-from vllm_lamina.device.frame_descriptor import FrameDescriptor, Heads
+from vllm_lamina.config import HEAD
+from vllm_lamina.device.frame_descriptor import POISON, FrameDescriptor, Heads
 from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.geometry import LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
@@ -104,6 +105,12 @@ class StreamedLayers:
     def synchronize(self, lane: int) -> None:
         self._lanes[lane].stream.synchronize()
 
+    def prepare(self, lane: int, step: Step | None) -> None:
+        if step is None:
+            self._lanes[lane].prepare_nothing()
+        elif step.send_once(self._exchange, lane, self._timeout):
+            self._lanes[lane].prepare(step)
+
     def attend(
         self,
         lane: int,
@@ -117,9 +124,18 @@ class StreamedLayers:
     ) -> None:
         assert key is not None
         assert value is not None
-        if step.send_once(self._exchange, lane, self._timeout):
-            self._lanes[lane].prepare(step)
         self._lanes[lane].attend(step, layer, query, key, value, output, attend_locally)
+
+    def capture(
+        self,
+        lane: int,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        self._lanes[lane].capture(layer, query, key, value, output)
 
     def wait(self, lane: int) -> None:
         self._lanes[lane].failure = self._exchange.finish_step(lane, self._timeout)
@@ -167,6 +183,8 @@ class _Lane:
         self._packed, self._taken, self._free, self._replied, replies = exchange.words(lane)
         workers = len(partition.shares)
         self._heads = _heads(partition)
+        # Whether each of them answers every decode.
+        self._decodes_answer_all = workers == 1 or partition.kind == HEAD
         self._replies = torch.frombuffer((ctypes.c_int64 * workers).from_address(replies), dtype=torch.int64)
         heads = torch.tensor([(heads.first_q, heads.num_q) for heads in self._heads], dtype=torch.int32)
         self._head_ranges, host = streams.tensor((workers, 2), torch.int32)
@@ -210,8 +228,8 @@ class _Lane:
         """Bring the step's tables to the device. The lane's step before is over, so nobody reads the old ones."""
         num_tokens, workers = step.num_tokens, len(self._heads)
         tables = self._tables_on_host.numpy()
-        index = tables[2 * workers : 3 * workers, :num_tokens]
-        index[:] = -1
+        index = tables[2 * workers : 3 * workers]
+        index[:] = -1  # also of the rows with which a captured step is padded
         self._rows = []
         for worker, heads in enumerate(self._heads):
             q_tokens, kv_tokens, rows_without_lse = self._exchange.part(self._lane, worker)
@@ -232,6 +250,16 @@ class _Lane:
         self._answers = any(num_q > 0 for num_q, _ in self._rows)
         self.stream.run(self._copy_tables)
 
+    def prepare_nothing(self) -> None:
+        """Let layers run without a step: nothing is packed, no word is waited for, and the output is zeros."""
+        workers = len(self._heads)
+        self._tables_on_host[2 * workers : 3 * workers] = -1
+        self._descriptors_on_host.zero_()
+        self._replies.zero_()
+        for word in (self._free, self._replied):
+            ctypes.c_int32.from_address(word).value = POISON
+        self.stream.run(self._copy_tables)
+
     def _copy_tables(self) -> None:
         self._tables.copy_(self._tables_on_host, non_blocking=True)
         self._descriptors.copy_(self._descriptors_on_host, non_blocking=True)
@@ -246,38 +274,66 @@ class _Lane:
         output: torch.Tensor,
         attend_locally: LocalAttention,
     ) -> None:
-        stream, number, workers = self.stream, layer + 1, len(self._heads)
-        descriptors = self._descriptors[layer % FRAMES]
-        # The first places may still hold frames of the step before that nobody answers.
-        if layer < FRAMES or not self._answers_all:
-            stream.wait(self._free, number)
-
-        def pack() -> None:
-            for worker, (heads, (num_q, num_kv)) in enumerate(zip(self._heads, self._rows, strict=True)):
-                if num_q or num_kv:
-                    q_tokens = self._tables[worker, :num_q]
-                    kv_tokens = self._tables[workers + worker, :num_kv]
-                    self._streams.pack(query, key, value, q_tokens, kv_tokens, descriptors[worker], heads)
-
-        stream.run(pack)
-        stream.write(self._packed, number)
+        self._pack(layer, query, key, value, self._rows, self._answers_all)
         local: tuple[torch.Tensor, ...] = ()
         if step.has_chunks:
             chunks = slice(step.first_chunk_token, step.num_tokens)
             local_out, local_lse = attend_locally(query[chunks], key[chunks], value[chunks], step.chunks)
             output[chunks] = local_out
             self._local_lse[chunks] = local_lse
-            local = (self._tables[3 * workers, : step.num_tokens], self._local_lse[: step.num_tokens])
+            is_local = self._tables[3 * len(self._heads), : step.num_tokens]
+            local = (is_local, self._local_lse[: step.num_tokens])
         if self._answers:
-            index = self._tables[2 * workers : 3 * workers, : step.num_tokens]
-            stream.wait(self._replied, number)
-            stream.run(
-                lambda: self._streams.take(
-                    output, index, self._head_ranges, descriptors, self._replies, *local
-                )
-            )
-            stream.write(self._taken, number)
-        stream.fence()
+            self._take(layer, output, *local)
+        self.stream.fence()
+
+    def capture(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        output: torch.Tensor,
+    ) -> None:
+        """What `attend` does in any step of decodes that has at most so many rows; how many, the tables say."""
+        rows = [(len(query), len(query))] * len(self._heads)
+        self._pack(layer, query, key, value, rows, self._decodes_answer_all)
+        self._take(layer, output)
+        self.stream.fence()
+
+    def _pack(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        rows: Sequence[tuple[int, int]],
+        answers_all: bool,
+    ) -> None:
+        """Send each worker its rows of q, and of k and v: as many as there are, or more."""
+        descriptors, workers = self._descriptors[layer % FRAMES], len(self._heads)
+        if layer < FRAMES or not answers_all:
+            # In the first places there may still be what an earlier step sent and nobody answered.
+            self.stream.wait(self._free, layer + 1)
+
+        def pack() -> None:
+            for worker, (heads, (num_q, num_kv)) in enumerate(zip(self._heads, rows, strict=True)):
+                if num_q or num_kv:
+                    q_tokens = self._tables[worker, :num_q]
+                    kv_tokens = self._tables[workers + worker, :num_kv]
+                    self._streams.pack(query, key, value, q_tokens, kv_tokens, descriptors[worker], heads)
+
+        self.stream.run(pack)
+        self.stream.write(self._packed, layer + 1)
+
+    def _take(self, layer: int, output: torch.Tensor, *local: torch.Tensor) -> None:
+        """Merge the replies with what is ``local``, if there is any."""
+        workers = len(self._heads)
+        index = self._tables[2 * workers : 3 * workers, : len(output)]
+        replies = (self._head_ranges, self._descriptors[layer % FRAMES], self._replies)
+        self.stream.wait(self._replied, layer + 1)
+        self.stream.run(lambda: self._streams.take(output, index, *replies, *local))
+        self.stream.write(self._taken, layer + 1)
 
 
 def _heads(partition: Partition) -> Sequence[Heads]:

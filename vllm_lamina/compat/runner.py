@@ -36,6 +36,12 @@ class LaneRunner(Protocol):
     def order(self) -> Sequence[str]:
         """The requests of the step that is being executed, in the order of its batch; once it is prepared."""
 
+    def use_graphs(self) -> None:
+        """What is captured and replayed is this lane's from now on, until another lane uses its own."""
+
+    def capture(self) -> None:
+        """Capture the graphs of a further lane, once vLLM has captured those of the first, where it captures any."""
+
     def load_adapter(self, lora_request: Any) -> None:
         """Load a LoRA adapter; no lane has a step in flight."""
 

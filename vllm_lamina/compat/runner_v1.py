@@ -43,6 +43,12 @@ class Runner:
         order: Sequence[str] = batch.req_ids[: batch.num_reqs]
         return order
 
+    def use_graphs(self) -> None:
+        pass  # CPUs have no graphs, and GPUs no V1
+
+    def capture(self) -> None:
+        pass
+
     def load_adapter(self, lora_request: Any) -> None:
         self._runner.add_lora(lora_request)
 

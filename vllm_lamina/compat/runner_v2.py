@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.platforms import current_platform
 from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
@@ -21,6 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from vllm_lamina.compat.lora import share_adapters
+from vllm_lamina.compat.piecewise_graphs import PiecewiseGraphs
 
 
 class Runner:
@@ -29,12 +31,14 @@ class Runner:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._order: Sequence[str] = ()
+        self._pieces = PiecewiseGraphs(runner.cudagraph_manager.pool)
         self.shared_places: int | None = runner.max_num_reqs
 
     def execute(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
         self._order = sort_batch_req_ids(
             output.num_scheduled_tokens, output.scheduled_spec_decode_tokens, self._runner.decode_query_len
         )
+        self.use_graphs()
         executed: ModelRunnerOutput | None = self._runner.execute_model(output)
         return executed
 
@@ -48,6 +52,14 @@ class Runner:
 
     def order(self) -> Sequence[str]:
         return self._order
+
+    def use_graphs(self) -> None:
+        self._pieces.use()
+
+    def capture(self) -> None:
+        self.use_graphs()
+        if self._runner.cudagraph_manager.needs_capture():
+            self._runner.capture_model()
 
     def load_adapter(self, lora_request: Any) -> None:
         self._runner.add_lora(lora_request)
@@ -77,11 +89,24 @@ def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfi
     if state.rope_state is not None:
         state.rope_state = copy.copy(state.rope_state)
         state.rope_state.positions = torch.zeros_like(state.rope_state.positions)
-    # A graph holds the addresses of the buffers with which it was captured. Nothing is captured for this lane.
-    graphs = first.cudagraph_manager
-    runner.cudagraph_manager = type(graphs)(
-        config, first.device, graphs.cudagraph_mode, graphs.decode_query_len, graphs.lora_capture_cases
-    )
+    runner.cudagraph_manager = _graphs(first, config)
     if config.lora_config is not None:
         share_adapters(first, runner)
     return runner
+
+
+def _graphs(first: Any, config: VllmConfig) -> Any:
+    """A further lane's graphs, which hold the addresses of its own buffers.
+
+    A memory pool is for graphs that run one after the other: those of another lane may run meanwhile, and have their
+    own. In sleep mode vLLM may want all of them in one pool; then this lane has none. Graphs that are broken without a
+    compiled model (VLLM_USE_BREAKABLE_CUDAGRAPH) are in vLLM's own pool, so this lane has whole steps alone.
+    """
+    graphs = first.cudagraph_manager
+    mode = CUDAGraphMode.NONE if config.use_cumem_cudagraph_pool else graphs.cudagraph_mode
+    if graphs.use_breakable_cg:
+        mode = mode.without_piecewise()
+    further = type(graphs)(config, first.device, mode, graphs.decode_query_len, graphs.lora_capture_cases)
+    if mode:
+        further.pool = current_platform.graph_pool_handle()
+    return further

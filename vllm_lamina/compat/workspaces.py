@@ -32,7 +32,16 @@ def use_workspace(lane: int) -> None:
     workspace._workspace_lane.set(lane)
 
 
-def let_workspaces_grow() -> None:
-    """After vLLM's warm-up, which takes and locks what the first lane needs: what others need is not known before."""
+def grow_workspaces() -> None:
+    """After vLLM's warm-up, which takes and locks what the first lane needs: let the others have as much.
+
+    Not later: graphs hold the address of a workspace, and one that grows moves. Resources that never move are made
+    when a lane first asks for them, so the lock is open from now on.
+    """
     if workspace.is_workspace_manager_initialized():
         workspace.unlock_workspace()
+        manager = workspace.current_workspace_manager()
+        num_bytes = manager._workspace_size_bytes(manager._current_workspaces[0])
+        for lane in range(1, manager._num_lanes):
+            with workspace.use_workspace_lane(lane):
+                manager._ensure_workspace_size(num_bytes)

@@ -21,6 +21,7 @@ from vllm_lamina.compat.outputs import StepTimes, failed_step, report_times
 from vllm_lamina.compat.ranks import any_rank
 from vllm_lamina.compat.scheduled import ScheduledStep, keep_grammar
 from vllm_lamina.compat.threads import set_num_threads
+from vllm_lamina.compat.workspaces import grow_workspaces
 from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 if TYPE_CHECKING:
@@ -59,6 +60,11 @@ class Lane:
         if has_thread:
             self._thread = threading.Thread(target=self._run, name=f"lamina-lane-{index}", daemon=True)
             self._thread.start()
+            try:
+                self.do(self._enter)
+            except BaseException:
+                self.stop()
+                raise
 
     def execute(self, step: ScheduledStep, requests: Mapping[str, PlannedRequest]) -> None:
         """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
@@ -103,9 +109,13 @@ class Lane:
 
         return self._submit(sample)
 
+    def do(self, task: Callable[[], Any]) -> Any:
+        """What the task returns, on the lane's thread; after the steps that were begun."""
+        return self._submit(task).result()
+
     def finish_steps(self) -> None:
         """Wait until the steps that were begun are over, whatever came of them."""
-        self._submit(lambda: self._exchange.layers.synchronize(self.index)).result()
+        self.do(lambda: self._exchange.layers.synchronize(self.index))
 
     def stop(self) -> None:
         """End the thread, after what it is doing."""
@@ -143,9 +153,11 @@ class Lane:
         finally:
             self._seconds += time.perf_counter() - begin
 
-    def _run(self) -> None:
+    def _enter(self) -> None:
         set_num_threads(self._num_threads)  # a setting of the thread
         self._exchange.layers.enter(self.index)
+
+    def _run(self) -> None:
         while (item := self._tasks.get()) is not None:
             self._run_task(*item)
 
@@ -224,6 +236,20 @@ class Lanes:
         if not self._answers:
             sampled.add_done_callback(_end_process_on_failure)
         return sampled
+
+    def warm_up(self, warm_up_first: Callable[[], Any]) -> Any:
+        """What ``warm_up_first`` returns, which warms up the first lane's runner; then further lanes capture graphs.
+
+        Each on its lane's thread: what a graph holds may be the thread's own, such as the mapping of adapters.
+        """
+        first, *others = self._lanes
+        first.runner.use_graphs()
+        warmed = first.do(warm_up_first)
+        for lane in others:
+            grow_workspaces()
+            lane.do(lane.runner.capture)
+            grow_workspaces()  # a capture locks them again
+        return warmed
 
     def finish_steps(self) -> None:
         """Wait until no lane has a step in flight."""

@@ -33,7 +33,6 @@ from vllm_lamina.compat.output_thread import output_thread_started, request_outp
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
-from vllm_lamina.compat.workspaces import let_workspaces_grow
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.device.base import Chunks, Streams
@@ -165,11 +164,9 @@ class _LaminaWorker(Worker):
         """
         self._warms_up = True
         try:
-            return super().compile_or_warm_up_model()
+            return self.lanes.warm_up(super().compile_or_warm_up_model)
         finally:
             self._warms_up = False
-            if len(self.lanes) > 1:
-                let_workspaces_grow()
 
     def block_placement(self) -> tuple[str, list[int]] | None:
         """How the scheduler has to place blocks: the partition, and the number of blocks of each worker.

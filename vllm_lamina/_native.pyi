@@ -501,7 +501,9 @@ class StreamedExchange:
     """
 
     POISON: int
-    def __init__(self, client: AttentionClient, num_lanes: int, max_tokens: int, spin_us: int | None) -> None: ...
+    def __init__(
+        self, client: AttentionClient, num_lanes: int, max_tokens: int, spin_us: int | None
+    ) -> None: ...
     @staticmethod
     def memory_bytes(geometry: ModelGeometry, num_lanes: int, max_tokens: int) -> int:
         """Bytes that the lanes' frames take of a channel's ring, for a worker with this geometry."""

@@ -30,8 +30,8 @@ from vllm_lamina.kv_cache.partition import Partition, Pool, Share
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
 NUM_LAYERS, NUM_BLOCKS, MAX_TOKENS, CAPTURED = 3, 24, 32, 4
-GEOMETRY = Geometry(NUM_LAYERS, 32, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
-TWO_LAYERS = Geometry(2, 32, 4, 2, 32, "float32", (0.2,) * 2)
+GEOMETRY = Geometry.uniform(NUM_LAYERS, 32, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
+TWO_LAYERS = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.2,) * 2)
 WIDTH = GEOMETRY.num_heads * GEOMETRY.head_size
 KV_WIDTH = GEOMETRY.num_kv_heads * GEOMETRY.head_size
 

@@ -30,7 +30,7 @@ from vllm_lamina.kv_cache.partition import Partition, Pool, Share
 BLOCK_SIZE = 32
 NUM_LAYERS = 4
 """Twice as many as a lane has places for frames."""
-GEOMETRY = Geometry(NUM_LAYERS, BLOCK_SIZE, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
+GEOMETRY = Geometry.uniform(NUM_LAYERS, BLOCK_SIZE, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
 NUM_BLOCKS = 60
 MAX_TOKENS = 128
 NUM_STEPS = 8

@@ -97,8 +97,8 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         query
             [tokens, num_heads, head_size], the model's dtype; tokens may be padded beyond those of the step.
         key, value
-            [tokens, num_kv_heads, head_size or head_size_v], the model's dtype; None where the layer attends what another
-            stores.
+            [tokens, num_kv_heads, head_size or head_size_v], the model's dtype; None where the layer attends what
+            another stores.
         kv_cache
             Empty: the KV blocks are on the attention worker.
         attn_metadata

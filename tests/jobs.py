@@ -65,8 +65,7 @@ class Job:
     use these instead; `environment` are variables of its process, and `runner` is vLLM's model runner. With
     `random_lanes`, a seed, the number of lanes changes at random, and each step is checked (`adversary.py`).
     With `streams`, layers are exchanged as on a GPU (`cpu_stream.py`), with `graphs` too in steps that are captured
-    (`cpu_graph.py`).
-    Equal jobs give equal results, which is what makes them cacheable.
+    (`cpu_graph.py`). Equal jobs give equal results, which is what makes them cacheable.
     """
 
     model: str

@@ -30,10 +30,11 @@ from vllm_lamina.kv_cache.partition import Partition, Pool, Share
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
 NUM_LAYERS, NUM_BLOCKS, MAX_TOKENS, CAPTURED = 3, 24, 32, 4
-GEOMETRY = Geometry.uniform(NUM_LAYERS, 32, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
-TWO_LAYERS = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.2,) * 2)
-WIDTH = GEOMETRY.num_heads * GEOMETRY.head_size
-KV_WIDTH = GEOMETRY.num_kv_heads * GEOMETRY.head_size
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 32
+SHAPE = (32, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, "float32")
+GEOMETRY = Geometry.uniform(NUM_LAYERS, *SHAPE, (0.2,) * NUM_LAYERS)
+TWO_LAYERS = Geometry.uniform(2, *SHAPE, (0.2,) * 2)
+WIDTH, KV_WIDTH = NUM_HEADS * HEAD_SIZE, NUM_KV_HEADS * HEAD_SIZE
 
 
 class HostWaits(LaneStream):
@@ -64,8 +65,8 @@ class Model:
         rows = self.input[:num_tokens]
         for layer, weight in enumerate(self.weights):
             q, k, v = (rows @ weight).split([WIDTH, KV_WIDTH, KV_WIDTH], dim=1)
-            heads = [part.unflatten(1, (-1, GEOMETRY.head_size)) for part in (q, k, v)]
-            out = torch.empty(num_tokens, GEOMETRY.num_heads, GEOMETRY.head_size)
+            heads = [part.unflatten(1, (-1, HEAD_SIZE)) for part in (q, k, v)]
+            out = torch.empty(num_tokens, NUM_HEADS, HEAD_SIZE)
             if step is None:
                 self.layers.capture(self.lane, layer, *heads, out)
             else:
@@ -84,7 +85,7 @@ class Model:
 
     def begin(self, requests: Sequence[PlannedRequest]) -> Step:
         by_name = {str(i): request for i, request in enumerate(requests)}
-        step = Step(StepPlan(by_name, lambda: list(by_name)), GEOMETRY.block_size)
+        step = Step(StepPlan(by_name, lambda: list(by_name)), GEOMETRY)
         rng = torch.Generator().manual_seed(int(step.context_lens.sum()))
         self.input[: step.num_tokens] = torch.randn(step.num_tokens, WIDTH, generator=rng)
         self.layers.announce(self.lane)
@@ -128,12 +129,19 @@ def opened(
     workers: Sequence[EmbeddedAttentionWorker], kind: str, geometry: Geometry = GEOMETRY
 ) -> Iterator[list[Model]]:
     """Two lanes."""
-    share = geometry.with_kv_heads(geometry.num_kv_heads // len(workers)) if kind == "head" else geometry
     blocks = NUM_BLOCKS if kind == "head" else NUM_BLOCKS // len(workers)
-    shares = tuple(Share(Pool("", 0), share, share.block_bytes(), blocks) for _ in workers)
+    heads = NUM_KV_HEADS // len(workers)
+    parts = [
+        geometry.with_kv_heads([i * heads], [heads]) if kind == "head" else geometry
+        for i in range(len(workers))
+    ]
+    shares = tuple(Share(Pool("", 0), part, part.block_bytes(), blocks) for part in parts)
     partition = Partition(kind, "", geometry, shares)
     with contextlib.ExitStack() as stack:
-        channels = [stack.enter_context(connected(worker, share, blocks)) for worker in workers]
+        channels = [
+            stack.enter_context(connected(worker, part, blocks))
+            for worker, part in zip(workers, parts, strict=True)
+        ]
         client = AttentionClient(channels, partition.to_native())
         streams = Streams(exchange_kernels(interpreted=True))
         layers = StreamedLayers(client, streams, partition, 2, MAX_TOKENS, spin_us=50, timeout=DEADLINE)
@@ -151,7 +159,7 @@ def connected(worker: EmbeddedAttentionWorker, share: Geometry, num_blocks: int)
 
 
 def request(context: int, query: int, *blocks: int) -> PlannedRequest:
-    return PlannedRequest(context, query, np.array(blocks, np.int32))
+    return PlannedRequest(context, query, (np.array(blocks, np.int32),))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Self
 
 import numpy as np
@@ -30,7 +31,10 @@ from vllm_lamina.kv_cache.partition import Partition, Pool, Share
 BLOCK_SIZE = 32
 NUM_LAYERS = 4
 """Twice as many as a lane has places for frames."""
-GEOMETRY = Geometry.uniform(NUM_LAYERS, BLOCK_SIZE, 4, 2, 32, "float32", (0.2,) * NUM_LAYERS)
+NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.2
+GEOMETRY = Geometry.uniform(
+    NUM_LAYERS, BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, "float32", (SCALE,) * NUM_LAYERS
+)
 NUM_BLOCKS = 60
 MAX_TOKENS = 128
 NUM_STEPS = 8
@@ -42,7 +46,7 @@ def attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Causal; q follows ``context`` tokens of k and v. The output, and the LSE [rows, heads]."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->qhk", q, k) * GEOMETRY.scales[0]
+    scores = torch.einsum("qhd,khd->qhk", q, k) * SCALE
     later = torch.arange(len(k)) > context + torch.arange(len(q))[:, None]
     scores = scores.masked_fill(later[:, None], -torch.inf)
     return torch.einsum("qhk,khd->qhd", scores.softmax(2), v), scores.logsumexp(2)
@@ -92,7 +96,7 @@ class SeededRun:
 
     seed: int
     kind: str = "head"
-    shares: tuple[int, ...] = (GEOMETRY.num_kv_heads,)
+    shares: tuple[int, ...] = (NUM_KV_HEADS,)
     """By head KV heads of each worker, otherwise blocks."""
     lost: bool = False
     fault: Fault = field(default_factory=Fault)
@@ -104,7 +108,11 @@ class SeededRun:
     @contextlib.contextmanager
     def _open(self) -> Iterator[Self]:
         by_head = self.kind == "head"
-        geometries = [GEOMETRY.with_kv_heads(n) if by_head else GEOMETRY for n in self.shares]
+        firsts = accumulate(self.shares, initial=0)
+        geometries = [
+            GEOMETRY.with_kv_heads([first], [n]) if by_head else GEOMETRY
+            for first, n in zip(firsts, self.shares, strict=False)
+        ]
         blocks = [NUM_BLOCKS if by_head else n for n in self.shares]
         shares = tuple(
             Share(Pool("", 0), geometry, geometry.block_bytes(), n)
@@ -142,7 +150,7 @@ class SeededRun:
 
     def _forget(self) -> None:
         """No KV is there, and no request has come yet."""
-        shape = (NUM_LAYERS, NUM_BLOCKS * BLOCK_SIZE, GEOMETRY.num_kv_heads, GEOMETRY.head_size)
+        shape = (NUM_LAYERS, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
         self._k, self._v = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
         self._free_blocks = self._random.sample(range(NUM_BLOCKS), NUM_BLOCKS)
         self._requests: list[Request] = []
@@ -203,7 +211,7 @@ class SeededRun:
             return False
         if now.num_enqueued < NUM_LAYERS:
             # PyTorch's operators of a chunk run on the host, after all that was enqueued.
-            if now.num_enqueued and now.step.prefill_chunks and not stream.is_done:
+            if now.num_enqueued and now.step.has_chunks and not stream.is_done:
                 return False
             if now.num_enqueued == 0:
                 if self.fault.announces_late:
@@ -289,10 +297,10 @@ class SeededRun:
             parts.append((request, query))
         parts.sort(key=lambda part: not (part[1] == 1 and part[0].context))  # decodes first
         planned = {
-            f"{i}": PlannedRequest(request.context, query, np.array(request.blocks, np.int32))
+            f"{i}": PlannedRequest(request.context, query, (np.array(request.blocks, np.int32),))
             for i, (request, query) in enumerate(parts)
         }
-        step = Step(StepPlan(planned, lambda: tuple(planned)), BLOCK_SIZE)
+        step = Step(StepPlan(planned, lambda: tuple(planned)), GEOMETRY)
         layers = [self._layer(layer, step, parts) for layer in range(NUM_LAYERS)]
         for request, query in parts:
             request.context += query
@@ -300,8 +308,8 @@ class SeededRun:
 
     def _layer(self, layer: int, step: Step, parts: list[tuple[Request, int]]) -> tuple[torch.Tensor, ...]:
         q, k, v = (
-            torch.randn(step.num_tokens, heads, GEOMETRY.head_size, generator=self._numbers)
-            for heads in (GEOMETRY.num_heads, GEOMETRY.num_kv_heads, GEOMETRY.num_kv_heads)
+            torch.randn(step.num_tokens, heads, HEAD_SIZE, generator=self._numbers)
+            for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
         )
         slots = torch.from_numpy(step.slot_mapping)
         self._k[layer, slots], self._v[layer, slots] = k, v

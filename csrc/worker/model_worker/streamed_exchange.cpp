@@ -64,7 +64,7 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
   // Pages of its own, which a device can register: it reads the copies of replies too.
   std::vector<size_t> copies;
   for (uint32_t w = 0; num_workers > 1 && w < num_workers; ++w) {
-    copies.push_back(reply_bytes(client.partition().heads(w).geometry.layers().front().rows, max_tokens));
+    copies.push_back(reply_bytes(rows(w), max_tokens));
   }
   words_bytes_ = round_up(num_lanes * (sizeof(Words) + std::reduce(copies.begin(), copies.end())), 4096);
   void* map = mmap(nullptr, words_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -71,8 +71,8 @@ def test_a_scheduled_step_says_it_all() -> None:
         False,
         False,
     )
-    assert (b.context_len, b.query_len, list(b.block_ids), b.has_new_blocks) == (32, 1, [7], False)
-    assert (c.context_len, c.query_len, list(c.block_ids), c.has_new_blocks) == (0, 40, [8, 9], True)
+    assert (b.context_len, b.query_len, b.block_ids, b.has_new_blocks) == (32, 1, ([7],), False)
+    assert (c.context_len, c.query_len, c.block_ids, c.has_new_blocks) == (0, 40, ([8, 9],), True)
     runners = step.for_runner({"e"})
     assert runners.finished_req_ids == {"e"}
     assert runners.new_block_ids_to_zero is None, "the attention workers zero their blocks"

@@ -9,6 +9,7 @@ import torch
 from models import ModelZoo
 from vllm.config import get_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends import fa_utils
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -19,7 +20,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
 from vllm_lamina.compat.versions import SERIES, check_vllm_version
-from vllm_lamina.device.base import LayerShape, LocalAttention
+from vllm_lamina.device.base import Chunks, LayerShape
 from vllm_lamina.device.cpu import CpuDevice
 from vllm_lamina.errors import LaminaError
 from vllm_lamina.executor.executors import STEP_METHODS
@@ -103,20 +104,23 @@ def test_a_gpu_worker_profiles_under_its_configuration(model_zoo: ModelZoo) -> N
         assert torch.is_inference_mode_enabled()
         seen.append(what)
 
-    class Device(CpuDevice):
-        def local_attention(self, shape: LayerShape) -> LocalAttention:
-            see((shape.head_size, shape.scale, shape.dtype))
-            attend = super().local_attention(shape)
+    class Layer(AttentionLayerBase):
+        def __init__(self, shape: LayerShape) -> None:
+            attend = CpuDevice().local_attention(shape)
 
-            def seen_attending(q: torch.Tensor, *others: Any) -> Any:
-                see((tuple(q.shape), others[-1].lengths))
-                return attend(q, *others)
+            def seen_attending(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks) -> Any:
+                see(([tuple(x.shape) for x in (q, k, v)], chunks.lengths))
+                return attend(q, k, v, chunks)
 
-            return seen_attending
+            self.impl = SimpleNamespace(shape=shape, attend_locally=seen_attending)
+
+        def get_attn_backend(self) -> Any: ...
+        def get_kv_cache_spec(self, vllm_config: object) -> Any: ...
 
     worker = object.__new__(LaminaCUDAWorker)
     worker.device = torch.device("cpu")
-    worker.exchange = SimpleNamespace(device=Device())
+    layer = Layer(LayerShape(8, 2, 32, 64, 0.2, torch.float32))
+    config.compilation_config.static_forward_context["a"] = layer
     worker.vllm_config, worker.parallel_config = config, config.parallel_config
     worker.model_config, worker.scheduler_config = config.model_config, config.scheduler_config
     worker.model_runner = SimpleNamespace(profile_run=lambda randomize_inputs: see(randomize_inputs))
@@ -124,8 +128,7 @@ def test_a_gpu_worker_profiles_under_its_configuration(model_zoo: ModelZoo) -> N
     chunks = [1], [1, 1], [96], [1, 95]
     assert seen == [
         False,
-        (32, 32**-0.5, torch.float32),
-        *(((sum(lengths), 8, 32), lengths) for lengths in chunks),
+        *(([(sum(lengths), *heads) for heads in ((8, 32), (2, 32), (2, 64))], lengths) for lengths in chunks),
     ]
 
     source = inspect.getsource(Worker.determine_available_memory)

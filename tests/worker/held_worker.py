@@ -38,7 +38,7 @@ class HeldWorker:
         self._worker_end.send(frame, DEADLINE)
         fields = header(frame)
         if fields["type"] == STEP:
-            num_requests = struct.unpack_from("<I", frame, HEADER.size)[0]
+            num_requests = struct.unpack_from("<I", frame, HEADER.size + 8)[0]  # of the only group
             self._answers[fields["lane"]] = num_requests > 0
         elif fields["type"] == ATTEND and self._answers[fields["lane"]]:
             self._replies.append(self._worker_end.receive(DEADLINE))

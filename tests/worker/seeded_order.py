@@ -217,6 +217,7 @@ class SeededRun:
                 if self.fault.announces_late:
                     self._layers.announce(lane)
                 self._layers.begin(lane)
+                self._layers.prepare(lane, now.step)
             q, k, v, out, _ = now.layers[now.num_enqueued]
             self._layers.attend(lane, now.step, now.num_enqueued, q, k, v, out, attend_locally)
             now.num_enqueued += 1
@@ -311,7 +312,7 @@ class SeededRun:
             torch.randn(step.num_tokens, heads, HEAD_SIZE, generator=self._numbers)
             for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
         )
-        slots = torch.from_numpy(step.slot_mapping)
+        slots = torch.from_numpy(step.groups[0].slot_mapping)
         self._k[layer, slots], self._v[layer, slots] = k, v
         expected = []
         for rows, (request, query) in zip(q.split([query for _, query in parts]), parts, strict=True):

@@ -173,7 +173,7 @@ def test_causal_attention_is_served(load: Make) -> None:
 
 
 def test_images_that_are_seen_whole(load: Make, config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(config.model_config), "is_mm_prefix_lm", True)
+    monkeypatch.setitem(vars(config.model_config), "is_mm_prefix_lm", True)
     with pytest.raises(UnsupportedError, match=r"other attention options .* use_mm_prefix=True"):
         load("Attention")
 

@@ -7,7 +7,6 @@ import dataclasses
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
 
 
 def without_tensors(kv_cache_config: Any, vllm_config: VllmConfig) -> Any:
@@ -16,6 +15,9 @@ def without_tensors(kv_cache_config: Any, vllm_config: VllmConfig) -> Any:
     Layers that share another's KV are in that one's group, where vLLM would put them. It would also look for that one's
     tensor, so that it does not hear of the sharing any more.
     """
+    # It imports kernels, which who only checks a configuration need not have.
+    from vllm.v1.worker.utils import add_kv_sharing_layers_to_kv_cache_groups
+
     groups = copy.deepcopy(kv_cache_config.kv_cache_groups)
     shared = {}
     for name, layer in vllm_config.compilation_config.static_forward_context.items():

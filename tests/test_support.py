@@ -10,16 +10,10 @@ from vllm_lamina.support import LayerOptions, check_layer, support_table
 DOCS = Path(__file__).parents[1] / "docs" / "support.md"
 
 PLAIN = {
-    "device_type": "cpu",
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_size": 64,
     "attn_type": "decoder",
-    "alibi_slopes": None,
-    "sliding_window": None,
-    "logits_soft_cap": None,
-    "kv_sharing_target_layer_name": None,
-    "sinks": None,
     "kv_cache_dtype": "auto",
     "other": (),
 }
@@ -48,21 +42,3 @@ def test_plain_causal_attention_is_accepted() -> None:
 def test_a_layer_that_needs_more_is_refused(option: str, value: object, feature: str) -> None:
     with pytest.raises(UnsupportedError, match=f"Lamina does not support {feature}"):
         check_layer(LayerOptions(**{**PLAIN, option: value}))
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("alibi_slopes", [0.5, 0.25]),
-        ("sliding_window", 128),
-        ("logits_soft_cap", 30.0),
-        ("kv_sharing_target_layer_name", "model.layers.0.attn"),
-        ("sinks", [0.0]),
-    ],
-)
-def test_layers_of_several_kinds_are_refused_on_gpus(option: str, value: object) -> None:
-    layer = PLAIN | {option: value}
-    check_layer(LayerOptions(**layer))
-    check_layer(LayerOptions(**PLAIN | {"device_type": "cuda"}))
-    with pytest.raises(UnsupportedError, match="Lamina does not support layers of several kinds on GPUs"):
-        check_layer(LayerOptions(**layer | {"device_type": "cuda"}))

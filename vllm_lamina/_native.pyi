@@ -487,8 +487,7 @@ class StreamedExchange:
     Parameters
     ----------
     client
-        Of a model whose layers are all alike: one group, one shape, no window or chunk. Its channels have carried
-        nothing yet. Its `post`, `collect` and turns within a step are not used any more.
+        Its channels have carried nothing yet. Its `post`, `collect` and turns within a step are not used any more.
     max_tokens
         Of a step.
     spin_us
@@ -527,9 +526,9 @@ class StreamedExchange:
         timeout: float = 60.0,
     ) -> list[tuple[int, int]]:
         """As `AttentionClient.begin_step`; the step was announced, and the stream is done with the one before."""
-    def part(self, lane: int, worker: int) -> tuple[Any, Any, int]:
-        """Tokens of the step whose q, and whose k and v, the worker gets, int32; and how many rows it answers without
-        LSE."""
+    def part(self, lane: int, worker: int, group: int) -> tuple[Any, Any, int]:
+        """Of the step in the layers of a group: tokens whose q, and whose k and v, the worker gets, int32; and how many
+        rows it answers without LSE."""
     def finish_step(self, lane: int, timeout: float = 60.0) -> str | None:
         """Wait until all layers are sent and answered, or the step failed: why. Raises ChannelTimeout if a layer takes
         the device longer than `timeout` seconds."""

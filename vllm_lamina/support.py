@@ -18,18 +18,12 @@ BLOCK_SIZE_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What a model asks of one attention layer, on a device of vLLM's ``device_type``."""
+    """What a model asks of one attention layer."""
 
-    device_type: str
     num_heads: int
     num_kv_heads: int
     head_size: int
     attn_type: str
-    alibi_slopes: object
-    sliding_window: int | None
-    logits_soft_cap: float | None
-    kv_sharing_target_layer_name: str | None
-    sinks: object
     kv_cache_dtype: str
     other: tuple[str, ...]
 
@@ -53,46 +47,6 @@ class Refusal:
 
 def _text_config(config: Any) -> Any:
     return config.model_config.hf_text_config
-
-
-def _has_sliding_window(config: Any) -> bool:
-    if config.model_config.disable_sliding_window:
-        return False
-    layer_types = getattr(_text_config(config), "layer_types", None) or ()
-    if layer_types:
-        return "sliding_attention" in layer_types
-    return config.model_config.get_sliding_window() is not None
-
-
-def _has_alibi(config: Any) -> bool:
-    text = _text_config(config)
-    attn_config = getattr(text, "attn_config", None)
-    in_attn_config = (
-        attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
-    )
-    return bool(text.model_type == "bloom" or getattr(text, "alibi", False) or in_attn_config)
-
-
-def _is_more_than_full_attention(config: Any) -> bool:
-    """Whether the configuration of the model shows layers that do more than full causal attention, all of one shape."""
-    text = _text_config(config)
-    return bool(
-        _has_sliding_window(config)
-        or _has_alibi(config)
-        or config.model_config.attention_chunk_size
-        or getattr(text, "attn_logit_softcapping", None)
-        or getattr(text, "num_kv_shared_layers", 0)
-        or text.model_type == "gpt_oss"
-    )
-
-
-def _asks_for_more_than_full_attention(layer: LayerOptions) -> bool:
-    return (
-        (layer.sliding_window is not None and layer.sliding_window > 0)
-        or bool(layer.logits_soft_cap)
-        or any(option is not None for option in (layer.alibi_slopes, layer.sinks))
-        or layer.kv_sharing_target_layer_name is not None
-    )
 
 
 def _checkpoint_quantises_kv_cache(config: Any) -> bool:
@@ -216,14 +170,6 @@ REFUSALS: tuple[Refusal, ...] = (
             and c.parallel_config.tensor_parallel_size > 1
             and LaminaConfig.from_additional_config(c.additional_config).batches > 1
         ),
-    ),
-    Refusal(
-        "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
-        "sharing, layers of different shapes)",
-        "limit the context to the window with --disable-sliding-window where vLLM can and the model has nothing else "
-        "of these, or " + WITHOUT_LAMINA,
-        lambda c: c.device_config.device_type == "cuda" and _is_more_than_full_attention(c),
-        lambda o: o.device_type == "cuda" and _asks_for_more_than_full_attention(o),
     ),
     Refusal(
         "vLLM's V1 model runner on GPUs",

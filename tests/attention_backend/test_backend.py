@@ -52,8 +52,8 @@ BACKEND: dict[str, Any] = {
     "supports_pcp": False,
     "supports_per_head_quant_scales": False,
     "supports_rswa": False,
-    "supports_sink": False,
-    "supports_sliding_window": False,
+    "supports_sink": True,
+    "supports_sliding_window": True,
 }
 """Attributes of the class, and what its methods say that are asked without more."""
 
@@ -210,6 +210,7 @@ def selected(platform: Any, **changes: Any) -> str:
         {"dtype": torch.float32, "head_size": 32},
         {"head_size": 80},
         {"head_size": 512},
+        {"has_sliding_window": True, "has_sink": True},
         {"kv_cache_dtype": "bfloat16"},
         {"kv_cache_dtype": None},
     ],
@@ -229,12 +230,10 @@ def test_served(h100: Any, changes: dict[str, Any]) -> None:
         ({"block_size": 16}, "block_size not supported"),
         ({"block_size": 48}, "block_size not supported"),
         ({"use_mla": True}, "MLA not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
         ({"use_sparse": True}, "sparse not supported"),
         ({"use_mm_prefix": True}, "multimodal token full attention not supported"),
         ({"use_per_head_quant_scales": True}, "per-head quant scales not supported"),
         ({"attn_type": "encoder_only"}, "attention type encoder_only not supported"),
-        ({"has_sliding_window": True}, "sliding window not supported"),
         ({"use_rswa": True}, "R-SWA not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_batch_invariant": True}, "batch invariance not supported"),

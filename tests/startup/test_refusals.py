@@ -242,8 +242,6 @@ CASES = MODELS | FEATURES | OPTIONS
 # Layers alone say them (tests/test_support.py), or a GPU does (test_h100.py).
 NOT_HERE = (
     "other attention options of the model",
-    "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
-    "sharing, layers of different shapes)",
     "vLLM's V1 model runner on GPUs",
     "two batches in flight with tensor parallelism on GPUs",
 )

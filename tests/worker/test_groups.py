@@ -12,7 +12,7 @@ from engine import Engine, Request
 from random_steps import Workload, ranges
 from worker_processes import DEADLINE
 
-from vllm_lamina._native import AttentionClient, Partition, StreamedExchange
+from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.transport.connection import AttentionWorkerConnection
@@ -172,11 +172,3 @@ def test_a_worker_gets_frames_only_of_layers_that_it_has_a_part_in(
         assert [connection.stats().messages for connection in connections] == [2, 2]
         engine.step(1, [Request(40, 1, [100, 101], [[1, 2]])])
         assert [connection.stats().messages for connection in connections] == [5, 5]
-
-
-def test_streams_take_models_whose_layers_are_alike(workers: list[EmbeddedAttentionWorker]) -> None:
-    with (
-        client_of(workers, GEOMETRIES["chunks"], "heads", 1) as (client, _, _),
-        pytest.raises(ValueError, match="layers are all alike"),
-    ):
-        StreamedExchange(client, 1, 8, 0)

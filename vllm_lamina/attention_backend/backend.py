@@ -54,6 +54,14 @@ class LaminaAttentionBackend(AttentionBackend):
         return bool(capability.major >= 8)
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

@@ -71,8 +71,8 @@ class Layers(Protocol):
         lane: int,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """Attend one layer of whichever step of decodes is prepared when it runs: it may be captured in a graph.

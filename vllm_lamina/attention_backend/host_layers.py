@@ -49,8 +49,8 @@ class HostLayers:
         lane: int,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         raise LaminaError("The host is in the middle of a step, which no graph can capture.")

@@ -42,19 +42,12 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        device = Exchange.current().device
         check_layer(
             LayerOptions(
-                device_type=device.device_type,
                 num_heads=num_heads,
                 num_kv_heads=self.num_kv_heads,
                 head_size=head_size,
                 attn_type=attn_type,
-                alibi_slopes=alibi_slopes,
-                sliding_window=sliding_window,
-                logits_soft_cap=logits_soft_cap,
-                kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-                sinks=sinks,
                 kv_cache_dtype=kv_cache_dtype,
                 other=tuple(name for name, value in other.items() if value is not None),
             )
@@ -71,7 +64,7 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
             sinks=sinks,
             alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
         )
-        self.attend_locally = device.local_attention(self.shape)
+        self.attend_locally = Exchange.current().device.local_attention(self.shape)
 
     def complete(self, head_size_v: int, chunk: int) -> None:
         """What vLLM tells the layer and not its implementation, see `LayerShape`. Under vLLM's configuration."""

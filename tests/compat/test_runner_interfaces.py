@@ -59,10 +59,12 @@ def test_a_scheduled_step_says_it_all() -> None:
             total_num_scheduled_tokens=42,
             finished_req_ids={"d"},
             new_block_ids_to_zero=[7],
+            free_encoder_mm_hashes=["x"],
         )
     )
     assert (step.lane, step.num_tokens, step.finished) == (1, 42, {"d"})
     assert step.blocks_to_zero == [7]
+    assert step.inputs_to_forget == ["x"]
     a, b, c = step.requests
     assert (a.context_len, a.query_len, list(a.block_ids), a.has_new_blocks, a.is_new) == (
         5,
@@ -73,8 +75,9 @@ def test_a_scheduled_step_says_it_all() -> None:
     )
     assert (b.context_len, b.query_len, b.block_ids, b.has_new_blocks) == (32, 1, ([7],), False)
     assert (c.context_len, c.query_len, c.block_ids, c.has_new_blocks) == (0, 40, ([8, 9],), True)
-    runners = step.for_runner({"e"})
+    runners = step.for_runner({"e"}, {"y"})
     assert runners.finished_req_ids == {"e"}
+    assert runners.free_encoder_mm_hashes == ["y"]
     assert runners.new_block_ids_to_zero is None, "the attention workers zero their blocks"
     assert runners.scheduled_cached_reqs is cached
 

@@ -43,6 +43,7 @@ OVERRIDDEN = {
     "max_num_active_reqs",
     "get_request_counts",
     "_handle_blocked_waiting_request",
+    "_try_schedule_encoder_inputs",
     "_preempt_request",
     "_request_blocks_can_be_freed",
 }
@@ -110,6 +111,14 @@ def test_overridden_methods_are_called_as_they_were() -> None:
         "_handle_blocked_waiting_request": ["self", "request"],
         "_preempt_request": ["self", "request", "timestamp", "drop_stale_output"],
         "_request_blocks_can_be_freed": ["self", "request"],
+        "_try_schedule_encoder_inputs": [
+            "self",
+            "request",
+            "num_computed_tokens",
+            "num_new_tokens",
+            "encoder_compute_budget",
+            "shift_computed_tokens",
+        ],
         "get_request_counts": ["self"],
     }.items():
         assert [*inspect.signature(getattr(Scheduler, name)).parameters] == parameters, name

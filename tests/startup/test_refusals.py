@@ -50,7 +50,6 @@ def without_lamina(name: str) -> Case:
 MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
     "hybrid": without_lamina("hybrid models"),
-    "multimodal": without_lamina("multimodal inputs"),
     "head_size": without_lamina("head sizes other than"),
     "mla": without_lamina("multi-head latent attention"),
     "encoder_only": without_lamina("pooling models"),
@@ -109,6 +108,11 @@ FEATURES = {
         {"kv_offloading_size": 1.0},
         feature("KV offloading", "remove --kv-offloading-size"),
         {"kv_offloading_size": None},
+    ),
+    "encoders apart": Case(
+        {"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}},
+        feature("encoders apart from the decoder", "remove --ec-transfer-config, --ec-manager-config"),
+        {"ec_manager_config": None},
     ),
     "pipeline": Case(
         {"pipeline_parallel_size": 2},
@@ -245,6 +249,9 @@ NOT_HERE = (
     "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
     "sharing, layers of different shapes)",
     "vLLM's V1 model runner on GPUs",
+    # Of multimodal models, see equality/test_multimodal.py.
+    "multimodal inputs on GPUs",
+    "a limit of prefill chunks for models whose images see their own tokens whole",
     "two batches in flight with tensor parallelism on GPUs",
 )
 

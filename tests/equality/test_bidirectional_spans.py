@@ -1,4 +1,4 @@
-"""Images whose tokens see each other whole: as transformers has it, for vLLM's own backend for CPUs masks them causally."""
+"""Images whose tokens see each other whole, as in transformers: vLLM's own backend for CPUs masks them causally."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ import inspect
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import pytest
 import torch
 from vllm.config import ModelConfig
 from vllm.v1.attention.backend import AttentionMetadataBuilder
@@ -17,6 +18,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_lamina.compat import multimodal
 from vllm_lamina.compat.geometry import counted_bytes
 from vllm_lamina.compat.kv_cache import without_tensors
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
@@ -146,3 +148,23 @@ def test_a_kv_cache_can_be_elsewhere() -> None:
     assert layers["b"].kv_sharing_target_layer_name is None
     assert "self.shared_kv_cache_layers" in inspect.getsource(GPUModelRunner.__init__)
     assert counted_bytes([group], 3) == 3 * 2 * (2 * 32 * 2 * 32 * 4)
+
+
+def test_a_lane_has_its_own_step_in_a_multimodal_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relies on models being modules, whose layers and weights are in ``_modules`` and ``_parameters``."""
+    monkeypatch.setattr(multimodal, "supports_multimodal", lambda model: True)
+    model = torch.nn.Module()
+    model.layer, model.weight = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(2))
+    model.features, model.count = [torch.zeros(3)], 0
+    model.register_buffer("mask", torch.zeros(3))
+    lane = multimodal.model_of_lane(model)
+    assert lane.layer is model.layer
+    assert lane.weight is model.weight
+    lane.features[0] += 1
+    lane.mask += 1
+    lane.count = 3
+    assert not model.features[0].any()
+    assert not model.mask.any()
+    assert model.count == 0
+    model.weight = torch.nn.Parameter(torch.zeros(2))
+    assert lane.weight is model.weight

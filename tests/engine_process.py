@@ -22,6 +22,7 @@ import cpu_stream
 import runners
 from cores import ATTENTION_CPU
 from jobs import RESET, Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+from media import media_of
 from msgspec.structs import replace
 
 # Modules that every fork would otherwise import for itself.
@@ -129,9 +130,10 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
                 sessions[index] = _add_to_session(engine, name, request, tokens, sessions.get(index))
                 continue
             adapter = adapters(request.adapter) if request.adapter is not None else None
-            engine.add_request(
-                name, {"prompt_token_ids": tokens}, _sampling_params(request.params), lora_request=adapter
-            )
+            prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+            if request.media:
+                prompt["multi_modal_data"] = media_of(request.media)
+            engine.add_request(name, prompt, _sampling_params(request.params), lora_request=adapter)
         outputs = engine.step()
         step += 1
         for output in outputs:

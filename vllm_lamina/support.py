@@ -54,7 +54,9 @@ def _checkpoint_quantises_kv_cache(config: Any) -> bool:
     cache_dtype = config.cache_config.cache_dtype
     if getattr(config.quant_config, "kv_cache_scheme", None) is not None:  # what vLLM's layers look at
         return bool(cache_dtype != _dtype(config))
-    declared = getattr(config.model_config.hf_config, "quantization_config", None)
+    declared = getattr(config.model_config.hf_config, "quantization_config", None) or getattr(
+        _text_config(config), "quantization_config", None
+    )
     outer = declared if isinstance(declared, Mapping) else {}
     names = ("kv_cache_scheme", "kv_cache_quant_algo")
     by_checkpoint = any(level.get(name) for level in (outer, outer.get("quantization", {})) for name in names)
@@ -86,7 +88,25 @@ REFUSALS: tuple[Refusal, ...] = (
         WITHOUT_LAMINA,
         lambda c: c.model_config.runner_type != "generate",
     ),
-    Refusal("multimodal inputs", WITHOUT_LAMINA, lambda c: c.model_config.is_multimodal_model),
+    Refusal(
+        "multimodal inputs on GPUs",
+        f"serve the model for text alone with --language-model-only, or {WITHOUT_LAMINA}",
+        lambda c: c.device_config.device_type == "cuda" and c.model_config.supports_multimodal_inputs,
+    ),
+    Refusal(
+        "encoders apart from the decoder",
+        "remove --ec-transfer-config, --ec-manager-config and --mm-encoder-only",
+        lambda c: (
+            c.ec_transfer_config is not None
+            or c.ec_manager_config.encoder_cache_manager_cls is not None
+            or c.is_mm_encoder_only
+        ),
+    ),
+    Refusal(
+        "a limit of prefill chunks for models whose images see their own tokens whole",
+        "remove --long-prefill-token-threshold",
+        lambda c: c.model_config.is_mm_prefix_lm and c.scheduler_config.long_prefill_token_threshold > 0,
+    ),
     Refusal("multi-head latent attention (MLA)", WITHOUT_LAMINA, lambda c: c.model_config.use_mla),
     Refusal(
         "hybrid models (Mamba, linear or convolution state beside attention) and attention-free models",

@@ -57,7 +57,6 @@ OTHER_METADATA = {
     "encoder_seq_lens_cpu": (torch.ones(2), "cross attention"),
     "dcp_local_seq_lens": (torch.ones(2), "context parallelism"),
     "dcp_local_seq_lens_cpu_upper_bound": (torch.ones(2), "context parallelism"),
-    "mm_req_doc_ranges": ({0: [(0, 2)]}, "other attention options"),
     "rswa_prefix_lens": (torch.ones(2), "other attention options"),
     "replayssm_decode_base_cpu": (torch.ones(2), "other attention options"),
 }
@@ -86,7 +85,7 @@ LAYER_ARGUMENTS = IMPL_ARGUMENTS | {
     "prefix",
     "per_layer_sliding_window",
     "head_size_v",
-    "mm_prefix_clamp_sliding_window",  # says something where `use_mm_prefix` does
+    "mm_prefix_clamp_sliding_window",  # what it says of the tokens behind a token is so for every layer here
 }
 """Those that are read: by the implementation, or by way of the spec."""
 
@@ -170,12 +169,6 @@ def test_causal_attention_is_served(load: Make) -> None:
     check_spec("a", WINDOW)
     check_metadata(METADATA)
     load("Attention")
-
-
-def test_images_that_are_seen_whole(load: Make, config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(config.model_config), "is_mm_prefix_lm", True)
-    with pytest.raises(UnsupportedError, match=r"other attention options .* use_mm_prefix=True"):
-        load("Attention")
 
 
 def test_what_only_the_layer_is_told(load: Make) -> None:

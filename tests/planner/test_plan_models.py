@@ -78,3 +78,8 @@ def test_load_from_file_and_directory(tmp_path: Path) -> None:
     named.write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         load_model(str(named))
+
+
+def test_text_part_within_another_part() -> None:
+    config = {"thinker_config": {"text_config": DENSE, "audio_config": {}}, "hidden_size": 7}
+    assert model_from_config(config, "omni").hidden == 64

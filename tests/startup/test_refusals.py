@@ -50,7 +50,6 @@ def without_lamina(name: str) -> Case:
 MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
     "hybrid": without_lamina("hybrid models"),
-    "multimodal": without_lamina("multimodal inputs"),
     "head_size": without_lamina("head sizes other than"),
     "mla": without_lamina("multi-head latent attention"),
     "encoder_only": without_lamina("pooling models"),
@@ -109,6 +108,11 @@ FEATURES = {
         {"kv_offloading_size": 1.0},
         feature("KV offloading", "remove --kv-offloading-size"),
         {"kv_offloading_size": None},
+    ),
+    "encoders apart": Case(
+        {"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}},
+        feature("encoders apart from the decoder", "remove --ec-transfer-config, --ec-manager-config"),
+        {"ec_manager_config": None},
     ),
     "pipeline": Case(
         {"pipeline_parallel_size": 2},
@@ -243,6 +247,9 @@ CASES = MODELS | FEATURES | OPTIONS
 NOT_HERE = (
     "other attention options of the model",
     "vLLM's V1 model runner on GPUs",
+    # Of multimodal models, see equality/test_multimodal.py.
+    "multimodal inputs on GPUs",
+    "a limit of prefill chunks for models whose images see their own tokens whole",
     "two batches in flight with tensor parallelism on GPUs",
 )
 

@@ -62,6 +62,11 @@ class LaminaAttentionBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        # Spans that see each other whole, see `spans`.
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

@@ -9,12 +9,13 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
+from vllm_lamina.attention_backend.spans import with_spans
 from vllm_lamina.device.base import LayerShape
 from vllm_lamina.support import LayerOptions, check_layer
 
 
 class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
-    """Causal attention of a decoder layer.
+    """Causal attention of a decoder layer, but for spans of multimodal inputs that see each other whole.
 
     Attributes
     ----------
@@ -109,6 +110,9 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         if step is None:
             layers.capture(lane, index, query, key, value, output)
             return output
+        attend_locally, spans = self.attend_locally, attn_metadata.mm_prefix_range
+        if spans:
+            attend_locally = with_spans(attend_locally, spans, self.shape)
         rows = slice(step.num_tokens)
         layers.attend(
             lane,
@@ -118,6 +122,6 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
             key[rows] if key is not None else None,
             value[rows] if value is not None else None,
             output[rows],
-            self.attend_locally,
+            attend_locally,
         )
         return output

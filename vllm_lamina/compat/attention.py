@@ -41,7 +41,8 @@ SPEC_FIELDS = frozenset(
 )
 """Fields of these specs that may have any value."""
 
-# The scheduler says them all: what is sent to the attention workers is made of that, see `attention_backend.step`.
+# The scheduler says them: what is sent to the attention workers is made of that, see `attention_backend.step`. But for
+# the spans of multimodal inputs, which the metadata builder reads.
 METADATA_FIELDS = frozenset(
     {
         "query_start_loc",
@@ -56,6 +57,7 @@ METADATA_FIELDS = frozenset(
         "slot_mapping",
         "positions",
         "is_prefilling",
+        "mm_req_doc_ranges",
         "req_idx",
         "_num_computed_tokens_cache",
         "_token_to_req_indices_cache",
@@ -63,7 +65,7 @@ METADATA_FIELDS = frozenset(
 )
 """Fields of a ``CommonAttentionMetadata`` that may have any value."""
 
-LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "use_mm_prefix": False, "query_quant": None}
+LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "query_quant": None}
 """What an ``Attention`` layer is told and tells neither its implementation nor its spec, as it must be."""
 
 _METADATA_DEFAULTS = tuple(

@@ -45,6 +45,8 @@ class ScheduledStep:
         LoRA adapters to load anew before the step; vLLM's own runner would in each step of their requests.
     blocks_to_zero, blocks_to_copy
         Ids of KV blocks, and pairs (source, destination) of them, before the step.
+    inputs_to_forget
+        Hashes of multimodal inputs whose encoder outputs are to be forgotten before the step.
     """
 
     lane: int
@@ -55,13 +57,15 @@ class ScheduledStep:
     adapters: Sequence[Any]
     blocks_to_zero: Sequence[int]
     blocks_to_copy: Sequence[Any]
+    inputs_to_forget: Sequence[str]
     _output: Any
 
-    def for_runner(self, finished: set[str]) -> Any:
-        """The ``SchedulerOutput`` for a model runner that is to forget these requests, and no others."""
+    def for_runner(self, finished: set[str], inputs_to_forget: Set[str]) -> Any:
+        """The ``SchedulerOutput`` for a model runner that is to forget these requests and inputs, and no others."""
         return dataclasses.replace(
             self._output,
             finished_req_ids=finished,
+            free_encoder_mm_hashes=list(inputs_to_forget),
             preempted_req_ids=None,
             new_block_ids_to_zero=None,
             kv_cache_block_copies=None,
@@ -84,13 +88,19 @@ def read_step(output: Any) -> ScheduledStep:
         adapters=adapters,
         blocks_to_zero=output.new_block_ids_to_zero or (),
         blocks_to_copy=output.kv_cache_block_copies or (),
+        inputs_to_forget=output.free_encoder_mm_hashes,
         _output=output,
     )
 
 
 def has_work(output: Any) -> bool:
     """Whether a ``SchedulerOutput`` holds anything for the model worker."""
-    return bool(output.total_num_scheduled_tokens or output.finished_req_ids or output.preempted_req_ids)
+    return bool(
+        output.total_num_scheduled_tokens
+        or output.finished_req_ids
+        or output.preempted_req_ids
+        or output.free_encoder_mm_hashes
+    )
 
 
 def keep_grammar(grammar_output: Any) -> Any:

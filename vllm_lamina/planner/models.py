@@ -143,6 +143,19 @@ class Model:
 _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
 
 
+_TEXT_PARTS = ("thinker_config", "text_config", "language_config", "llm_config")
+"""Under these names multimodal configurations have that of their language model, some one within another."""
+
+
+def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with what it says of its language model in the place of what it says of all."""
+    for name in _TEXT_PARTS:
+        part = config.get(name)
+        if isinstance(part, dict):
+            return _of_text({key: value for key, value in config.items() if key != name} | part)
+    return config
+
+
 def model_from_config(config: Mapping[str, Any], name: str, source: str = "") -> Model:
     """Read a Hugging Face ``config.json``: dense or MoE, with multi-head, grouped-query or multi-query attention.
 
@@ -153,8 +166,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
     ConfigError
         The configuration lacks a size, or has one that cannot be.
     """
-    text = config.get("text_config")
-    config = {**config, **text} if isinstance(text, dict) else config
+    config = _of_text(config)
     if config.get("kv_lora_rank") is not None or config.get("q_lora_rank") is not None:
         raise UnsupportedError(
             f"{name} uses multi-head latent attention (MLA, kv_lora_rank), which Lamina does not move and the "

@@ -49,6 +49,20 @@ def _text_config(config: Any) -> Any:
     return config.model_config.hf_text_config
 
 
+def _attends_as_no_other_model(config: Any) -> bool:
+    """Whether layers attend by a rule of the model's own, of which vLLM says something else first, or nothing."""
+    text, architectures = _text_config(config), config.model_config.architectures
+    return bool(
+        "Step1ForCausalLM" in architectures
+        or (
+            "Rnj1ForCausalLM" in architectures
+            and "chunked_attention" in (getattr(text, "layer_types", None) or ())
+        )
+        or getattr(text, "param_sink_number", 0)
+        or config.model_config.rswa_window is not None
+    )
+
+
 def _checkpoint_quantises_kv_cache(config: Any) -> bool:
     """Whether the KV cache would be quantised without a flag; a flag with the model's dtype prevents it."""
     cache_dtype = config.cache_config.cache_dtype
@@ -120,6 +134,12 @@ REFUSALS: tuple[Refusal, ...] = (
         fields=frozenset({"causal", "non_causal"}),
     ),
     Refusal(
+        "rules of attention that one model alone has (Rnj-1's chunks that look back, Step-1's ALiBi of square roots, "
+        "openPangu's sink tokens, a reference window)",
+        WITHOUT_LAMINA,
+        _attends_as_no_other_model,
+    ),
+    Refusal(
         "quantised KV cache that the checkpoint declares (kv_cache_scheme and others)",
         "give the KV cache the model's dtype: --dtype bfloat16 --kv-cache-dtype bfloat16, or both float16",
         _checkpoint_quantises_kv_cache,
@@ -155,6 +175,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove --speculative-config, --spec-method, --spec-model and --spec-tokens; in place of a speculator's "
         "checkpoint, serve the model that it is for",
         lambda c: c.speculative_config is not None,
+    ),
+    Refusal(
+        "prefill without the layers that share KV",
+        "remove --kv-sharing-fast-prefill",
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        fields=frozenset({"logits_indices_padded", "num_logits_indices", "max_logits_per_req"}),
     ),
     # Before KV connectors: it brings one that the user did not give.
     Refusal(

@@ -50,9 +50,9 @@ OTHER_SPECS = {
 }
 OTHER_METADATA = {
     "causal": (False, "attention that is not causal"),
-    "logits_indices_padded": (torch.zeros(2), "other attention options"),
-    "num_logits_indices": (1, "other attention options"),
-    "max_logits_per_req": (1, "other attention options"),
+    "logits_indices_padded": (torch.zeros(2), "prefill without the layers that share KV"),
+    "num_logits_indices": (1, "prefill without the layers that share KV"),
+    "max_logits_per_req": (1, "prefill without the layers that share KV"),
     "encoder_seq_lens": (torch.ones(2), "cross attention"),
     "encoder_seq_lens_cpu": (torch.ones(2), "cross attention"),
     "dcp_local_seq_lens": (torch.ones(2), "context parallelism"),
@@ -177,6 +177,8 @@ def test_what_only_the_layer_is_told(load: Make) -> None:
     layer = load("ChunkedLocalAttention", attention_chunk_size=64, prefix="model.layers.1")
     assert layer.impl.shape.chunk == 64
     assert layer.get_attn_backend() is LaminaAttentionBackend
+    with pytest.raises(UnsupportedError, match=r"head sizes other than .* head_size=40"):
+        load("Attention", head_size_v=40, prefix="model.layers.2")
 
 
 @pytest.mark.parametrize(

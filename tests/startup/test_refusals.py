@@ -61,8 +61,20 @@ QUANTISED = "quantised_kv_cache"
 """The model called llama, whose checkpoint declares an FP8 KV cache."""
 KV_DTYPE = r"--dtype bfloat16 --kv-cache-dtype bfloat16, or both float16"
 
+
+def own_rule(**overrides: object) -> Case:
+    """The model called llama, as the checkpoint of another one."""
+    refused = feature("rules of attention that one model alone has", "without --executor lamina")
+    return Case({"hf_overrides": overrides}, refused, WITHOUT_LAMINA)
+
+
 # Features that arguments ask for.
 FEATURES = {
+    "chunks that look back": own_rule(
+        architectures=["Rnj1ForCausalLM"], layer_types=["chunked_attention"] * 3
+    ),
+    "ALiBi of square roots": own_rule(architectures=["Step1ForCausalLM"]),
+    "sink tokens": own_rule(param_sink_number=128),
     "fp8": Case(
         {"kv_cache_dtype": "fp8"},
         feature(r"quantised KV cache \(FP8", "remove --kv-cache-dtype"),
@@ -128,6 +140,11 @@ FEATURES = {
         {"decode_context_parallel_size": 2},
         feature("context parallelism", "remove --decode-context-parallel-size"),
         {"decode_context_parallel_size": None},
+    ),
+    "fast prefill": Case(
+        {"kv_sharing_fast_prefill": True},
+        feature("prefill without the layers that share KV", "remove --kv-sharing-fast-prefill"),
+        {"kv_sharing_fast_prefill": None},
     ),
     "block size": Case(
         {"block_size": 16},

@@ -13,6 +13,9 @@ from vllm_lamina.attention_backend.spans import with_spans
 from vllm_lamina.device.base import LayerShape
 from vllm_lamina.support import LayerOptions, check_layer
 
+NO_LOOKBACK = ("chunk_lookback", -1)
+"""An option of a model that knows chunks which look back, of its layers without chunks."""
+
 
 class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
     """Causal attention of a decoder layer, but for spans of multimodal inputs that see each other whole.
@@ -43,16 +46,17 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        check_layer(
-            LayerOptions(
-                num_heads=num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=head_size,
-                attn_type=attn_type,
-                kv_cache_dtype=kv_cache_dtype,
-                other=tuple(name for name, value in other.items() if value is not None),
-            )
+        self._options = LayerOptions(
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=head_size,
+            attn_type=attn_type,
+            kv_cache_dtype=kv_cache_dtype,
+            other=tuple(
+                name for name, value in other.items() if value is not None and (name, value) != NO_LOOKBACK
+            ),
         )
+        check_layer(self._options)
         self.shape = LayerShape(
             num_heads,
             self.num_kv_heads,
@@ -68,7 +72,14 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         self.attend_locally = Exchange.current().device.local_attention(self.shape)
 
     def complete(self, head_size_v: int, chunk: int) -> None:
-        """What vLLM tells the layer and not its implementation, see `LayerShape`. Under vLLM's configuration."""
+        """What vLLM tells the layer and not its implementation, see `LayerShape`. Under vLLM's configuration.
+
+        Raises
+        ------
+        UnsupportedError
+            Values of such a size are not supported.
+        """
+        check_layer(replace(self._options, head_size=head_size_v))
         self.shape = replace(self.shape, head_size_v=head_size_v, chunk=chunk)
         self.attend_locally = Exchange.current().device.local_attention(self.shape)
 

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import UNSUPPORTED, ModelZoo
-from programs import TINY_ENGINE, Finished, console, run
+from programs import TINY_ENGINE, console, run
 
 from vllm_lamina.compat.arguments import EXECUTOR
 from vllm_lamina.support import REFUSALS
@@ -33,6 +32,8 @@ class Case:
     arguments: dict[str, Any]
     message: str
     change: dict[str, Any] | None = None
+    patience: float | None = None
+    """See `configure.py`."""
 
 
 WITHOUT_LAMINA = {"executor": None, "lamina_memory": None}
@@ -178,6 +179,7 @@ OPTIONS = {
     "unreachable": Case(
         {"lamina_workers": NOT_LISTENING, "lamina_memory": "auto"},
         f"no attention worker answered at {NOT_LISTENING} .*; start one with `vllm-lamina worker`",
+        patience=1.0,
     ),
     "memory of a worker": Case(
         {"lamina_workers": NOT_LISTENING},
@@ -323,6 +325,8 @@ def outcomes(
     for name, case in CASES.items():
         engine = {"model": model_zoo(name)} if name in MODELS else llama
         cases[name] = arguments(engine, LAMINA, case.arguments)
+        if case.patience is not None:
+            cases[name]["patience"] = case.patience
         if case.change is not None:
             cases[changed(name)] = arguments(engine, LAMINA, case.arguments, case.change)
     return configure(
@@ -400,24 +404,9 @@ def test_flag(outcomes: Outcomes, name: str) -> None:
     assert re.search(FLAGS[name][1], outcomes[name]["message"])
 
 
-@pytest.fixture
-def something_else() -> Iterator[str]:
-    """The address of a program that listens and is not an attention worker."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-def test_the_reason_is_the_last_line_of_the_server(
-    model_zoo: ModelZoo, something_else: str, tmp_path: Path
-) -> None:
-    def serve(name: str, *flags: str) -> Finished:
-        command = console("vllm", "serve", model_zoo(name), *TINY_ENGINE, "--executor", "lamina", *flags)
-        return run(command, tmp_path / f"{name}.log")
-
-    ended = serve("head_size")
+def test_the_reason_is_the_last_line_of_the_server(model_zoo: ModelZoo, log: Path) -> None:
+    """The same of one that asked an attention worker before: hosts/test_hosts_failures.py."""
+    command = console("vllm", "serve", model_zoo("head_size"), *TINY_ENGINE, "--executor", "lamina")
+    ended = run(command, log)
     assert ended.status != 0
     assert "Lamina does not support head sizes other than" in ended.last_line
-
-    ended = serve("llama", "--lamina-workers", something_else)
-    assert ended.status != 0
-    assert f"no attention worker answered at {something_else}" in ended.last_line

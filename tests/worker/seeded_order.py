@@ -110,7 +110,7 @@ class SeededRun:
         by_head = self.kind == "head"
         firsts = accumulate(self.shares, initial=0)
         geometries = [
-            GEOMETRY.with_kv_heads([first], [n]) if by_head else GEOMETRY
+            GEOMETRY.with_heads([first], [n]) if by_head else GEOMETRY
             for first, n in zip(firsts, self.shares, strict=False)
         ]
         blocks = [NUM_BLOCKS if by_head else n for n in self.shares]

@@ -46,7 +46,11 @@ def check_geometry(geometry: Geometry) -> None:
         msgspec.structs.replace(layer, position=0, scale=1.0, soft_cap=0.0, alibi_slopes=()) == plain
         for layer in geometry.layers
     )
-    if not alike or geometry.caches[0].head_size != geometry.caches[0].head_size_v:
+    if (
+        not alike
+        or geometry.has_latent_cache
+        or geometry.caches[0].head_size != geometry.caches[0].head_size_v
+    ):
         raise UnsupportedError(
             "Lamina on a GPU does not support models whose attention layers differ in shape, share their KV cache, or "
             f"have a sliding window, a chunk size or sinks: run the model worker on CPUs, or {WITHOUT_LAMINA}."

@@ -1,4 +1,4 @@
-"""Latent caches, whose values are the first elements of their keys: every kernel variant against the float64 reference."""
+"""Latent caches, whose values are the front of their keys: every kernel variant against the float64 reference."""
 
 import numpy as np
 import pytest

@@ -52,7 +52,8 @@ MODELS = {
     "hybrid": without_lamina("hybrid models"),
     "multimodal": without_lamina("multimodal inputs"),
     "head_size": without_lamina("head sizes other than"),
-    "mla": without_lamina("multi-head latent attention"),
+    "sparse": without_lamina("sparse attention by an indexer"),
+    "latent_size": without_lamina("latent rows .* of other sizes"),
     "encoder_only": without_lamina("pooling models"),
     "encoder_decoder": without_lamina("encoder-decoder models"),
 }
@@ -244,6 +245,7 @@ NOT_HERE = (
     "other attention options of the model",
     "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
     "sharing, layers of different shapes)",
+    "multi-head latent attention (MLA) on GPUs",
     "vLLM's V1 model runner on GPUs",
     "two batches in flight with tensor parallelism on GPUs",
 )

@@ -130,6 +130,9 @@ class StreamedLayers:
         assert value is not None
         self._lanes[lane].attend(step, layer, query, key, value, output, attend_locally)
 
+    def attend_latent(self, *args: object) -> None:
+        raise LaminaError("Latent caches are refused before streams exchange them.")  # by check_geometry
+
     def capture(
         self,
         lane: int,

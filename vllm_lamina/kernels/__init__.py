@@ -182,7 +182,8 @@ class AttentionKernel:
         layer
             ``[num_blocks, block_bytes]``, uint8: written.
         k, v
-            ``[num_tokens, num_kv_heads, head_size]``, for ``v`` ``head_size_v``, KV dtype. Of a latent cache ``v`` is None.
+            ``[num_tokens, num_kv_heads, head_size]``, for ``v`` ``head_size_v``, KV dtype; ``v`` of a latent cache is
+            None.
         slot_mapping
             ``[num_tokens]``, int64: block id * block size + offset; a negative slot is skipped. A token at
             offset 0 zeroes its block first.

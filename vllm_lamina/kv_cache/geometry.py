@@ -33,8 +33,8 @@ class CacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype
         Of q, k, v, the output and the cache.
     latent
-        v is the first ``head_size_v`` elements of k, which alone is sent and kept, and all query heads share one KV head:
-        multi-head latent attention, absorbed (arXiv 2405.04434, section 2.1).
+        v is the first ``head_size_v`` elements of k, which alone is sent and kept, and all query heads share one KV
+        head: multi-head latent attention, absorbed (arXiv 2405.04434, section 2.1).
     """
 
     block_size: Positive

@@ -153,7 +153,9 @@ REFUSALS: tuple[Refusal, ...] = (
         WITHOUT_LAMINA,
         _has_sparse_attention,
         lambda o: o.indexer is not None,
-        fields=frozenset({"indexer", "use_sparse", "is_index_group_leader", "cache_role"}),
+        fields=frozenset(
+            {"indexer", "use_sparse", "is_index_group_leader", "cache_role", "topk_buffer_width"}
+        ),
     ),
     Refusal(
         "multi-head latent attention (MLA) on GPUs",

@@ -53,6 +53,7 @@ OTHER_SPECS = {
     "tokens_per_state": (2, "other attention options"),
     "extra_retained_tokens": (3, "other attention options"),
     "non_causal": (True, "attention that is not causal"),
+    "topk_buffer_width": (64, "sparse attention by an indexer"),
     "alignment": (576, "other attention options"),
     "model_version": ("deepseek_v4", "other attention options"),
     "cache_role": (SparseCacheRole.INDEXER, "sparse attention by an indexer"),

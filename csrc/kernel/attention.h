@@ -46,8 +46,8 @@ class AttentionKernel {
 
   virtual Isa isa() const = 0;
 
-  // Bytes of one block of one layer, for K and V of all KV heads, padding included; a multiple of 64. Of a latent cache,
-  // for K alone.
+  // Bytes of one block of one layer, for K and V of all KV heads, padding included; a multiple of 64. Of a latent
+  // cache, for K alone.
   virtual size_t block_bytes() const = 0;
 
   // Stores tokens. k: [num_tokens, num_kv_heads, head_size], v: [num_tokens, num_kv_heads, head_size_v], both in dtype,

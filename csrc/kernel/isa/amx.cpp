@@ -78,8 +78,8 @@ inline void load_sums(const float* from, size_t row_floats) {
 
 // Rows first .. first + 16 * RowTiles - 1 against one block.
 template <int RowTiles, bool Prefetch>
-void attend_rows(const RowTile& tile, int first, const std::byte* region, const std::byte* values, int num_tokens,
-                 Prefetcher& prefetch) {
+void attend_rows(const RowTile& tile, int first, const std::byte* region, const std::byte* values,
+                 int num_tokens, Prefetcher& prefetch) {
   const size_t width = tile.head_size_v, block_size = tile.block_size;
   const size_t query_bytes = tile.head_size * sizeof(BFloat16);
   const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;

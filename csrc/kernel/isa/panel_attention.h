@@ -22,11 +22,11 @@ struct PanelAttention {
   using Vec = typename Lanes::Vec;
   static constexpr int kLinesPerTwo = 2 * 16 * sizeof(Element) / 64;
 
-  // c[r][0..16) (+)= sum over i < depth of a[r][i] * panel[i][0..16), for R rows that stay in registers. Rows of the
-  // panel lie `Step` elements apart, or with 0 `step`.
+  // c[r][0..16) (+)= sum over i < depth of a[r][i] * panel[i][0..16), for R rows that stay in registers. Rows
+  // of the panel lie `Step` elements apart, or with 0 `step`.
   template <int R, bool Accumulate, bool Prefetch, int Step>
-  static void multiply_rows(const float* a, size_t a_stride, const Element* panel, size_t step, int depth, float* c,
-                            size_t c_stride, Prefetcher& prefetch) {
+  static void multiply_rows(const float* a, size_t a_stride, const Element* panel, size_t step, int depth,
+                            float* c, size_t c_stride, Prefetcher& prefetch) {
     if (Step > 0) step = Step;
     // Few rows do not cover the latency of an FMA: even and odd i get accumulators of their own.
     constexpr bool kSplit = R <= 4;
@@ -55,12 +55,12 @@ struct PanelAttention {
 
   // The same for 1 <= rows <= R: picks the function with exactly that many.
   template <int R, bool Accumulate, bool Prefetch, int Step>
-  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, size_t step, int depth,
-                             float* c, size_t c_stride, Prefetcher& prefetch) {
+  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, size_t step,
+                             int depth, float* c, size_t c_stride, Prefetcher& prefetch) {
     if constexpr (R > 1) {
       if (rows < R)
-        return multiply_up_to<R - 1, Accumulate, Prefetch, Step>(rows, a, a_stride, panel, step, depth, c, c_stride,
-                                                                 prefetch);
+        return multiply_up_to<R - 1, Accumulate, Prefetch, Step>(rows, a, a_stride, panel, step, depth, c,
+                                                                 c_stride, prefetch);
     }
     multiply_rows<R, Accumulate, Prefetch, Step>(a, a_stride, panel, step, depth, c, c_stride, prefetch);
   }
@@ -74,18 +74,19 @@ struct PanelAttention {
       const float* a_rows = a + r * a_stride;
       float* c_rows = c + r * c_stride;
       if (cold && r == 0)
-        multiply_up_to<R, Accumulate, true, Step>(rows, a_rows, a_stride, panel, step, depth, c_rows, c_stride,
-                                                  prefetch);
+        multiply_up_to<R, Accumulate, true, Step>(rows, a_rows, a_stride, panel, step, depth, c_rows,
+                                                  c_stride, prefetch);
       else
-        multiply_up_to<R, Accumulate, false, Step>(rows - r, a_rows, a_stride, panel, step, depth, c_rows, c_stride,
-                                                   prefetch);
+        multiply_up_to<R, Accumulate, false, Step>(rows - r, a_rows, a_stride, panel, step, depth, c_rows,
+                                                   c_stride, prefetch);
     }
   }
 
-  // scores[r][t] = a[r] . token t, for R rows and T tokens that lie one after another: sums by lane, whose lanes are
-  // added at the end. A latent's rows are long, so that costs little.
+  // scores[r][t] = a[r] . token t, for R rows and T tokens that lie one after another: sums by lane, whose
+  // lanes are added at the end. A latent's rows are long, so that costs little.
   template <int R, int T>
-  static void dot_rows(const float* a, const Element* tokens, size_t depth, float* scores, size_t scores_stride) {
+  static void dot_rows(const float* a, const Element* tokens, size_t depth, float* scores,
+                       size_t scores_stride) {
     Vec sums[R][T];
     for (int r = 0; r < R; ++r)
       for (int t = 0; t < T; ++t) sums[r][t] = Lanes::broadcast(0.0f);
@@ -101,16 +102,18 @@ struct PanelAttention {
       for (int t = 0; t < T; ++t) scores[r * scores_stride + t] = Lanes::reduce_add(sums[r][t]);
   }
 
-  // All rows against the first num_tokens tokens and those behind them up to a multiple of T, which are zeros.
-  static void dot_tokens(int rows, const float* a, const Element* tokens, size_t depth, int num_tokens, float* scores,
-                         size_t scores_stride) {
+  // All rows against the first num_tokens tokens and those behind them up to a multiple of T, which are
+  // zeros.
+  static void dot_tokens(int rows, const float* a, const Element* tokens, size_t depth, int num_tokens,
+                         float* scores, size_t scores_stride) {
     constexpr int R = Lanes::kRows / 2, T = Lanes::kRows / 2;  // as many sums as there are registers for
     for (int t = 0; t < num_tokens; t += T) {
+      const Element* first = tokens + t * depth;
       int r = 0;
       for (; r + R <= rows; r += R)
-        dot_rows<R, T>(a + r * depth, tokens + t * depth, depth, scores + r * scores_stride + t, scores_stride);
+        dot_rows<R, T>(a + r * depth, first, depth, scores + r * scores_stride + t, scores_stride);
       for (; r < rows; ++r)
-        dot_rows<1, T>(a + r * depth, tokens + t * depth, depth, scores + r * scores_stride + t, scores_stride);
+        dot_rows<1, T>(a + r * depth, first, depth, scores + r * scores_stride + t, scores_stride);
     }
   }
 
@@ -139,11 +142,11 @@ struct PanelAttention {
       for (size_t d = 0; d < head_size_v; d += 16) {
         float* out = tile.out + first * head_size_v + d;
         if (tile.latent)
-          multiply_panel<true, 0>(false, rows, tile.weights, block_size, keys + d, num_tokens, out, head_size_v,
-                                  prefetch, head_size);
+          multiply_panel<true, 0>(false, rows, tile.weights, block_size, keys + d, num_tokens, out,
+                                  head_size_v, prefetch, head_size);
         else
-          multiply_panel<true>(first == 0, rows, tile.weights, block_size, values + d * block_size, num_tokens, out,
-                               head_size_v, prefetch);
+          multiply_panel<true>(first == 0, rows, tile.weights, block_size, values + d * block_size,
+                               num_tokens, out, head_size_v, prefetch);
       }
     }
   }

@@ -96,7 +96,7 @@ inline void repack_pair(const std::byte* keys, std::byte* values) {
   }
 }
 
-// Where V of a block lies: behind K, or, of a latent block, in the tile's scratch, made of the first tokens of K.
+// Where V of a block lies: behind K, or, of a latent block, in the tile's scratch, where it is made of K.
 inline const std::byte* values_of(const RowTile& tile, const std::byte* region, int token_pairs) {
   if (!tile.latent) return region + tile.key_bytes;
   const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;

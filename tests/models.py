@@ -251,6 +251,42 @@ LAYERED: dict[str, ModelSpec] = {
     ),
 }
 
+
+def _latent(**config: Any) -> dict[str, Any]:
+    """Latent attention in the only sizes that vLLM's own backend for CPUs takes; one layer has no experts."""
+    return (
+        _decoder(
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            kv_lora_rank=512,
+            q_lora_rank=96,
+            qk_nope_head_dim=48,
+            qk_rope_head_dim=64,
+            v_head_dim=64,
+            moe_intermediate_size=64,
+            first_k_dense_replace=1,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+        )
+        | config
+    )
+
+
+# Models with multi-head latent attention (MLA).
+LATENT: dict[str, ModelSpec] = {
+    "deepseek_v2": ModelSpec("DeepseekV2Config", _latent(q_lora_rank=None)),
+    # vLLM reads two fields that transformers' class lacks.
+    "deepseek_v3": ModelSpec("DeepseekV3Config", _latent(topk_method="noaux_tc", scoring_func="sigmoid")),
+    "glm4_moe_lite": ModelSpec("Glm4MoeLiteConfig", _latent(topk_method="noaux_tc", v_head_dim=112)),
+}
+
+PLAIN_ROTARY = {"custom_ops": ["all", "-rotary_embedding"]}
+"""vLLM's compilation_config with which these are right: its rotary operator for CPUs is wrong where q has three
+dimensions."""
+
 NEEDS_TRITON = {"mimo_v2"}
 """Models that vLLM runs on a CPU only with its V2 model runner, whose kernels an interpreter runs."""
 
@@ -281,24 +317,9 @@ UNSUPPORTED: dict[str, ModelSpec] = {
         "LlamaConfig",
         _decoder(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40),
     ),
-    "mla": ModelSpec(
-        "DeepseekV2Config",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            kv_lora_rank=64,
-            q_lora_rank=None,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=64,
-            first_k_dense_replace=2,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-        ),
-    ),
+    # As a DeepSeek V3.2, of which it is an indexer that is seen.
+    "sparse": ModelSpec("DeepseekV2Config", _latent(num_hidden_layers=2, index_topk=64)),
+    "latent_size": ModelSpec("DeepseekV2Config", _latent(num_hidden_layers=2, kv_lora_rank=40)),
     "encoder_only": ModelSpec(
         "BertConfig",
         {
@@ -452,5 +473,5 @@ class ModelZoo:
             if name in multimodal_models.MULTIMODAL:
                 multimodal_models.create(name, directory)
             else:
-                create_model((SUPPORTED | OTHERS | LAYERED | UNSUPPORTED)[name], directory)
+                create_model((SUPPORTED | OTHERS | LAYERED | LATENT | UNSUPPORTED)[name], directory)
         return str(directory)

@@ -42,3 +42,16 @@ def test_plain_causal_attention_is_accepted() -> None:
 def test_a_layer_that_needs_more_is_refused(option: str, value: object, feature: str) -> None:
     with pytest.raises(UnsupportedError, match=f"Lamina does not support {feature}"):
         check_layer(LayerOptions(**{**PLAIN, option: value}))
+
+
+def test_latent_attention() -> None:
+    latent = PLAIN | {"num_kv_heads": 1, "head_size": 576, "latent_size": 512}
+    check_layer(LayerOptions(**latent))
+    for change, feature in (
+        ({"head_size": 1040}, "latent rows"),
+        ({"latent_size": 40}, "latent rows"),
+        ({"indexer": object()}, "sparse attention by an indexer"),
+        ({"device_type": "cuda"}, "multi-head latent attention .* on GPUs"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"Lamina does not support {feature}"):
+            check_layer(LayerOptions(**latent | change))

@@ -70,6 +70,7 @@ class AttentionKernel:
         block_size: int,
         isa: str | None = None,
         head_size_v: int | None = None,
+        latent: bool = False,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -227,7 +228,13 @@ class CacheSpec:
     """What a layer keeps of a token; see `geometry.CacheSpec`."""
 
     def __init__(
-        self, block_size: int, num_kv_heads: int, head_size: int, head_size_v: int, dtype: str
+        self,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        head_size_v: int,
+        dtype: str,
+        latent: bool,
     ) -> None: ...
 
 class LayerSpec:
@@ -308,7 +315,7 @@ class Partition:
     """How the KV cache is divided over the attention workers."""
 
     @staticmethod
-    def by_heads(geometry: ModelGeometry, kv_heads: list[list[int]]) -> Partition:
+    def by_heads(geometry: ModelGeometry, heads: list[list[int]]) -> Partition:
         """Worker i holds the next ``kv_heads[i][c]`` KV heads of all tokens in cache c, with their query heads.
 
         Blocks have the same ids on all workers. Raises ValueError unless the numbers are positive and add up to the

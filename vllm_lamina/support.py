@@ -13,6 +13,8 @@ from vllm_lamina.kv_cache.geometry import DTYPES
 WITHOUT_LAMINA = "run it without --executor lamina"
 
 HEAD_SIZES = range(32, 513, 16)
+LATENT_SIZES = range(32, 1025, 16)
+"""Elements of a token's latent row, and of its front that are its values."""
 BLOCK_SIZE_MULTIPLE = 32
 
 
@@ -26,6 +28,9 @@ class LayerOptions:
     attn_type: str
     kv_cache_dtype: str
     other: tuple[str, ...]
+    device_type: str = "cpu"
+    latent_size: int = 0
+    indexer: object = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,17 @@ def _attends_as_no_other_model(config: Any) -> bool:
         or getattr(text, "param_sink_number", 0)
         or config.model_config.rswa_window is not None
     )
+
+
+def _has_sparse_attention(config: Any) -> bool:
+    text = _text_config(config)
+    return bool(
+        config.model_config.use_mla and any(hasattr(text, name) for name in ("index_topk", "compress_ratios"))
+    )
+
+
+def _latent_sizes(config: Any) -> tuple[int, int]:
+    return config.model_config.get_head_size(), getattr(_text_config(config), "kv_lora_rank", 0)
 
 
 def _checkpoint_quantises_kv_cache(config: Any) -> bool:
@@ -121,7 +137,27 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove --long-prefill-token-threshold",
         lambda c: c.model_config.is_mm_prefix_lm and c.scheduler_config.long_prefill_token_threshold > 0,
     ),
-    Refusal("multi-head latent attention (MLA)", WITHOUT_LAMINA, lambda c: c.model_config.use_mla),
+    Refusal(
+        "sparse attention by an indexer (DeepSeek V3.2 and V4, GLM-5)",
+        WITHOUT_LAMINA,
+        _has_sparse_attention,
+        lambda o: o.indexer is not None,
+        fields=frozenset(
+            {"indexer", "use_sparse", "is_index_group_leader", "cache_role", "topk_buffer_width"}
+        ),
+    ),
+    Refusal(
+        "multi-head latent attention (MLA) on GPUs",
+        "run the model worker on CPUs, or " + WITHOUT_LAMINA,
+        lambda c: c.device_config.device_type == "cuda" and c.model_config.use_mla,
+        lambda o: o.device_type == "cuda" and bool(o.latent_size),
+    ),
+    Refusal(
+        f"latent rows (MLA) of other sizes than the multiples of 16 from {LATENT_SIZES[0]} to {LATENT_SIZES[-1]}",
+        WITHOUT_LAMINA,
+        lambda c: c.model_config.use_mla and any(size not in LATENT_SIZES for size in _latent_sizes(c)),
+        lambda o: bool(o.latent_size) and any(s not in LATENT_SIZES for s in (o.head_size, o.latent_size)),
+    ),
     Refusal(
         "hybrid models (Mamba, linear or convolution state beside attention) and attention-free models",
         WITHOUT_LAMINA,
@@ -159,8 +195,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         f"head sizes other than the multiples of 16 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
         WITHOUT_LAMINA,
-        lambda c: c.model_config.get_head_size() not in HEAD_SIZES,
-        lambda o: o.head_size not in HEAD_SIZES,
+        lambda c: not c.model_config.use_mla and c.model_config.get_head_size() not in HEAD_SIZES,
+        lambda o: not o.latent_size and o.head_size not in HEAD_SIZES,
     ),
     _OTHER,
     Refusal(

@@ -19,9 +19,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import attention as layers
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionImpl, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    SparseCacheRole,
+)
 
-from vllm_lamina.attention_backend import LaminaAttentionBackend
+from vllm_lamina.attention_backend import LaminaAttentionBackend, LaminaLatentBackend
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.compat.attention import (
@@ -47,6 +53,12 @@ OTHER_SPECS = {
     "tokens_per_state": (2, "other attention options"),
     "extra_retained_tokens": (3, "other attention options"),
     "non_causal": (True, "attention that is not causal"),
+    "topk_buffer_width": (64, "sparse attention by an indexer"),
+    "alignment": (576, "other attention options"),
+    "model_version": ("deepseek_v4", "other attention options"),
+    "cache_role": (SparseCacheRole.INDEXER, "sparse attention by an indexer"),
+    "is_index_group_leader": (True, "sparse attention by an indexer"),
+    "non_causal_multi_token_decode": (True, "other attention options"),
 }
 OTHER_METADATA = {
     "causal": (False, "attention that is not causal"),
@@ -101,6 +113,7 @@ KINDS = {
 SHAPE: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 SPEC = FullAttentionSpec(**SHAPE)
 WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
+LATENT = MLAAttentionSpec(**SHAPE | {"num_kv_heads": 1}, max_tp_shards=1)
 METADATA = CommonAttentionMetadata(
     query_start_loc=torch.tensor([0, 1, 3]),
     query_start_loc_cpu=torch.tensor([0, 1, 3]),
@@ -135,7 +148,7 @@ def load(config: VllmConfig) -> Iterator[Make]:
         plain = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2, "prefix": "model.layers.0"}
         with set_current_vllm_config(config):
             layer = getattr(layers, kind)(**plain | {"cache_config": config.cache_config} | arguments)
-            settle_layers(config, LaminaAttentionBackend)
+            settle_layers(config, LaminaAttentionBackend, LaminaLatentBackend)
         return layer
 
     yield make
@@ -167,6 +180,7 @@ def test_each_is_read_or_refused(described: Any, read: set[str], others: dict[st
 def test_causal_attention_is_served(load: Make) -> None:
     check_spec("a", SPEC)
     check_spec("a", WINDOW)
+    check_spec("a", LATENT)
     check_metadata(METADATA)
     load("Attention")
 
@@ -183,7 +197,7 @@ def test_what_only_the_layer_is_told(load: Make) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "name"),
-    [(spec, name) for spec in (SPEC, WINDOW) for name in names(spec) if name not in SPEC_FIELDS],
+    [(spec, name) for spec in (SPEC, WINDOW, LATENT) for name in names(spec) if name not in SPEC_FIELDS],
 )
 def test_spec(spec: Any, name: str) -> None:
     value, message = OTHER_SPECS[name]

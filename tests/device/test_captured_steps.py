@@ -149,8 +149,7 @@ def opened(
     blocks = NUM_BLOCKS if kind == "head" else NUM_BLOCKS // len(workers)
     heads = NUM_KV_HEADS // len(workers)
     parts = [
-        geometry.with_kv_heads([i * heads], [heads]) if kind == "head" else geometry
-        for i in range(len(workers))
+        geometry.with_heads([i * heads], [heads]) if kind == "head" else geometry for i in range(len(workers))
     ]
     shares = tuple(Share(Pool("", 0), part, part.block_bytes(), blocks) for part in parts)
     partition = Partition(kind, "", geometry, shares)

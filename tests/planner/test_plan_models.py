@@ -1,4 +1,4 @@
-"""Models are read from Hugging Face configurations: dense, grouped, multi-query, mixture of experts; MLA is refused."""
+"""Models are read from Hugging Face configurations: dense, grouped, multi-query, latent, mixture of experts."""
 
 import json
 from pathlib import Path
@@ -62,9 +62,33 @@ def test_text_part_of_a_multimodal_configuration() -> None:
     assert model_from_config({"text_config": DENSE, "vision_config": {}}, "vision").hidden == 64
 
 
-def test_mla_and_other_architectures_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="multi-head latent attention"):
-        model_from_config({**DENSE, "kv_lora_rank": 512}, "deepseek")
+def test_latent_attention_by_hand() -> None:
+    latent = DENSE | {"kv_lora_rank": 48, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 24}
+    model = model_from_config(latent, "latent")
+    shared = 64 * (48 + 16) + 48 * 4 * (32 + 24) + 4 * 24 * 64
+    assert model.dense_params == 2 * (64 * 4 * 48 + shared + 3 * 64 * 128) + 100 * 64
+    assert (
+        model_from_config(latent | {"q_lora_rank": 20}, "q too").dense_params
+        == 2 * (20 * 64 + 20 * 4 * 48 + shared + 3 * 64 * 128) + 100 * 64
+    )
+    assert model.kv_bytes_per_token == 2 * 2 * (48 + 16)
+    assert (model.query_bytes, model.output_bytes) == (2 * 4 * 64, 2 * 4 * 48)
+    assert model.wire_bytes_per_token == 2 * 2 * (4 * 64 + 4 * 48 + 64)
+    assert model.attention_flops_per_cached_token == 2 * 2 * 4 * (64 + 48)
+    assert model.prefill_flops_per_cached_token == 2 * 2 * 4 * (48 + 24)
+    assert model.group == 4
+
+
+def test_deepseek_v3_has_671_billion_parameters() -> None:
+    model = load_model("deepseek-v3")
+    assert model.weight_bytes / 2e9 == pytest.approx(671, rel=0.002)
+    assert model.active_params / 1e9 == pytest.approx(37, rel=0.03)
+    assert model.kv_bytes_per_token == 61 * 576 * 2
+
+
+def test_other_architectures_are_refused() -> None:
+    with pytest.raises(UnsupportedError, match="sparse attention by an indexer"):
+        model_from_config({**DENSE, "index_topk": 2048}, "deepseek")
     with pytest.raises(ConfigError, match="no 'num_hidden_layers'"):
         model_from_config({"hidden_size": 64}, "unknown")
 

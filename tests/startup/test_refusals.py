@@ -52,7 +52,8 @@ MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
     "hybrid": without_lamina("hybrid models"),
     "head_size": without_lamina("head sizes other than"),
-    "mla": without_lamina("multi-head latent attention"),
+    "sparse": without_lamina("sparse attention by an indexer"),
+    "latent_size": without_lamina("latent rows .* of other sizes"),
     "encoder_only": without_lamina("pooling models"),
     "encoder_decoder": without_lamina("encoder-decoder models"),
 }
@@ -265,6 +266,7 @@ CASES = MODELS | FEATURES | OPTIONS
 # Layers alone say them (tests/test_support.py), or a GPU does (test_h100.py).
 NOT_HERE = (
     "other attention options of the model",
+    "multi-head latent attention (MLA) on GPUs",
     "vLLM's V1 model runner on GPUs",
     # Of multimodal models, see equality/test_multimodal.py.
     "multimodal inputs on GPUs",

@@ -134,12 +134,12 @@ class SeededRun:
     @contextlib.contextmanager
     def _open(self) -> Iterator[Self]:
         by_head = self.kind == "head"
-        geometries = [self.geometry] * len(self.shares)
-        if by_head:
-            geometries = [
-                self.geometry.with_kv_heads(*([sum(heads)] * len(self.geometry.caches) for heads in part))
-                for part in ((self.shares[:w], self.shares[w : w + 1]) for w in range(len(self.shares)))
-            ]
+        firsts = accumulate(self.shares, initial=0)
+        caches = len(self.geometry.caches)
+        geometries = [
+            self.geometry.with_heads([first] * caches, [n] * caches) if by_head else self.geometry
+            for first, n in zip(firsts, self.shares, strict=False)
+        ]
         blocks = [NUM_BLOCKS if by_head else n for n in self.shares]
         shares = tuple(
             Share(Pool("", 0), geometry, geometry.block_bytes(), n)

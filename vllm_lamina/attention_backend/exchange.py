@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
@@ -64,6 +64,33 @@ class Layers(Protocol):
             [step.num_tokens, num_heads, head_size_v], written in place; anything if the step fails.
         attend_locally
             The layer's attention within prefill chunks.
+        """
+
+    def attend_latent(
+        self,
+        lane: int,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        output: torch.Tensor,
+        attend_chunks: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        project: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """The same for a layer with a latent cache.
+
+        Parameters
+        ----------
+        query
+            [step.num_tokens, num_heads, head_size], absorbed; read in `Step.rows_of_workers` alone.
+        key
+            [step.num_tokens, 1, head_size], of which the front are the values.
+        output
+            [step.num_tokens, num_heads, the model's size of a value], written in place.
+        attend_chunks
+            The layer's attention within all prefill chunks: output and LSE, as of a `LocalAttention`.
+        project
+            What becomes of the attention workers' output, [rows, num_heads, head_size_v], before it is merged.
         """
 
     def capture(

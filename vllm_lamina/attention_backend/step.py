@@ -173,6 +173,14 @@ class Step:
         """The group of a layer."""
         return self.groups[self.geometry.layers[layer].group]
 
+    def rows_of_workers(self, layer: int) -> list[slice]:
+        """Query tokens of which the attention workers get q in a layer: the decodes, and those that see context."""
+        rows = [slice(self.first_chunk_token)] if self.num_decodes else []
+        for start, _, count in self.group_of(layer).context_rows:
+            begin = self.first_chunk_token + start
+            rows.append(slice(begin, begin + count))
+        return rows
+
     def keep(
         self, layer: int, key: torch.Tensor | None, value: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:

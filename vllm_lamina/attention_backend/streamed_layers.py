@@ -98,6 +98,11 @@ class StreamedLayers:
     ) -> None:
         self._lanes[lane].attend(step, layer, query, key, value, output, attend_locally)
 
+    def attend_latent(self, *args: object) -> None:
+        raise LaminaError(
+            "Latent caches are refused before streams exchange them."
+        )  # by their layers, see `support`
+
     def capture(
         self,
         lane: int,

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import (
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from vllm_lamina.compat.attention import check_spec
+from vllm_lamina.compat.latent_attention import latent_size
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
@@ -33,6 +39,7 @@ def geometry_of(config: VllmConfig) -> Geometry | None:
         head_size=model.get_head_size(),
         dtype=_name(model.dtype),
         scales=(1.0,) * num_layers,
+        latent_size=latent_size(model),
     )
 
 
@@ -106,8 +113,14 @@ def geometry_of_layers(
                     f"Lamina does not support models whose layers see other tokens than their KV cache keeps: "
                     f"{kept} of {name} is {seen}, of its KV cache {getattr(spec, kept)}: {WITHOUT_LAMINA}."
                 )
+        latent = isinstance(spec, MLAAttentionSpec)
         cache = CacheSpec(
-            spec.block_size, spec.num_kv_heads, spec.head_size, spec.head_size_v, _name(spec.dtype)
+            spec.block_size,
+            spec.num_kv_heads,
+            spec.head_size,
+            layer.impl.kv_lora_rank if latent else spec.head_size_v,
+            _name(spec.dtype),
+            latent,
         )
         names.append(name)
         layers.append(

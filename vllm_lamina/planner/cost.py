@@ -82,7 +82,7 @@ class ComputeGroup:
         mfu = float(self.device.efficiency.gemm_mfu.at(chunk))
         return (
             pairs
-            * self.model.attention_flops_per_cached_token
+            * self.model.prefill_flops_per_cached_token
             / (self.tensor_parallel * self.device.flops * mfu)
         )
 
@@ -180,8 +180,13 @@ class Wire:
 
     @property
     def query_bytes(self) -> float:
-        """Bytes of q of one token, all layers; the output is as large."""
+        """Bytes of q of one token, all layers."""
         return float(self.model.layers * self.model.query_bytes * self._copies)
+
+    @property
+    def output_bytes(self) -> float:
+        """Bytes of the output of one token, all layers; no more than q."""
+        return float(self.model.layers * self.model.output_bytes * self._copies)
 
     @property
     def residual_bytes(self) -> float:
@@ -191,8 +196,8 @@ class Wire:
         return float(moved) if self.replicas > 1 else 0.0
 
     def query_time(self, tokens: ArrayLike) -> Array:
-        """Seconds that q, or the output, of so many tokens takes, all layers."""
-        return np.asarray(tokens, dtype=np.float64) * self.query_bytes / self.rate
+        """Seconds that q of so many tokens takes, and then their output, all layers."""
+        return np.asarray(tokens, dtype=np.float64) * (self.query_bytes + self.output_bytes) / self.rate
 
     def key_value_time(self, tokens: ArrayLike) -> Array:
         """Seconds that k and v take, all layers."""
@@ -215,4 +220,4 @@ class Wire:
         replicas travels while attention runs.
         """
         latency = self.model.layers * self.transport.round_trip
-        return 2.0 * self.query_time(tokens) + self.key_value_time(tokens) + latency
+        return self.query_time(tokens) + self.key_value_time(tokens) + latency

@@ -55,6 +55,11 @@ class Model:
         For people.
     layers, hidden, heads, kv_heads, head_size
         The attention's shape: L, d, query heads, KV heads, elements of one head.
+    latent_size
+        With multi-head latent attention: elements at the front of a token's latent row that are its values, where the
+        row, of ``head_size``, is its one key. 0: values of their own, of ``head_size``.
+    expanded_size
+        Then, elements of one head's key and value together, as prompts are attended.
     dense_params
         Parameters that every token multiplies with: all but routed experts and the input embedding.
     embedding_params
@@ -78,6 +83,8 @@ class Model:
     experts: Experts | None = None
     bytes_per_element: int = 2
     source: str = ""
+    latent_size: int = 0
+    expanded_size: int = 0
 
     @property
     def group(self) -> int:
@@ -111,33 +118,53 @@ class Model:
 
     @property
     def query_bytes(self) -> int:
-        """Bytes of one token's q (or attention output) in one layer: e d where heads * head_size = d."""
+        """Bytes of one token's q in one layer: e d where heads * head_size = d."""
         return self.bytes_per_element * self.heads * self.head_size
 
     @property
+    def output_bytes(self) -> int:
+        """Bytes of one token's attention output in one layer: as q, or what is latent of it."""
+        return self.bytes_per_element * self.heads * self._value_size
+
+    @property
     def key_value_bytes(self) -> int:
-        """Bytes of one token's k and v together in one layer: 2 e d / G."""
-        return 2 * self.bytes_per_element * self.kv_heads * self.head_size
+        """Bytes of one token's k and v together in one layer: 2 e d / G, or of its latent row."""
+        return self.bytes_per_element * self._kept_elements
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token occupies in the KV cache: 2 e d L / G."""
+        """Bytes that one token occupies in the KV cache: 2 e d L / G, or those of latent rows."""
         return self.layers * self.key_value_bytes
 
     @property
     def wire_bytes_per_token(self) -> int:
         """Bytes that one token's decode step moves: ``(2 + 2/G) e d L`` (arXiv 2405.01814, section 3)."""
-        return self.layers * (2 * self.query_bytes + self.key_value_bytes)
+        return self.layers * (self.query_bytes + self.output_bytes + self.key_value_bytes)
 
     @property
     def attention_flops_per_cached_token(self) -> int:
         """FLOP of one query token against one cached token, all layers: a product with k and one with v."""
-        return 4 * self.layers * self.heads * self.head_size
+        return 2 * self.layers * self.heads * (self.head_size + self._value_size)
+
+    @property
+    def prefill_flops_per_cached_token(self) -> int:
+        """The same of a prompt's token, for which keys and values are expanded where they are latent."""
+        if not self.expanded_size:
+            return self.attention_flops_per_cached_token
+        return 2 * self.layers * self.heads * self.expanded_size
 
     @property
     def key_value_projection_share(self) -> float:
-        """Fraction of the active parameters that project to k and v."""
-        return self.layers * 2 * self.hidden * self.kv_heads * self.head_size / self.active_params
+        """Fraction of the active parameters that project to what is kept of a token."""
+        return self.layers * self.hidden * self._kept_elements / self.active_params
+
+    @property
+    def _value_size(self) -> int:
+        return self.latent_size or self.head_size
+
+    @property
+    def _kept_elements(self) -> int:
+        return self.kv_heads * self.head_size * (1 if self.latent_size else 2)
 
 
 _DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
@@ -157,20 +184,20 @@ def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def model_from_config(config: Mapping[str, Any], name: str, source: str = "") -> Model:
-    """Read a Hugging Face ``config.json``: dense or MoE, with multi-head, grouped-query or multi-query attention.
+    """Read a Hugging Face ``config.json``: dense or MoE; multi-head, grouped-query, multi-query or latent attention.
 
     Raises
     ------
     UnsupportedError
-        The attention is not of that kind (multi-head latent attention).
+        The attention is not of that kind (an indexer's sparse attention).
     ConfigError
         The configuration lacks a size, or has one that cannot be.
     """
     config = _of_text(config)
-    if config.get("kv_lora_rank") is not None or config.get("q_lora_rank") is not None:
+    if config.get("index_topk") is not None:
         raise UnsupportedError(
-            f"{name} uses multi-head latent attention (MLA, kv_lora_rank), which Lamina does not move and the "
-            "planner does not describe; serve it without Lamina"
+            f"{name} uses sparse attention by an indexer (index_topk), which Lamina does not move and the planner does "
+            "not describe; serve it without Lamina"
         )
     size = partial(_size, config, name)
     hidden, layers, heads = size("hidden_size"), size("num_hidden_layers"), size("num_attention_heads")
@@ -180,8 +207,18 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
         raise ConfigError(
             f"{name} cannot have {heads} attention heads with {kv_heads} KV heads and a hidden size of {hidden}"
         )
-    head_size = size("head_dim", hidden // heads)
-    attention = 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size
+    latent_size = size("kv_lora_rank", 0)
+    expanded_size = 0
+    if latent_size:
+        rotary, value = size("qk_rope_head_dim"), size("v_head_dim")
+        key, query_rank = size("qk_nope_head_dim") + rotary, size("q_lora_rank", 0)
+        kv_heads, head_size, expanded_size = 1, latent_size + rotary, key + value
+        queries = query_rank * (hidden + heads * key) if query_rank else hidden * heads * key
+        latent = hidden * head_size + latent_size * heads * (expanded_size - rotary)
+        attention = queries + latent + heads * value * hidden
+    else:
+        head_size = size("head_dim", hidden // heads)
+        attention = 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size
     # Gated feed-forward networks have three matrices; the older GELU ones (GPT-2, OPT, Falcon's line) two.
     gated = config.get("hidden_act", "silu") in ("silu", "swiglu", "gelu_pytorch_tanh", "geglu")
     matrices = 3 if gated else 2
@@ -204,6 +241,8 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
         experts=experts,
         bytes_per_element=look_up("dtype", str(dtype).removeprefix("torch."), _DTYPE_BYTES),
         source=source,
+        latent_size=latent_size,
+        expanded_size=expanded_size,
     )
 
 

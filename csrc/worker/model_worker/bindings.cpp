@@ -84,7 +84,7 @@ void bind_model_worker(nb::module_& m) {
   for (const auto bound : kWaitBounds) bounds.append(std::chrono::duration<double>(bound).count());
   m.attr("WAIT_BOUNDS") = nb::tuple(bounds);
   nb::class_<Partition>(m, "Partition")
-      .def_static("by_heads", &Partition::by_heads, "geometry"_a, "kv_heads"_a)
+      .def_static("by_heads", &Partition::by_heads, "geometry"_a, "heads"_a)
       .def_static("by_blocks", &Partition::by_blocks, "geometry"_a, "num_blocks"_a);
   nb::class_<AttentionClient>(m, "AttentionClient")
       .def(nb::init<const std::vector<std::shared_ptr<Channel>>&, Partition>(), "channels"_a, "partition"_a)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
 from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
     KVCacheGroupSpec,
     KVCacheSpec,
     MLAAttentionSpec,
@@ -20,6 +22,10 @@ from vllm_lamina.compat.latent_attention import latent_size
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
+
+NAME = "vllm.v1.core.kv_cache_planning"
+"""Where vLLM plans its KV cache since 0.33; before, it did so in `vllm.v1.core.kv_cache_utils`."""
+PLANNING = import_module(NAME if find_spec(NAME) else "vllm.v1.core.kv_cache_utils")
 
 
 def geometry_of(config: VllmConfig) -> Geometry | None:
@@ -58,12 +64,14 @@ def _layers_are_alike(model: Any) -> bool:
         and "sliding_attention" not in kinds
         and model.get_sliding_window() is None
         and not any(getattr(text, name, None) for name in told)
+        and model.model_arch_config.per_layer_overrides is None
+        and not model.has_noops
     )
 
 
 def groups_of(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Sequence[KVCacheGroupSpec]:
     """The KV cache groups that vLLM's engine will make of the layers' specs."""
-    groups: Sequence[KVCacheGroupSpec] = get_kv_cache_groups(config, dict(specs))
+    groups: Sequence[KVCacheGroupSpec] = PLANNING.get_kv_cache_groups(config, dict(specs))
     return groups
 
 
@@ -107,7 +115,9 @@ def geometry_of_layers(
         group, position, spec = places[shared or name]
         check_spec(name, spec)
         shape = layer.impl.shape
-        for kept, seen in (("sliding_window", shape.window), ("attention_chunk_size", shape.chunk)):
+        # A full attention spec keeps every token: where a group has one for all, it names the window of some of them.
+        limits = {"sliding_window": shape.window, "attention_chunk_size": shape.chunk}
+        for kept, seen in limits.items() if not isinstance(spec, FullAttentionSpec) else ():
             if (getattr(spec, kept, None) or seen) != seen:
                 raise UnsupportedError(
                     f"Lamina does not support models whose layers see other tokens than their KV cache keeps: "

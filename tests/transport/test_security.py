@@ -33,7 +33,7 @@ from vllm_lamina.transport.secret import ControlKeys, write_secret
 from vllm_lamina.wire.messages import StatsRequest, encode
 
 GEOMETRY = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.125, 0.125))
-LEASE = 5
+LEASE = 8
 """Seconds: short, yet longer than a busy machine keeps a heartbeat waiting."""
 
 

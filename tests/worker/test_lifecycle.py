@@ -145,7 +145,7 @@ def test_stuck_serving_loop_is_noticed(
         engine.post(0)
         with pytest.raises(ChannelClosed):
             engine.collect_and_check(0)
-    assert "it answers, but its serving loop has stood still for 1 s" in connection.lost_reason
+    assert "it answers, but its serving loop has stood still for 3 s" in connection.lost_reason
 
 
 def test_rejected_frame_reaches_the_caller(connection: AttentionWorkerConnection) -> None:

@@ -14,9 +14,9 @@ from vllm_lamina.wire.messages import Heartbeat, HeartbeatReply, Refused, decode
 
 BEATS_PER_TIMEOUT = 5
 
-PATIENCE = 5
+PATIENCE = 15
 """How many timeouts a worker on this host has for an answer as long as the system runs its process, and a serving loop
-anywhere to go on: its threads may wait for a CPU."""
+anywhere to go on: its threads may wait for a CPU, and a virtual one may itself stand still for seconds."""
 
 
 class HeartbeatThread:
@@ -29,8 +29,8 @@ class HeartbeatThread:
     lease_seconds
         How long the worker keeps the engine's pool without a heartbeat; 0 for ever.
     timeout
-        Seconds without an answer after which the worker is lost. With answers that say that its serving loop stands
-        still, it is so after `PATIENCE` of them.
+        Seconds without an answer after which the worker is lost. It is so too when the answers of `PATIENCE` timeouts
+        say that its serving loop stands still.
     pid
         Process of a worker on this host, None elsewhere. Where it is neither gone nor stopped it may be waiting for a
         CPU, and gets `PATIENCE` timeouts.
@@ -56,7 +56,8 @@ class HeartbeatThread:
         self._on_lost, self._on_draining = on_lost, on_draining
         self._draining = False
         self._progress: int | None = None
-        self._answered = self._progressed = time.monotonic()
+        self._answered = time.monotonic()
+        self._stood_still = 0  # answers in a row; this process may have been stopped between two of them
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lamina-heartbeat", daemon=True)
         self._thread.start()
@@ -87,17 +88,16 @@ class HeartbeatThread:
             reply = _decode(self._socket.recv_multipart()[-1])
             if not isinstance(reply, HeartbeatReply):
                 return reply.reason if isinstance(reply, Refused) else "it answers nonsense"
-            now = time.monotonic()
-            if reply.progress != self._progress or reply.progress is None or overdue:
-                self._progressed = now
-            self._answered, self._progress, overdue = now, reply.progress, False
+            goes_on = reply.progress is None or reply.progress != self._progress
+            self._stood_still = 0 if goes_on else self._stood_still + 1
+            self._answered, self._progress, overdue = time.monotonic(), reply.progress, False
             if reply.draining and not self._draining:
                 self._draining = True
                 self._on_draining()
         silent = time.monotonic() - self._answered
         if overdue and (silent > PATIENCE * self._timeout or not _runs(self._pid)):
             return f"it has not answered for {silent:.1f} s"
-        if self._answered - self._progressed > PATIENCE * self._timeout:
+        if self._stood_still * self._interval > PATIENCE * self._timeout:
             return f"it answers, but its serving loop has stood still for {PATIENCE * self._timeout:g} s"
         return None
 

@@ -299,8 +299,9 @@ LAYERED_ON = [
 ]
 """Each of them with the model runners that stock vLLM runs it on."""
 
-TOLERANCES = {"gemma3n": 5e-4}
-"""Of log-probabilities where norms of large weights, which such a random model needs, enlarge what is rounded."""
+TOLERANCES = {"gemma3n": 5e-4, "gemma4": 2e-4}
+"""Of log-probabilities where norms of large weights, which such a random model needs, enlarge what is rounded: in a
+text of 300 tokens gemma4's are 1.1e-4 from float64's in stock vLLM, and 0.7e-4 with Lamina."""
 
 # Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
 UNSUPPORTED: dict[str, ModelSpec] = {

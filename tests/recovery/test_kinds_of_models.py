@@ -22,8 +22,10 @@ PREFIX = prompt(150, seed=7)
 
 FAMILIES = [*LAYERED_ON, ("deepseek_v3", runners.V1), ("qwen2_audio", runners.V1)]
 
-FEW_BLOCKS = {"mistral_window": 12, "phi3_window": 12, "starcoder2": 12, "mimo_v2": 16}
-"""KV blocks that do not hold all requests: with windows alone each holds a few. 40 for the others."""
+ONE_GROUP = ("bloom", "falcon_alibi", "deepseek_v3", "qwen2_audio")
+WINDOWS_ALONE = ("mistral_window", "phi3_window", "starcoder2")
+FEW_BLOCKS = dict.fromkeys(ONE_GROUP, 20) | dict.fromkeys(WINDOWS_ALONE, 9) | {"llama4": 46, "mimo_v2": 15}
+"""KV blocks that do not hold all requests; 40 for the others."""
 
 ONE_KV_HEAD = {"falcon_alibi"}
 
@@ -54,7 +56,7 @@ def job(model_zoo: ModelZoo, family: str, runner: str) -> Job:
     # A worker is lost long before the longest ends, whose steps are quick.
     lengths, tokens, longest = (1, 33, 129, 300), 48, 300 if runner == runners.V1 else 48
     if family in NEEDS_TRITON:  # stock vLLM's attention is interpreted too
-        lengths, tokens, longest = (33, 129), 12, 12
+        lengths, tokens, longest = (61, 189), 12, 12
     later = [Request(PREFIX + prompt(i, seed=i), greedy(tokens), after_step=4 * i) for i in range(3)]
     seeded = Request(prompt(40, seed=3), sampled(tokens, seed=5))
     together = [seeded, *requests(lengths, tokens), *later, *requests((20,), longest, seed=50)]

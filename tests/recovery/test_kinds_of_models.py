@@ -39,7 +39,7 @@ def marked(cases: list[tuple[str, ...]], always: set[tuple[str, ...]]) -> list[o
 
 
 def heard(*seconds: float) -> list[Request]:
-    """Requests with sounds, which are encoded again where a request is, in prompts of several chunks."""
+    """Requests with sounds in prompts of several chunks."""
     sounds = [([int(16_000 * length)], seed) for seed, length in enumerate(seconds)]
     marks = [mark(BEGIN), mark(AUDIO), mark(END)]
     return [

@@ -15,11 +15,10 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms.cpu import CpuPlatform
 from vllm.platforms.interface import Platform
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, SlidingWindowSpec
 
 from vllm_lamina.compat.config import settle_block_size
-from vllm_lamina.compat.geometry import counted_bytes, geometry_of, geometry_of_layers, groups_of
+from vllm_lamina.compat.geometry import _planning, counted_bytes, geometry_of, geometry_of_layers, groups_of
 from vllm_lamina.device.base import LayerShape
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
@@ -81,8 +80,8 @@ def test_layers_of_several_kinds(config: VllmConfig) -> None:
     assert d == replace_all(c, alibi_slopes=(), stores=False)
     # vLLM's own count of what its blocks take.
     counted = counted_bytes(groups, 5)
-    assert get_kv_cache_config_from_groups(config, groups, counted).num_blocks == 5
-    assert get_kv_cache_config_from_groups(config, groups, counted - 1).num_blocks == 4
+    assert _planning.get_kv_cache_config_from_groups(config, groups, counted).num_blocks == 5
+    assert _planning.get_kv_cache_config_from_groups(config, groups, counted - 1).num_blocks == 4
 
 
 def replace_all(layer: LayerSpec, **fields: object) -> LayerSpec:

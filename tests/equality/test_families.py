@@ -10,18 +10,12 @@ import runners
 import torch
 import transformers
 from comparison import FLOAT32_TIE, FLOAT32_TOLERANCE, assert_same
-from engines import Engines, JobFailed
+from engines import Engines
 from jobs import Job, JobResult, Phase
-from models import LATENT, LAYERED, NEEDS_TRITON, PLAIN_ROTARY, SUPPORTED, ModelZoo
+from models import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, SUPPORTED, TOLERANCES, ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
 MUCH_AS_LLAMA = {"mistral", "qwen2"}
-
-TOLERANCES = {"gemma3n": 5e-4}
-"""Of log-probabilities where norms of large weights, which such a random model needs, enlarge what is rounded."""
-
-ALWAYS_RUN = {"gemma4_shared", "gpt_oss", "llama4"}
-"""Of the layered models: windows over blocks of two sizes and layers that read what others keep, sinks, chunks."""
 
 
 @pytest.mark.parametrize(
@@ -37,20 +31,20 @@ def test_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     assert lamina.phase("warm").prefix_cache_hits > 0
 
 
-@pytest.mark.parametrize(
-    "family",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name not in ALWAYS_RUN))
-        for name in LAYERED
-        if name not in NEEDS_TRITON
-    ],
-)
-def test_layered_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
-    """In chunks, so that prompts go on beyond a window, over chunks of one that are local, and over many blocks."""
-    prompts = requests((*EDGE_LENGTHS, 600))
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "runner"), LAYERED_ON)
+def test_layered_family(engines: Engines, model_zoo: ModelZoo, family: str, runner: str) -> None:
+    """In chunks, so that prompts go on beyond a window, over chunks of one that are local, and over many blocks.
+
+    What the default run has of these: recovery/test_kinds_of_models.py.
+    """
+    # Stock vLLM's own attention is interpreted where it needs Triton.
+    prompts = (
+        requests((5, 40, 300), max_tokens=8) if family in NEEDS_TRITON else requests((*EDGE_LENGTHS, 600))
+    )
     phases = [Phase("cold", prompts), Phase("warm", prompts)]
     engine = {"max_num_batched_tokens": 208, "max_num_seqs": 16}
-    stock, lamina = engines.pair(Job(model_zoo(family), phases, engine))
+    stock, lamina = engines.pair(Job(model_zoo(family), phases, engine, runner=runner))
     assert_same(stock, lamina, TOLERANCES.get(family, FLOAT32_TOLERANCE))
     assert lamina.phase("cold").prefix_cache_hits == 0
     assert lamina.phase("warm").prefix_cache_hits == stock.phase("warm").prefix_cache_hits > 0
@@ -127,8 +121,12 @@ def test_latent_family_on_v2(engines: Engines, model_zoo: ModelZoo) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", NEEDS_TRITON)
-def test_a_family_with_a_backend_of_its_own(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
-    job = Job(model_zoo(family), [], {"max_model_len": 512}, executor="lamina", runner=runners.V2)
-    with pytest.raises(JobFailed, match=r"does not support other attention options .* attn_backend='Triton"):
-        engines.run(job)
+@pytest.mark.parametrize("family", ["gemma3", "gpt_oss"])
+def test_one_group(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
+    """Without vLLM's hybrid manager a group holds layers with a window and without, and keeps every token."""
+    prompts = requests((*EDGE_LENGTHS, 600))
+    phases = [Phase("cold", prompts), Phase("warm", prompts)]
+    engine = {"max_num_batched_tokens": 208, "max_num_seqs": 16, "disable_hybrid_kv_cache_manager": True}
+    stock, lamina = engines.pair(Job(model_zoo(family), phases, engine))
+    assert_same(stock, lamina)
+    assert lamina.phase("warm").prefix_cache_hits == stock.phase("warm").prefix_cache_hits > 0

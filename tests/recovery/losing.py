@@ -6,8 +6,15 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from cores import ATTENTION_CPU
+from engines import Engines
+from jobs import Job, JobResult
+from worker_processes import Worker, free_port, worker_process
 
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 from vllm_lamina.transport.errors import ConnectionFailed
@@ -61,3 +68,47 @@ def _descends_from_us(pid: int) -> bool:
             return True
         pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return False
+
+
+class Scene:
+    """An engine of its own, and attention workers that can be lost and come back."""
+
+    def __init__(self, directory: Path, job: Job, engines: Engines, stack: ExitStack) -> None:
+        self._directory, self._job, self._engines, self._stack = directory, job, engines, stack
+        self._count = 0
+
+    def start(self, address: str = "", memory: str = "64MiB") -> Worker:
+        """A worker; at the address of one that was lost, where it is given."""
+        self._count += 1
+        log = self._directory / f"worker{self._count}.log"
+        arguments = ("--cpus", ATTENTION_CPU, "--memory", memory)
+        return self._stack.enter_context(
+            worker_process(log, address or f"127.0.0.1:{free_port()}", *arguments)
+        )
+
+    def kill(self, worker: Worker) -> None:
+        worker.process.kill()
+        worker.process.wait()
+
+    def run(
+        self,
+        act: Callable[[], None],
+        job: Job | None = None,
+        environment: dict[str, str] | None = None,
+        **options: Any,
+    ) -> JobResult:
+        """A job, with options of the engine, and what happens meanwhile."""
+        job = job or self._job
+        engine = job.engine | options
+        job = replace(job, executor="lamina", engine=engine, environment=environment or {})
+        with meanwhile(act):
+            result = self._engines.run(job)
+        assert "Lamina" in result.executor
+        return result
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text(errors="replace") for path in sorted(self._directory.glob("job-*.log")))
+
+    def addresses(self, *workers: Worker) -> str:
+        return ",".join(worker.address for worker in workers)

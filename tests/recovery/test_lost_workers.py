@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import runners
 from comparison import assert_same
-from cores import ATTENTION_CPU
 from engines import Engines, JobFailed
 from jobs import Job, JobResult, Phase, Request
-from losing import embedded_worker, meanwhile, wait_for_steps
+from losing import Scene, embedded_worker, wait_for_steps
 from models import ModelZoo
-from worker_processes import Worker, free_port, pause, wait_until, worker_process
+from worker_processes import pause, wait_until
 from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(300, seed=7)
@@ -61,56 +56,6 @@ def stock(engines: Engines, job: Job) -> JobResult:
     return engines.run(job)
 
 
-class Scene:
-    """An engine of its own, and attention workers that can be lost and come back."""
-
-    def __init__(self, directory: Path, job: Job, engines: Engines, stack: ExitStack) -> None:
-        self._directory, self._job, self._engines, self._stack = directory, job, engines, stack
-        self._count = 0
-
-    def start(self, address: str = "", memory: str = "64MiB") -> Worker:
-        """A worker; at the address of one that was lost, where it is given."""
-        self._count += 1
-        log = self._directory / f"worker{self._count}.log"
-        arguments = ("--cpus", ATTENTION_CPU, "--memory", memory)
-        return self._stack.enter_context(
-            worker_process(log, address or f"127.0.0.1:{free_port()}", *arguments)
-        )
-
-    def kill(self, worker: Worker) -> None:
-        worker.process.kill()
-        worker.process.wait()
-
-    def run(
-        self,
-        act: Callable[[], None],
-        job: Job | None = None,
-        environment: dict[str, str] | None = None,
-        **options: Any,
-    ) -> JobResult:
-        """A job, with options of the engine, and what happens meanwhile."""
-        job = job or self._job
-        engine = job.engine | options
-        job = replace(job, executor="lamina", engine=engine, environment=environment or {})
-        with meanwhile(act):
-            result = self._engines.run(job)
-        assert "Lamina" in result.executor
-        return result
-
-    @property
-    def log(self) -> str:
-        return "".join(path.read_text(errors="replace") for path in sorted(self._directory.glob("job-*.log")))
-
-    def addresses(self, *workers: Worker) -> str:
-        return ",".join(worker.address for worker in workers)
-
-
-@pytest.fixture
-def scene(tmp_path: Path, job: Job, engines: Engines) -> Iterator[Scene]:
-    with Engines(tmp_path, beside=engines) as its_engines, ExitStack() as stack:
-        yield Scene(tmp_path, job, its_engines, stack)
-
-
 @pytest.mark.parametrize(("batches", "kind"), [(2, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_embedded_worker(scene: Scene, stock: JobResult, batches: int, kind: signal.Signals) -> None:
     """It is started again; twice."""
@@ -126,6 +71,7 @@ def test_embedded_worker(scene: Scene, stock: JobResult, batches: int, kind: sig
     assert scene.log.count("attention workers complete again") >= 2
 
 
+@pytest.mark.slow
 def test_embedded_worker_with_the_v2_runner(scene: Scene, engines: Engines, job: Job) -> None:
     """It keeps the requests' states in one place for both lanes: what failed stands there where it stood."""
     seeded = Request(prompt(600, seed=3), sampled(12, seed=5))
@@ -201,7 +147,8 @@ def test_paused_worker_goes_on(scene: Scene, stock: JobResult) -> None:
 
 
 @pytest.mark.parametrize(
-    ("partition", "transport"), [("head", "ucx"), ("sequence", "shm"), ("request", "ucx")]
+    ("partition", "transport"),
+    [("head", "ucx"), ("sequence", "shm"), pytest.param("request", "ucx", marks=pytest.mark.slow)],
 )
 def test_spare_takes_its_place(scene: Scene, stock: JobResult, partition: str, transport: str) -> None:
     workers, small, spare = [scene.start() for _ in range(3)], scene.start(memory="4MiB"), scene.start()

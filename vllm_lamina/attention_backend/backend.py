@@ -49,6 +49,15 @@ class LaminaAttentionBackend(AttentionBackend):
         return list(HEAD_SIZES)
 
     @classmethod
+    def is_supported_on_current_device(cls, head_size: int, head_size_v: int, has_sinks: bool) -> bool:
+        # Asked by models whose v are of another size than k; what is not served is refused with the layer.
+        return True
+
+    @classmethod
+    def set_head_size_v(cls, head_size_v: int) -> None:
+        """Told by the same models; each layer says it too."""
+
+    @classmethod
     def supports_compute_capability(cls, capability: Any) -> bool:
         # Since Ampere; only GPUs are asked.
         return bool(capability.major >= 8)

@@ -1,9 +1,12 @@
-"""Putting an attention backend in the place of one that vLLM selects by itself, and taking it out again."""
+"""Putting an attention backend in the place of one that vLLM or a model selects, and taking it out again."""
 
 from __future__ import annotations
 
 from vllm.v1.attention import selector
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+NAMED_BY_MODELS = ("FLASH_ATTN_DIFFKV", "TRITON_ATTN_DIFFKV")
+"""A model whose v are of another size than k takes one of these by itself, whatever vLLM selects."""
 
 
 def override_attention_backend(name: str, class_path: str) -> None:

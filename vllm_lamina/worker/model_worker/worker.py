@@ -20,7 +20,11 @@ from vllm_lamina.attention_backend.exchange import Exchange, Layers
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers
 from vllm_lamina.compat.attention import implementations, settle_layers
-from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.backends import (
+    NAMED_BY_MODELS,
+    override_attention_backend,
+    restore_attention_backend,
+)
 from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, groups_of
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
@@ -65,7 +69,8 @@ class _LaminaWorker(Worker):
         self.lamina_config = LaminaConfig.from_additional_config(vllm_config.additional_config)
         device = device_for(vllm_config.device_config.device_type)
         self.exchange = Exchange(device, self.lamina_config.timeout).activate()
-        override_attention_backend(device.backend_name, BACKEND)
+        for name in (device.backend_name, *NAMED_BY_MODELS):
+            override_attention_backend(name, BACKEND)
         for name in LATENT_BACKENDS:
             override_attention_backend(name, LATENT_BACKEND)
         super().__init__(vllm_config, *args, **kwargs)
@@ -248,7 +253,7 @@ class _LaminaWorker(Worker):
             os.close(self._turn_log)
             self._turn_log = None
         self.exchange.deactivate()
-        for name in (self.exchange.device.backend_name, *LATENT_BACKENDS):
+        for name in (self.exchange.device.backend_name, *NAMED_BY_MODELS, *LATENT_BACKENDS):
             restore_attention_backend(name)
         super().shutdown()
 

@@ -20,7 +20,7 @@ from vllm.v1.kv_cache_interface import (
     SlidingWindowSpec,
 )
 
-from vllm_lamina.support import refuse_fields
+from vllm_lamina.support import StateOptions, check_state, refuse_fields
 
 SPECS: tuple[type[KVCacheSpec], ...] = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
 
@@ -75,7 +75,7 @@ _METADATA_DEFAULTS = tuple(
 
 def settle_layers(config: VllmConfig, backend: type) -> None:
     """Tell the layers' implementations what vLLM tells the layers alone, and refuse a loaded model in which one attends
-    otherwise than ``backend`` does.
+    otherwise than ``backend`` does. Layers that keep a state are vLLM's own.
 
     Raises
     ------
@@ -85,9 +85,13 @@ def settle_layers(config: VllmConfig, backend: type) -> None:
     # The attention backend imports this module, and they import their backends.
     from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
 
     for name, layer in config.compilation_config.static_forward_context.items():
-        if isinstance(layer, AttentionLayerBase):
+        if isinstance(layer, MambaBase):
+            cached = config.cache_config.mamba_cache_mode != "none"
+            check_state(StateOptions(config.device_config.device_type, layer.mamba_type.name, cached))
+        elif isinstance(layer, AttentionLayerBase):
             said = _said_by_spec(layer.get_kv_cache_spec(config))
             if type(layer) is ChunkedLocalAttention:
                 # vLLM's own makes a backend that turns chunks into requests; ours knows chunks.
@@ -104,9 +108,10 @@ def settle_layers(config: VllmConfig, backend: type) -> None:
 def implementations(config: VllmConfig) -> Iterator[Any]:
     """What attends in a loaded model's layers, one after the other."""
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
 
     for layer in config.compilation_config.static_forward_context.values():
-        if isinstance(layer, AttentionLayerBase):
+        if isinstance(layer, AttentionLayerBase) and not isinstance(layer, MambaBase):
             yield layer.impl
 
 

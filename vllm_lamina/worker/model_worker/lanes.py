@@ -22,7 +22,7 @@ from vllm_lamina.compat.ranks import any_rank
 from vllm_lamina.compat.scheduled import ScheduledStep, keep_grammar
 from vllm_lamina.compat.threads import set_num_threads
 from vllm_lamina.compat.workspaces import grow_workspaces
-from vllm_lamina.worker.model_worker.step_planner import StepPlanner
+from vllm_lamina.worker.model_worker.step_planner import KVGroups, StepPlanner
 
 if TYPE_CHECKING:
     from vllm_lamina._native import AttentionClient
@@ -178,13 +178,18 @@ class Lanes:
     """
 
     def __init__(
-        self, runners: Sequence[LaneRunner], exchange: Exchange, client: AttentionClient, answers: bool
+        self,
+        runners: Sequence[LaneRunner],
+        exchange: Exchange,
+        client: AttentionClient,
+        groups: KVGroups,
+        answers: bool,
     ) -> None:
         self._lanes = [
             Lane(index, runner, exchange, client, has_thread=len(runners) > 1)
             for index, runner in enumerate(runners)
         ]
-        self._planner = StepPlanner()
+        self._planner = StepPlanner(groups)
         self._answers = answers
         self._shared_places = runners[0].shared_places
         self._last = self._lanes[0]

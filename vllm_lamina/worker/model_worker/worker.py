@@ -1,4 +1,6 @@
-"""vLLM's worker without a KV cache of its own: the KV blocks it reports are those of the attention workers."""
+"""vLLM's worker without a KV cache of its own: the KV blocks it reports are those of the attention workers, but for the
+blocks of states, which it keeps.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +23,11 @@ from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers
 from vllm_lamina.compat.attention import implementations, settle_layers
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
-from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, groups_of
+from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, groups_of, kv_groups
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
+    expect_no_kv,
     fits_length_to_pool,
-    forget_shared_layers,
     warm_up_on_cpu,
     without_tensors,
 )
@@ -33,14 +35,16 @@ from vllm_lamina.compat.output_thread import output_thread_started, request_outp
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
+from vllm_lamina.compat.states import States
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.device.base import Chunks, Streams
-from vllm_lamina.errors import LaminaError, UnsupportedError
+from vllm_lamina.errors import ConfigError, LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
 from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers, ChannelOptions
 from vllm_lamina.worker.model_worker.lanes import Lanes
+from vllm_lamina.worker.model_worker.step_planner import KVGroups
 
 logger = init_logger("vllm.lamina")
 
@@ -56,6 +60,7 @@ class _LaminaWorker(Worker):
     _attention_workers: AttentionWorkers | None = None
     _partition: Partition | None = None
     _lanes: Lanes | None = None
+    _states = States(0)
     _turn_log: int | None = None
     _warms_up = False
 
@@ -106,22 +111,41 @@ class _LaminaWorker(Worker):
             raise LaminaError("The model worker has no KV cache yet.")
         return self._lanes
 
+    def state_bytes(self) -> int:
+        """Bytes of states that this model worker will allocate."""
+        groups = groups_of(self.vllm_config, self.get_kv_cache_spec())
+        self._states = States.of(self.vllm_config, groups)
+        return self._states.num_bytes
+
     def determine_available_memory(self) -> int:
-        """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
+        """Bytes of KV cache as vLLM counts them that the attention workers' pools hold, and of the states' blocks."""
         self._warm_up()
         groups = groups_of(self.vllm_config, self.get_kv_cache_spec())
         _, partition = self._divide(groups)
         if not fits_length_to_pool(self.model_config):
-            sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
-            partition.check_holds_one_request(
-                self.model_config.max_model_len, sharing, self.vllm_config.max_in_flight_tokens
-            )
-        return counted_bytes(groups, partition.num_blocks)
+            self._check_holds_one_request(partition)
+        return counted_bytes(groups, self._states.num_blocks + partition.num_blocks)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Let the attention workers allocate their pools; the model worker's layers keep empty KV caches."""
+        """Let the attention workers allocate their pools; the model worker's layers have states, and empty KV caches.
+
+        Raises
+        ------
+        ConfigError
+            The blocks that vLLM was told to have are too few, or a request of the longest kind does not fit the pools.
+        """
+        states, num_blocks = self._states, kv_cache_config.num_blocks
+        if num_blocks <= states.num_blocks > 0:
+            raise ConfigError(
+                f"{states.num_blocks} blocks are for the states of --max-num-seqs "
+                f"{self.scheduler_config.max_num_seqs} requests, and --num-gpu-blocks-override {num_blocks} leaves none "
+                "for KV: raise it, or lower --max-num-seqs"
+            )
         layer_names, partition = self._divide(kv_cache_config.kv_cache_groups)
-        self._partition = partition = partition.limited_to(kv_cache_config.num_blocks)
+        self._partition = partition = partition.limited_to(num_blocks - states.num_blocks)
+        if states.num_blocks:
+            # vLLM took the blocks of states for ones that hold tokens.
+            self._check_holds_one_request(partition)
         streams = self.exchange.device.streams()
         options = ChannelOptions(
             max_tokens=self.scheduler_config.max_num_batched_tokens,
@@ -139,16 +163,18 @@ class _LaminaWorker(Worker):
         self.attention_workers.replace_channel = layers.replace_channel
         self.exchange.open(layers, layer_names, partition.geometry)
         kv_cache_config = without_tensors(kv_cache_config, self.vllm_config)
-        forget_shared_layers(self.model_runner)
-        super().initialize_from_config(kv_cache_config)
+        groups = KVGroups(kv_groups(kv_cache_config.kv_cache_groups), states.num_blocks)
+        expect_no_kv(self.model_runner)
+        super().initialize_from_config(states.added_to(kv_cache_config))
+        self.cache_config.num_gpu_blocks = num_blocks
         runners = lane_runners(
             self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config
         )
-        self._lanes = Lanes(runners, self.exchange, client, answers=self.rank == 0)
+        self._lanes = Lanes(runners, self.exchange, client, groups, answers=self.rank == 0)
         workers = len(partition.shares)
         divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
         logger.info(
-            "Lamina: KV cache of %s on %d attention worker%s%s: %d blocks, %d tokens; %s on the model worker.",
+            "Lamina: KV cache of %s on %d attention worker%s%s: %d blocks, %d tokens; %s on the model worker%s.",
             format_bytes(used),
             workers,
             "s" if workers > 1 else "",
@@ -156,6 +182,7 @@ class _LaminaWorker(Worker):
             partition.num_blocks,
             partition.num_tokens(self.model_config.max_model_len, self.vllm_config.max_in_flight_tokens),
             format_bytes(allocated_bytes(self.model_runner)),
+            f", {states.num_blocks} blocks of states" if states.num_blocks else "",
         )
 
     def compile_or_warm_up_model(self) -> Any:
@@ -178,11 +205,15 @@ class _LaminaWorker(Worker):
             return None
         return partition.kind, partition.blocks_per_worker
 
+    def state_blocks(self) -> int:
+        """How many blocks, the first of vLLM's, hold states on the model worker."""
+        return self._states.num_blocks
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
         if self._warms_up:
             return super().execute_model(scheduler_output)
-        step = read_step(scheduler_output)
+        step = read_step(scheduler_output, self._states.num_blocks)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
             if step.blocks_to_zero:
                 ids = np.asarray(step.blocks_to_zero, np.int32)
@@ -259,6 +290,12 @@ class _LaminaWorker(Worker):
             return HostLayers(client, timeout, ranks_wait)
         return StreamedLayers(
             client, streams, partition, options.num_streams, options.max_tokens, options.spin_us, timeout
+        )
+
+    def _check_holds_one_request(self, partition: Partition) -> None:
+        sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
+        partition.check_holds_one_request(
+            self.model_config.max_model_len, sharing, self.vllm_config.max_in_flight_tokens
         )
 
     def _divide(self, groups: Sequence[Any]) -> tuple[Sequence[str], Partition]:

@@ -74,7 +74,7 @@ def copy_blocks(worker: Any, num_blocks: int, pairs: list[tuple[int, int]]) -> N
     from vllm.v1.worker.utils import copy_kv_cache_blocks_inplace
 
     if hasattr(worker, "exchange"):
-        worker.exchange.client.copy_blocks(np.asarray(pairs, np.int32))
+        worker.attention_workers.client.copy_blocks(np.asarray(pairs, np.int32))
     else:
         copy_kv_cache_blocks_inplace(worker.model_runner.kv_caches, num_blocks, pairs)
 

@@ -79,7 +79,7 @@ def draw_rooflines(path: Path, devices: Sequence[Device], models: Sequence[Model
             axes.plot(
                 ratio, reached / 1e12, "^", color=colour, markersize=9, label=f"{model.name.split('/')[-1]}"
             )
-            axes.annotate(f"attention, G={model.group}", (ratio * 1.25, reached / 1e12 * 0.6), fontsize=8)
+            axes.annotate(f"attention, G={model.group:g}", (ratio * 1.25, reached / 1e12 * 0.6), fontsize=8)
         axes.set(
             xscale="log",
             yscale="log",

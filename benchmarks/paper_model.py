@@ -12,7 +12,8 @@ from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.deployment import Deployment, baseline, lamina
 from vllm_lamina.planner.devices import Array, Curve, Efficiency, read_catalogue
-from vllm_lamina.planner.models import Model, builtin_models
+from vllm_lamina.planner.model_configs import builtin_models
+from vllm_lamina.planner.models import Model
 from vllm_lamina.planner.results import steady_state
 from vllm_lamina.planner.simulator import simulate
 from vllm_lamina.planner.traces import WORKLOADS, Trace, load_trace

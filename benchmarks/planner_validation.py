@@ -25,7 +25,8 @@ from vllm_lamina.planner.cost import ComputeGroup
 from vllm_lamina.planner.deployment import Baseline, Deployment, Lamina
 from vllm_lamina.planner.devices import Catalogue, read_catalogue
 from vllm_lamina.planner.engine_steps import Case, measure_steps
-from vllm_lamina.planner.models import Model, load_model
+from vllm_lamina.planner.model_configs import load_model
+from vllm_lamina.planner.models import Model
 from vllm_lamina.planner.results import steady_state
 
 STEPS = 24

@@ -135,7 +135,7 @@ std::optional<size_t> FrameJudge::judge_attend(const FrameHeader& header, size_t
                kv_heads = layer.stores ? static_cast<size_t>(cache.num_kv_heads) : 0;
   const auto size = static_cast<size_t>(cache.head_size), size_v = static_cast<size_t>(cache.head_size_v);
   const size_t q = group.rows * heads * size * element, k = group.tokens * kv_heads * size * element,
-               v = group.tokens * kv_heads * size_v * element;
+               v = cache.latent ? 0 : group.tokens * kv_heads * size_v * element;
   if (payload_bytes != to_64(q) + to_64(k) + v) return std::nullopt;
   return to_64(group.rows * heads * size_v * element) + (group.rows - group.rows_without_lse) * 4 * heads;
 }

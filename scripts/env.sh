@@ -9,3 +9,6 @@ export PATH="$LAMINA_VENV/bin:$PATH"
 export HF_HUB_OFFLINE=1
 export VLLM_NO_USAGE_STATS=1
 export DO_NOT_TRACK=1
+
+# Python keeps what it compiles: scripts/setup.sh leaves it to the first import, and a process starts at half the cost.
+export PYTHONDONTWRITEBYTECODE=

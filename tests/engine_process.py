@@ -1,17 +1,21 @@
 """Runs jobs of `jobs.py` in vLLM, each in a forked process of its own, so that no state of one engine reaches another.
 
 Importing vLLM takes much longer than starting a small engine. This program imports it once, single-threaded, and
-forks for every job that it reads from its standard input: one line `JOB_FILE RESULT_FILE LOG_FILE` each. It answers
-each with a line holding the process id of the fork, and one with its exit status.
+forks for every job that it reads from its standard input: one line `JOB_FILE RESULT_FILE LOG_FILE [HOST]` each. It
+answers each with a line holding the process id of the fork, and one with its exit status.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import ctypes
 import functools
+import gc
 import importlib
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +26,22 @@ import cpu_stream
 import runners
 from cores import ATTENTION_CPU
 from jobs import RESET, Call, Completion, Job, JobResult, Phase, PhaseResult, Request, RequestResult
+from media import media_of
 from msgspec.structs import replace
 
 # Modules that every fork would otherwise import for itself.
-INHERITED = ("vllm.entrypoints.llm", "vllm.v1.worker.cpu_worker", "vllm.v1.worker.cpu_model_runner")
+INHERITED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.core.sched.scheduler",
+    "vllm.v1.executor.multiproc_executor",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.v1.worker.cpu_model_runner",
+)
 INHERITED_V2 = ("vllm.v1.worker.cpu.model_runner",)
+
+CLONE_NEWNS, CLONE_NEWNET = 0x20000, 0x40000000
+MS_REC, MS_SLAVE, MNT_DETACH = 0x4000, 0x80000, 2
+"""From Linux's headers: Python has names for them from 3.12 on, or none."""
 
 SESSION_STEPS = 15
 """Engine steps from one input of a session to the next."""
@@ -35,15 +50,23 @@ SESSION_STEPS = 15
 def main() -> None:
     for module in INHERITED + INHERITED_V2 * (runners.DEFAULT == runners.V2):
         importlib.import_module(module)
+    # vLLM asks a process of its own about the class of each model, for as long as importing vLLM takes.
+    registry: Any = importlib.import_module("vllm.model_executor.models.registry")
+    registry._run_in_subprocess = lambda inspect: inspect()
+    # vLLM collects garbage several times in the life of an engine, each time for as long as its modules are many.
+    gc.collect()
+    gc.freeze()
 
     for line in sys.stdin:
-        job_file, result_file, log_file = line.split()
+        job_file, result_file, log_file, *host = line.split()
         pid = os.fork()
         if pid == 0:
             os.setpgid(0, 0)
             _redirect(log_file)
+            for namespace in host:
+                _enter(namespace)
             Path(result_file).write_text(run(Job.from_json(Path(job_file).read_text())).to_json())
-            sys.exit()
+            _exit()
         print(pid, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 
@@ -54,6 +77,32 @@ def _redirect(log_file: str) -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in ((null, 0), (log, 1), (log, 2)):
         os.dup2(source, target)
+
+
+def _exit() -> None:
+    """End as an interpreter does, without taking down its modules, which takes as long as an engine's start."""
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _enter(namespace: str) -> None:
+    """Go where `ip netns exec NAMESPACE` runs a program: UCX finds interfaces in /sys, which is one host's."""
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(name: str, *arguments: object) -> None:
+        if getattr(libc, name)(*arguments) != 0:
+            error = ctypes.get_errno()
+            raise OSError(error, f"{name}: {os.strerror(error)}")
+
+    with open(f"/run/netns/{namespace}") as file:
+        call("setns", file.fileno(), CLONE_NEWNET)
+    call("unshare", CLONE_NEWNS)
+    call("mount", b"", b"/", b"none", MS_REC | MS_SLAVE, None)
+    call("umount2", b"/sys", MNT_DETACH)
+    call("mount", namespace.encode(), b"/sys", b"sysfs", 0, None)
 
 
 class Adapters:
@@ -129,9 +178,10 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
                 sessions[index] = _add_to_session(engine, name, request, tokens, sessions.get(index))
                 continue
             adapter = adapters(request.adapter) if request.adapter is not None else None
-            engine.add_request(
-                name, {"prompt_token_ids": tokens}, _sampling_params(request.params), lora_request=adapter
-            )
+            prompt: dict[str, Any] = {"prompt_token_ids": tokens}
+            if request.media:
+                prompt["multi_modal_data"] = media_of(request.media)
+            engine.add_request(name, prompt, _sampling_params(request.params), lora_request=adapter)
         outputs = engine.step()
         step += 1
         for output in outputs:

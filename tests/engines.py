@@ -47,13 +47,13 @@ class JobFailed(AssertionError):
 class Engines:
     """Runs each distinct job once; `directory` keeps jobs, results and logs. Use as a context manager.
 
-    `prefix` before a command runs it elsewhere, such as on another host. Those that are made `beside` others share
-    their processes.
+    Those that are made `beside` others share their processes. With `host`, the name of a network namespace, their
+    engines run there.
     """
 
-    def __init__(self, directory: Path, prefix: tuple[str, ...] = (), beside: Engines | None = None) -> None:
+    def __init__(self, directory: Path, beside: Engines | None = None, host: str = "") -> None:
         self._directory = directory
-        self._prefix = prefix
+        self._host = host
         self._results: dict[str, JobResult] = {}
         self._processes: dict[str, subprocess.Popen[str]] = {} if beside is None else beside._processes
         """Of each model runner: the process that runs its jobs."""
@@ -96,7 +96,7 @@ class Engines:
         process = self._processes[runner]
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(f"{job_file} {result_file} {log_file}\n")
+        process.stdin.write(f"{job_file} {result_file} {log_file} {self._host}\n")
         process.stdin.flush()
         pid = self._read(process.stdout, deadline, log_file)
         status = self._read(process.stdout, deadline, log_file, group=pid)
@@ -109,7 +109,7 @@ class Engines:
     def _start(self, runner: str) -> subprocess.Popen[str]:
         program = Path(__file__).with_name("engine_process.py")
         return subprocess.Popen(
-            [*self._prefix, sys.executable, str(program)],
+            [sys.executable, str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=(self._directory / "engine_process.err").open("a"),

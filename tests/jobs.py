@@ -18,7 +18,8 @@ class Request:
     arrives once `after_step` engine steps of its phase are done. It is aborted `abort_delay` engine steps after it has
     `abort_after` output tokens: at once its lane is idle, a step later it is in flight. `adapter` is the directory of
     its LoRA adapter. With `more` it is a session, whose further inputs these are: it gives its output tokens after
-    each, and waits between them.
+    each, and waits between them. `media` are the random inputs of each kind, such as images, whose marks are in the
+    prompt: the shape of each, and the number that it is random by.
     """
 
     prompt: list[int]
@@ -28,6 +29,7 @@ class Request:
     abort_delay: int = 0
     adapter: str | None = None
     more: tuple[list[int], ...] = ()
+    media: dict[str, list[tuple[list[int], int]]] = field(default_factory=dict)
 
 
 RESET = "reset_prefix_cache"

@@ -251,6 +251,42 @@ LAYERED: dict[str, ModelSpec] = {
     ),
 }
 
+
+def _latent(**config: Any) -> dict[str, Any]:
+    """Latent attention in the only sizes that vLLM's own backend for CPUs takes; one layer has no experts."""
+    return (
+        _decoder(
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            kv_lora_rank=512,
+            q_lora_rank=96,
+            qk_nope_head_dim=48,
+            qk_rope_head_dim=64,
+            v_head_dim=64,
+            moe_intermediate_size=64,
+            first_k_dense_replace=1,
+            n_routed_experts=4,
+            n_shared_experts=1,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+        )
+        | config
+    )
+
+
+# Models with multi-head latent attention (MLA).
+LATENT: dict[str, ModelSpec] = {
+    "deepseek_v2": ModelSpec("DeepseekV2Config", _latent(q_lora_rank=None)),
+    # vLLM reads two fields that transformers' class lacks.
+    "deepseek_v3": ModelSpec("DeepseekV3Config", _latent(topk_method="noaux_tc", scoring_func="sigmoid")),
+    "glm4_moe_lite": ModelSpec("Glm4MoeLiteConfig", _latent(topk_method="noaux_tc", v_head_dim=112)),
+}
+
+PLAIN_ROTARY = {"custom_ops": ["all", "-rotary_embedding"]}
+"""vLLM's compilation_config with which these are right: its rotary operator for CPUs is wrong where q has three
+dimensions."""
+
 NEEDS_TRITON = {"mimo_v2"}
 """Models that vLLM runs on a CPU only with its V2 model runner, whose kernels an interpreter runs."""
 
@@ -277,48 +313,13 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             layer_types=["conv", "full_attention"],
         ),
     ),
-    "multimodal": ModelSpec(
-        "Qwen2AudioConfig",
-        {
-            "text_config": _decoder(
-                model_type="qwen2",
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                vocab_size=VOCAB_SIZE,
-            ),
-            "audio_config": {
-                "model_type": "qwen2_audio_encoder",
-                "d_model": 32,
-                "encoder_layers": 1,
-                "encoder_attention_heads": 2,
-                "encoder_ffn_dim": 64,
-            },
-        },
-        model_class="AutoModelForSeq2SeqLM",
-    ),
     "head_size": ModelSpec(
         "LlamaConfig",
         _decoder(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40),
     ),
-    "mla": ModelSpec(
-        "DeepseekV2Config",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            kv_lora_rank=64,
-            q_lora_rank=None,
-            qk_nope_head_dim=32,
-            qk_rope_head_dim=32,
-            v_head_dim=64,
-            first_k_dense_replace=2,
-            n_routed_experts=4,
-            num_experts_per_tok=2,
-            n_group=1,
-            topk_group=1,
-        ),
-    ),
+    # As a DeepSeek V3.2, of which it is an indexer that is seen.
+    "sparse": ModelSpec("DeepseekV2Config", _latent(num_hidden_layers=2, index_topk=64)),
+    "latent_size": ModelSpec("DeepseekV2Config", _latent(num_hidden_layers=2, kv_lora_rank=40)),
     "encoder_only": ModelSpec(
         "BertConfig",
         {
@@ -357,18 +358,28 @@ def create_model(spec: ModelSpec, directory: Path, seed: int = 0, **overrides: A
     `overrides` replace fields of the configuration. Returns `directory`. The weights depend on `seed` and the
     configuration alone.
     """
+    import transformers
+
+    model = random_model(spec, seed, vocab_size=VOCAB_SIZE, **overrides)
+    model.save_pretrained(directory)
+    create_tokenizer(directory)
+    if spec.config_class == "WhisperConfig":
+        transformers.WhisperFeatureExtractor().save_pretrained(directory)
+    return directory
+
+
+TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": EOS}
+RANDOM = {"initializer_range": _WEIGHT_STD}
+
+
+def random_model(spec: ModelSpec, seed: int = 0, **overrides: Any) -> Any:
+    """The model of transformers, with random float32 weights."""
     import torch
     import transformers
 
     torch.manual_seed(seed)
-    config = getattr(transformers, spec.config_class)(
-        vocab_size=VOCAB_SIZE,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=EOS,
-        initializer_range=_WEIGHT_STD,
-        **({"tie_word_embeddings": False} | spec.config | overrides),
-    )
+    fields = TOKENS | RANDOM | {"tie_word_embeddings": False} | spec.config | overrides
+    config = getattr(transformers, spec.config_class)(**fields)
     model = getattr(transformers, spec.model_class).from_config(config, dtype=torch.float32)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers initialises these to zero, which would hide a forgotten bias
@@ -377,17 +388,14 @@ def create_model(spec: ModelSpec, directory: Path, seed: int = 0, **overrides: A
             config.tie_word_embeddings and ".post_" in name
         ):  # or the embedding outweighs the layers: one token for ever
             torch.nn.init.constant_(parameter, 8.0)
-    model.save_pretrained(directory)
-    create_tokenizer(directory)
-    if spec.config_class == "WhisperConfig":
-        transformers.WhisperFeatureExtractor().save_pretrained(directory)
-    return directory
+    return model
 
 
-def create_tokenizer(directory: Path) -> None:
+def create_tokenizer(directory: Path, marks: tuple[str, ...] = (), **names: str) -> Any:
     """Writes a tokenizer of `VOCAB_SIZE` tokens: special tokens, one per byte, and made-up words for the rest.
 
-    Encoding yields byte tokens only; the words give random token ids a text.
+    Encoding yields byte tokens only; the words give random token ids a text. `marks` are further special tokens behind
+    these, and `names` attributes of the tokenizer that are some of them. Returns the tokenizer.
     """
     from tokenizers import Tokenizer, decoders, pre_tokenizers
     from tokenizers.models import BPE
@@ -399,16 +407,21 @@ def create_tokenizer(directory: Path) -> None:
     words = (f"Ġ{first}{second}" for first in syllables for second in syllables)
     tokens += [next(words) for _ in range(VOCAB_SIZE - len(tokens))]
 
+    tokens += marks
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[]))
+    tokenizer.add_special_tokens(list(marks))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
+    made = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=special[0],
         bos_token=special[1],
         eos_token=special[EOS],
         unk_token=special[3],
-    ).save_pretrained(directory)
+        **({"extra_special_tokens": names} if names else {}),
+    )
+    made.save_pretrained(directory)
+    return made
 
 
 # Modules of Llama that a LoRA adapter may change.
@@ -455,5 +468,10 @@ class ModelZoo:
         """The directory of the model called `name` in one of the tables above."""
         directory = self._root / name
         if not (directory / "tokenizer.json").exists():
-            create_model((SUPPORTED | OTHERS | LAYERED | UNSUPPORTED)[name], directory)
+            import multimodal_models
+
+            if name in multimodal_models.MULTIMODAL:
+                multimodal_models.create(name, directory)
+            else:
+                create_model((SUPPORTED | OTHERS | LAYERED | LATENT | UNSUPPORTED)[name], directory)
         return str(directory)

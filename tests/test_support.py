@@ -10,16 +10,10 @@ from vllm_lamina.support import LayerOptions, check_layer, support_table
 DOCS = Path(__file__).parents[1] / "docs" / "support.md"
 
 PLAIN = {
-    "device_type": "cpu",
     "num_heads": 4,
     "num_kv_heads": 2,
     "head_size": 64,
     "attn_type": "decoder",
-    "alibi_slopes": None,
-    "sliding_window": None,
-    "logits_soft_cap": None,
-    "kv_sharing_target_layer_name": None,
-    "sinks": None,
     "kv_cache_dtype": "auto",
     "other": (),
 }
@@ -50,19 +44,14 @@ def test_a_layer_that_needs_more_is_refused(option: str, value: object, feature:
         check_layer(LayerOptions(**{**PLAIN, option: value}))
 
 
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("alibi_slopes", [0.5, 0.25]),
-        ("sliding_window", 128),
-        ("logits_soft_cap", 30.0),
-        ("kv_sharing_target_layer_name", "model.layers.0.attn"),
-        ("sinks", [0.0]),
-    ],
-)
-def test_layers_of_several_kinds_are_refused_on_gpus(option: str, value: object) -> None:
-    layer = PLAIN | {option: value}
-    check_layer(LayerOptions(**layer))
-    check_layer(LayerOptions(**PLAIN | {"device_type": "cuda"}))
-    with pytest.raises(UnsupportedError, match="Lamina does not support layers of several kinds on GPUs"):
-        check_layer(LayerOptions(**layer | {"device_type": "cuda"}))
+def test_latent_attention() -> None:
+    latent = PLAIN | {"num_kv_heads": 1, "head_size": 576, "latent_size": 512}
+    check_layer(LayerOptions(**latent))
+    for change, feature in (
+        ({"head_size": 1040}, "latent rows"),
+        ({"latent_size": 40}, "latent rows"),
+        ({"indexer": object()}, "sparse attention by an indexer"),
+        ({"device_type": "cuda"}, "multi-head latent attention .* on GPUs"),
+    ):
+        with pytest.raises(UnsupportedError, match=f"Lamina does not support {feature}"):
+            check_layer(LayerOptions(**latent | change))

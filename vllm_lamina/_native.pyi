@@ -70,6 +70,7 @@ class AttentionKernel:
         block_size: int,
         isa: str | None = None,
         head_size_v: int | None = None,
+        latent: bool = False,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -227,7 +228,13 @@ class CacheSpec:
     """What a layer keeps of a token; see `geometry.CacheSpec`."""
 
     def __init__(
-        self, block_size: int, num_kv_heads: int, head_size: int, head_size_v: int, dtype: str
+        self,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        head_size_v: int,
+        dtype: str,
+        latent: bool,
     ) -> None: ...
 
 class LayerSpec:
@@ -308,7 +315,7 @@ class Partition:
     """How the KV cache is divided over the attention workers."""
 
     @staticmethod
-    def by_heads(geometry: ModelGeometry, kv_heads: list[list[int]]) -> Partition:
+    def by_heads(geometry: ModelGeometry, heads: list[list[int]]) -> Partition:
         """Worker i holds the next ``kv_heads[i][c]`` KV heads of all tokens in cache c, with their query heads.
 
         Blocks have the same ids on all workers. Raises ValueError unless the numbers are positive and add up to the
@@ -487,8 +494,7 @@ class StreamedExchange:
     Parameters
     ----------
     client
-        Of a model whose layers are all alike: one group, one shape, no window or chunk. Its channels have carried
-        nothing yet. Its `post`, `collect` and turns within a step are not used any more.
+        Its channels have carried nothing yet. Its `post`, `collect` and turns within a step are not used any more.
     max_tokens
         Of a step.
     spin_us
@@ -527,9 +533,9 @@ class StreamedExchange:
         timeout: float = 60.0,
     ) -> list[tuple[int, int]]:
         """As `AttentionClient.begin_step`; the step was announced, and the stream is done with the one before."""
-    def part(self, lane: int, worker: int) -> tuple[Any, Any, int]:
-        """Tokens of the step whose q, and whose k and v, the worker gets, int32; and how many rows it answers without
-        LSE."""
+    def part(self, lane: int, worker: int, group: int) -> tuple[Any, Any, int]:
+        """Of the step in the layers of a group: tokens whose q, and whose k and v, the worker gets, int32; and how many
+        rows it answers without LSE."""
     def finish_step(self, lane: int, timeout: float = 60.0) -> str | None:
         """Wait until all layers are sent and answered, or the step failed: why. Raises ChannelTimeout if a layer takes
         the device longer than `timeout` seconds."""

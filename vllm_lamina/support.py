@@ -13,25 +13,24 @@ from vllm_lamina.kv_cache.geometry import DTYPES
 WITHOUT_LAMINA = "run it without --executor lamina"
 
 HEAD_SIZES = range(32, 513, 16)
+LATENT_SIZES = range(32, 1025, 16)
+"""Elements of a token's latent row, and of its front that are its values."""
 BLOCK_SIZE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
 class LayerOptions:
-    """What a model asks of one attention layer, on a device of vLLM's ``device_type``."""
+    """What a model asks of one attention layer."""
 
-    device_type: str
     num_heads: int
     num_kv_heads: int
     head_size: int
     attn_type: str
-    alibi_slopes: object
-    sliding_window: int | None
-    logits_soft_cap: float | None
-    kv_sharing_target_layer_name: str | None
-    sinks: object
     kv_cache_dtype: str
     other: tuple[str, ...]
+    device_type: str = "cpu"
+    latent_size: int = 0
+    indexer: object = None
 
 
 @dataclass(frozen=True)
@@ -69,44 +68,29 @@ def _text_config(config: Any) -> Any:
     return config.model_config.hf_text_config
 
 
-def _has_sliding_window(config: Any) -> bool:
-    if config.model_config.disable_sliding_window:
-        return False
-    layer_types = getattr(_text_config(config), "layer_types", None) or ()
-    if layer_types:
-        return "sliding_attention" in layer_types
-    return config.model_config.get_sliding_window() is not None
-
-
-def _has_alibi(config: Any) -> bool:
-    text = _text_config(config)
-    attn_config = getattr(text, "attn_config", None)
-    in_attn_config = (
-        attn_config.get("alibi") if isinstance(attn_config, dict) else getattr(attn_config, "alibi", False)
+def _attends_as_no_other_model(config: Any) -> bool:
+    """Whether layers attend by a rule of the model's own, of which vLLM says something else first, or nothing."""
+    text, architectures = _text_config(config), config.model_config.architectures
+    return bool(
+        "Step1ForCausalLM" in architectures
+        or (
+            "Rnj1ForCausalLM" in architectures
+            and "chunked_attention" in (getattr(text, "layer_types", None) or ())
+        )
+        or getattr(text, "param_sink_number", 0)
+        or config.model_config.rswa_window is not None
     )
-    return bool(text.model_type == "bloom" or getattr(text, "alibi", False) or in_attn_config)
 
 
-def _is_more_than_full_attention(config: Any) -> bool:
-    """Whether the configuration of the model shows layers that do more than full causal attention, all of one shape."""
+def _has_sparse_attention(config: Any) -> bool:
     text = _text_config(config)
     return bool(
-        _has_sliding_window(config)
-        or _has_alibi(config)
-        or config.model_config.attention_chunk_size
-        or getattr(text, "attn_logit_softcapping", None)
-        or getattr(text, "num_kv_shared_layers", 0)
-        or text.model_type == "gpt_oss"
+        config.model_config.use_mla and any(hasattr(text, name) for name in ("index_topk", "compress_ratios"))
     )
 
 
-def _asks_for_more_than_full_attention(layer: LayerOptions) -> bool:
-    return (
-        (layer.sliding_window is not None and layer.sliding_window > 0)
-        or bool(layer.logits_soft_cap)
-        or any(option is not None for option in (layer.alibi_slopes, layer.sinks))
-        or layer.kv_sharing_target_layer_name is not None
-    )
+def _latent_sizes(config: Any) -> tuple[int, int]:
+    return config.model_config.get_head_size(), getattr(_text_config(config), "kv_lora_rank", 0)
 
 
 def _checkpoint_quantises_kv_cache(config: Any) -> bool:
@@ -114,7 +98,9 @@ def _checkpoint_quantises_kv_cache(config: Any) -> bool:
     cache_dtype = config.cache_config.cache_dtype
     if getattr(config.quant_config, "kv_cache_scheme", None) is not None:  # what vLLM's layers look at
         return bool(cache_dtype != _dtype(config))
-    declared = getattr(config.model_config.hf_config, "quantization_config", None)
+    declared = getattr(config.model_config.hf_config, "quantization_config", None) or getattr(
+        _text_config(config), "quantization_config", None
+    )
     outer = declared if isinstance(declared, Mapping) else {}
     names = ("kv_cache_scheme", "kv_cache_quant_algo")
     by_checkpoint = any(level.get(name) for level in (outer, outer.get("quantization", {})) for name in names)
@@ -146,8 +132,46 @@ REFUSALS: tuple[Refusal, ...] = (
         WITHOUT_LAMINA,
         lambda c: c.model_config.runner_type != "generate",
     ),
-    Refusal("multimodal inputs", WITHOUT_LAMINA, lambda c: c.model_config.is_multimodal_model),
-    Refusal("multi-head latent attention (MLA)", WITHOUT_LAMINA, lambda c: c.model_config.use_mla),
+    Refusal(
+        "multimodal inputs on GPUs",
+        f"serve the model for text alone with --language-model-only, or {WITHOUT_LAMINA}",
+        lambda c: c.device_config.device_type == "cuda" and c.model_config.supports_multimodal_inputs,
+    ),
+    Refusal(
+        "encoders apart from the decoder",
+        "remove --ec-transfer-config, --ec-manager-config and --mm-encoder-only",
+        lambda c: (
+            c.ec_transfer_config is not None
+            or c.ec_manager_config.encoder_cache_manager_cls is not None
+            or c.is_mm_encoder_only
+        ),
+    ),
+    Refusal(
+        "a limit of prefill chunks for models whose images see their own tokens whole",
+        "remove --long-prefill-token-threshold",
+        lambda c: c.model_config.is_mm_prefix_lm and c.scheduler_config.long_prefill_token_threshold > 0,
+    ),
+    Refusal(
+        "sparse attention by an indexer (DeepSeek V3.2 and V4, GLM-5)",
+        WITHOUT_LAMINA,
+        _has_sparse_attention,
+        lambda o: o.indexer is not None,
+        fields=frozenset(
+            {"indexer", "use_sparse", "is_index_group_leader", "cache_role", "topk_buffer_width"}
+        ),
+    ),
+    Refusal(
+        "multi-head latent attention (MLA) on GPUs",
+        "run the model worker on CPUs, or " + WITHOUT_LAMINA,
+        lambda c: c.device_config.device_type == "cuda" and c.model_config.use_mla,
+        lambda o: o.device_type == "cuda" and bool(o.latent_size),
+    ),
+    Refusal(
+        f"latent rows (MLA) of other sizes than the multiples of 16 from {LATENT_SIZES[0]} to {LATENT_SIZES[-1]}",
+        WITHOUT_LAMINA,
+        lambda c: c.model_config.use_mla and any(size not in LATENT_SIZES for size in _latent_sizes(c)),
+        lambda o: bool(o.latent_size) and any(s not in LATENT_SIZES for s in (o.head_size, o.latent_size)),
+    ),
     Refusal(
         "attention-free models (Mamba and other states alone)",
         "run it without --executor lamina: there is no attention to move",
@@ -175,6 +199,12 @@ REFUSALS: tuple[Refusal, ...] = (
         fields=frozenset({"causal", "non_causal"}),
     ),
     Refusal(
+        "rules of attention that one model alone has (Rnj-1's chunks that look back, Step-1's ALiBi of square roots, "
+        "openPangu's sink tokens, a reference window)",
+        WITHOUT_LAMINA,
+        _attends_as_no_other_model,
+    ),
+    Refusal(
         "quantised KV cache that the checkpoint declares (kv_cache_scheme and others)",
         "give the KV cache the model's dtype: --dtype bfloat16 --kv-cache-dtype bfloat16, or both float16",
         _checkpoint_quantises_kv_cache,
@@ -194,8 +224,8 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         f"head sizes other than the multiples of 16 from {HEAD_SIZES[0]} to {HEAD_SIZES[-1]}",
         WITHOUT_LAMINA,
-        lambda c: c.model_config.get_head_size() not in HEAD_SIZES,
-        lambda o: o.head_size not in HEAD_SIZES,
+        lambda c: not c.model_config.use_mla and c.model_config.get_head_size() not in HEAD_SIZES,
+        lambda o: not o.latent_size and o.head_size not in HEAD_SIZES,
     ),
     _OTHER,
     Refusal(
@@ -210,6 +240,12 @@ REFUSALS: tuple[Refusal, ...] = (
         "remove --speculative-config, --spec-method, --spec-model and --spec-tokens; in place of a speculator's "
         "checkpoint, serve the model that it is for",
         lambda c: c.speculative_config is not None,
+    ),
+    Refusal(
+        "prefill without the layers that share KV",
+        "remove --kv-sharing-fast-prefill",
+        lambda c: c.cache_config.kv_sharing_fast_prefill,
+        fields=frozenset({"logits_indices_padded", "num_logits_indices", "max_logits_per_req"}),
     ),
     # Before KV connectors: it brings one that the user did not give.
     Refusal(
@@ -245,14 +281,6 @@ REFUSALS: tuple[Refusal, ...] = (
             and c.parallel_config.tensor_parallel_size > 1
             and LaminaConfig.from_additional_config(c.additional_config).batches > 1
         ),
-    ),
-    Refusal(
-        "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
-        "sharing, layers of different shapes)",
-        "limit the context to the window with --disable-sliding-window where vLLM can and the model has nothing else "
-        "of these, or " + WITHOUT_LAMINA,
-        lambda c: c.device_config.device_type == "cuda" and _is_more_than_full_attention(c),
-        lambda o: o.device_type == "cuda" and _asks_for_more_than_full_attention(o),
     ),
     Refusal(
         "vLLM's V1 model runner on GPUs",

@@ -61,6 +61,7 @@ struct alignas(64) ThreadScratch {
   Accumulator whole;
   std::byte* queries;
   float* weights;
+  std::byte* values;
 };
 
 // Only the first and the last item of a piece can be partial; they wait here for the merge.
@@ -81,10 +82,14 @@ struct Workspace {
     const size_t state_bytes = out_bytes + 2 * row_bytes;
     const size_t query_bytes = lines(rows * shape.stored_head_size * ops.query_bytes);
     const size_t weights_bytes = lines(ops.weights_bytes(shape.stored_block_size));
+    const size_t values_bytes = shape.latent && ops.repacks_values
+                                    ? shape.element_size * shape.stored_head_size_v * shape.stored_block_size
+                                    : 0;
+    const size_t thread_bytes = query_bytes + weights_bytes + values_bytes;
     threads.resize(num_threads);
     pieces.resize(plan.num_pieces());
     const size_t states = threads.size() + 2 * pieces.size();
-    std::byte* at = scratch.reserve(states * state_bytes + threads.size() * (query_bytes + weights_bytes));
+    std::byte* at = scratch.reserve(states * state_bytes + threads.size() * thread_bytes);
     const auto take = [&at](size_t bytes) {
       std::byte* taken = at;
       at += bytes;
@@ -98,6 +103,7 @@ struct Workspace {
       take_state(thread.whole);
       thread.queries = take(query_bytes);
       thread.weights = reinterpret_cast<float*>(take(weights_bytes));
+      thread.values = take(values_bytes);
     }
     for (Partials& piece : pieces)
       for (Accumulator& part : piece.part) take_state(part);

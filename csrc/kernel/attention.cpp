@@ -29,6 +29,10 @@ void check(const AttentionGeometry& g) {
   };
   check_head_size("head_size", g.head_size);
   check_head_size("head_size_v", g.head_size_v);
+  if (g.latent && (g.num_kv_heads != 1 || g.head_size_v > g.head_size))
+    refuse("a latent cache has one KV head, and values no longer than its keys, not num_kv_heads = " +
+           std::to_string(g.num_kv_heads) + ", head_size = " + std::to_string(g.head_size) +
+           ", head_size_v = " + std::to_string(g.head_size_v));
   if (g.block_size < 16 || g.block_size % 16 != 0)
     refuse("block_size = " + std::to_string(g.block_size) +
            " must be a multiple of 16: set vLLM's --block-size to 32, 64 or 128");

@@ -46,13 +46,14 @@ class AttentionKernel {
 
   virtual Isa isa() const = 0;
 
-  // Bytes of one block of one layer, for K and V of all KV heads, padding included; a multiple of 64.
+  // Bytes of one block of one layer, for K and V of all KV heads, padding included; a multiple of 64. Of a latent
+  // cache, for K alone.
   virtual size_t block_bytes() const = 0;
 
   // Stores tokens. k: [num_tokens, num_kv_heads, head_size], v: [num_tokens, num_kv_heads, head_size_v], both in dtype,
   // contiguous. Token i goes to block slot_mapping[i] / block_size at offset slot_mapping[i] % block_size; a negative
   // slot is skipped. A token at offset 0 begins a block anew: the whole block is zeroed before it is written, so that no
-  // stale NaN survives.
+  // stale NaN survives. Of a latent cache v is not read.
   virtual void append(LayerPool layer, const void* k, const void* v, const int64_t* slot_mapping, int32_t num_tokens,
                       ThreadPool& threads) const = 0;
 

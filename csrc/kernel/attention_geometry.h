@@ -20,7 +20,7 @@ inline DType parse_dtype(const std::string& name) {
 }
 
 inline constexpr int32_t kMaxHeads = 1 << 14;
-inline constexpr int32_t kMinHeadSize = 32, kMaxHeadSize = 512;
+inline constexpr int32_t kMinHeadSize = 32, kMaxHeadSize = 1024;
 inline constexpr int32_t kMaxBlockSize = 1 << 14;
 
 // Shape of one layer's attention. KV is kept in `dtype`, the dtype of q, k, v and the output.
@@ -31,6 +31,10 @@ struct AttentionGeometry {
   int32_t head_size;     // of q and k: kMinHeadSize..kMaxHeadSize, a multiple of 16
   int32_t block_size;    // tokens per KV block, a multiple of 16, at most kMaxBlockSize
   int32_t head_size_v;   // of v and the output: as head_size
+  // v is the first head_size_v elements of k, which alone is sent and kept (multi-head latent attention): one KV head.
+  bool latent = false;
+
+  bool operator==(const AttentionGeometry&) const = default;
 };
 
 }  // namespace lamina

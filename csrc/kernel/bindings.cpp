@@ -55,20 +55,22 @@ nb::dlpack::dtype array_dtype(DType dtype) {
 class CheckedKernel {
  public:
   CheckedKernel(const std::string& dtype, int32_t num_heads, int32_t num_kv_heads, int32_t head_size,
-                int32_t block_size, const std::optional<std::string>& isa, std::optional<int32_t> head_size_v)
+                int32_t block_size, const std::optional<std::string>& isa, std::optional<int32_t> head_size_v,
+                bool latent)
       : geometry_{parse_dtype(dtype), num_heads, num_kv_heads, head_size, block_size,
-                  head_size_v.value_or(head_size)},
+                  head_size_v.value_or(head_size), latent},
         kernel_(make_attention_kernel(geometry_, isa ? std::optional(parse_isa(*isa)) : std::nullopt)) {}
 
   std::string isa() const { return std::string(isa_name(kernel_->isa())); }
   size_t block_bytes() const { return kernel_->block_bytes(); }
 
-  void append(const Blocks& layer, const ConstTokens& k, const ConstTokens& v, const Slots& slot_mapping,
-              ThreadPool& threads) const {
+  void append(const Blocks& layer, const ConstTokens& k, const std::optional<ConstTokens>& v,
+              const Slots& slot_mapping, ThreadPool& threads) const {
     const LayerPool pool = layer_pool(layer);
     check_tokens("k", k, geometry_.num_kv_heads, geometry_.head_size);
-    check_tokens("v", v, geometry_.num_kv_heads, geometry_.head_size_v);
-    require(k.shape(0) == v.shape(0) && k.shape(0) == slot_mapping.shape(0),
+    require(v.has_value() != geometry_.latent, "a latent cache takes k alone, any other k and v");
+    if (v) check_tokens("v", *v, geometry_.num_kv_heads, geometry_.head_size_v);
+    require((!v || k.shape(0) == v->shape(0)) && k.shape(0) == slot_mapping.shape(0),
             "k, v and slot_mapping must hold the same number of tokens");
     const int64_t slots = static_cast<int64_t>(layer.shape(0)) * geometry_.block_size;
     for (size_t i = 0; i < slot_mapping.shape(0); ++i)
@@ -76,7 +78,7 @@ class CheckedKernel {
         throw std::invalid_argument("slot " + std::to_string(slot_mapping(i)) + " is outside the layer's " +
                                     std::to_string(slots) + " slots");
     nb::gil_scoped_release release;
-    kernel_->append(pool, k.data(), v.data(), slot_mapping.data(),
+    kernel_->append(pool, k.data(), v ? v->data() : nullptr, slot_mapping.data(),
                     static_cast<int32_t>(slot_mapping.shape(0)), threads);
   }
 
@@ -197,12 +199,12 @@ void bind_kernel(nb::module_& m) {
   // noconvert: what the kernel writes to must not be a converted copy.
   nb::class_<CheckedKernel>(m, "AttentionKernel", "Paged attention of one geometry on one instruction set.")
       .def(nb::init<const std::string&, int32_t, int32_t, int32_t, int32_t,
-                    const std::optional<std::string>&, std::optional<int32_t>>(),
+                    const std::optional<std::string>&, std::optional<int32_t>, bool>(),
            "dtype"_a, "num_heads"_a, "num_kv_heads"_a, "head_size"_a, "block_size"_a, "isa"_a = nb::none(),
-           "head_size_v"_a = nb::none())
+           "head_size_v"_a = nb::none(), "latent"_a = false)
       .def_prop_ro("isa", &CheckedKernel::isa)
       .def_prop_ro("block_bytes", &CheckedKernel::block_bytes)
-      .def("append", &CheckedKernel::append, "layer"_a.noconvert(), "k"_a, "v"_a, "slot_mapping"_a,
+      .def("append", &CheckedKernel::append, "layer"_a.noconvert(), "k"_a, "v"_a.none(), "slot_mapping"_a,
            "threads"_a)
       .def("attend", &CheckedKernel::attend, "layer"_a.noconvert(), "q"_a, "query_start_loc"_a, "kv_lens"_a,
            "block_tables"_a, "rule"_a, "out"_a.noconvert(), "lse"_a.none().noconvert(), "threads"_a,

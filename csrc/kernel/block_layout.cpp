@@ -60,6 +60,7 @@ void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int
     }
     t += count;
   }
+  if (shape.latent) return;
   auto* values = reinterpret_cast<uint16_t*>(region + shape.key_bytes());
   for (int32_t t = 0; t < num_tokens;) {
     const int32_t token = offset + t;
@@ -83,12 +84,20 @@ void store_tiles(const BlockShape& shape, std::byte* region, int32_t offset, int
   }
 }
 
+void store_rows(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k) {
+  const size_t row_bytes = shape.head_size * shape.element_size;
+  for (int32_t t = 0; t < num_tokens; ++t)
+    std::memcpy(region + (offset + t) * row_bytes, k.token(t), row_bytes);
+}
+
 }  // namespace
 
 void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k,
                   TokenRows v) {
   if (shape.layout == BlockLayout::kTiles)
     store_tiles(shape, region, offset, num_tokens, k, v);
+  else if (shape.latent)
+    store_rows(shape, region, offset, num_tokens, k);
   else if (shape.element_size == 4)
     store_panels<uint32_t>(shape, region, offset, num_tokens, k, v);
   else

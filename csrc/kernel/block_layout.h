@@ -14,6 +14,10 @@
 //   Head sizes and the block size are padded with zeros to multiples of 32: a block of 16 tokens takes as
 //   much memory as one of 32.
 // The head size is k's for K and v's for V.
+//
+// Of a latent cache, whose values are the first elements of its keys, only K is kept:
+//   kPanels: token after token, [block_size][head_size], which either product reads as it is;
+//   kTiles: K as above. Its V is made, block by block, when it is attended: many rows share that work.
 #pragma once
 
 #include <cstddef>
@@ -31,12 +35,13 @@ struct BlockShape {
   int32_t head_size, head_size_v;                // of the model
   int32_t stored_head_size, stored_head_size_v;  // with padding
   int32_t stored_block_size;                     // with padding
+  bool latent;
 
   // Bytes of K, which V follows, of one (block, KV head).
   size_t key_bytes() const { return element_size * stored_head_size * stored_block_size; }
   // Bytes of one (block, KV head).
   size_t region_bytes() const {
-    return element_size * (stored_head_size + stored_head_size_v) * stored_block_size;
+    return latent ? key_bytes() : key_bytes() + element_size * stored_head_size_v * stored_block_size;
   }
 };
 
@@ -48,7 +53,7 @@ struct TokenRows {
   const std::byte* token(int32_t t) const { return data + t * stride; }
 };
 
-// Writes tokens offset .. offset + num_tokens - 1 of one region.
+// Writes tokens offset .. offset + num_tokens - 1 of one region; v is not read of a latent cache.
 void store_tokens(const BlockShape& shape, std::byte* region, int32_t offset, int32_t num_tokens, TokenRows k,
                   TokenRows v);
 

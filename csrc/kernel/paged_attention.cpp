@@ -145,9 +145,9 @@ class Attend {
       std::fill_n(acc.max + first, item.rows, kNegInf);
       std::fill_n(acc.sum + first, item.rows, 0.0f);
       thread.tiles.push_back({item.rows, shape_.stored_head_size, shape_.stored_head_size_v,
-                              shape_.stored_block_size, scale_log2_, shape_.key_bytes(),
-                              shape_.region_bytes(), queries, thread.weights, out, acc.max + first,
-                              acc.sum + first, row_rule(item, head, thread), 0});
+                              shape_.stored_block_size, scale_log2_, shape_.latent, shape_.key_bytes(),
+                              shape_.region_bytes(), queries, thread.weights, thread.values, out,
+                              acc.max + first, acc.sum + first, row_rule(item, head, thread), 0});
     }
   }
 
@@ -238,13 +238,16 @@ BlockShape make_shape(const AttentionGeometry& geometry, BlockLayout layout, con
           geometry.head_size_v,
           round_up(geometry.head_size, ops.size_granule),
           round_up(geometry.head_size_v, ops.size_granule),
-          round_up(geometry.block_size, ops.size_granule)};
+          round_up(geometry.block_size, ops.size_granule),
+          geometry.latent};
 }
 
 // A row of K, V and state of this many elements in all is what a variant's max_rows is for.
 constexpr int32_t kUsualWidth = 512;
 
 int32_t most_rows(const BlockShape& shape, const RowOps& ops) {
+  // Wider rows are worth it where all query heads share what is read, and repacked, once for each tile.
+  if (shape.latent) return ops.max_rows;
   const int32_t width = std::max(kUsualWidth, shape.stored_head_size + shape.stored_head_size_v);
   return ops.max_rows * kUsualWidth / width / ops.row_granule * ops.row_granule;
 }
@@ -263,7 +266,7 @@ void PagedAttention::append(LayerPool layer, const void* k, const void* v, const
                             int32_t num_tokens, ThreadPool& threads) const {
   const int64_t block_size = geometry_.block_size;
   const size_t k_bytes = geometry_.head_size * shape_.element_size;
-  const size_t v_bytes = geometry_.head_size_v * shape_.element_size;
+  const size_t v_bytes = shape_.latent ? 0 : geometry_.head_size_v * shape_.element_size;
   const size_t k_stride = k_bytes * geometry_.num_kv_heads, v_stride = v_bytes * geometry_.num_kv_heads;
   const auto num_threads = static_cast<uint32_t>(threads.size());
   const auto* keys = static_cast<const std::byte*>(k);

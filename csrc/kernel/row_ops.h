@@ -26,10 +26,12 @@ struct RowTile {
   int32_t rows;
   int32_t head_size, head_size_v, block_size;  // as stored: padded where the variant pads
   float scale_log2;     // softmax scale * log2(e), where the variant does not put it into the packed rows
-  size_t key_bytes;     // of K of one (block, KV head), which V follows
+  bool latent;          // V is the first elements of K, which alone is kept: see block_layout.h
+  size_t key_bytes;     // of K of one (block, KV head), which V follows unless it is latent
   size_t region_bytes;  // of one (block, KV head)
   void* queries;        // [rows rounded up to row_granule, head_size], packed by the variant
   float* weights;       // scratch of weights_bytes()
+  std::byte* values;    // scratch for V of a latent block, where the variant repacks it
   float* out;           // [rows rounded up to row_granule, head_size_v], not normalised
   float* max;           // [rows]
   float* sum;           // [rows], softmax denominator relative to max
@@ -42,6 +44,7 @@ struct RowOps {
   int32_t max_rows;      // most rows of one tile: its state and one KV block stay in the L2 cache
   int32_t size_granule;  // head sizes and the block size are padded to multiples of this
   size_t query_bytes;    // of one element of a packed row
+  bool repacks_values;   // of a latent block, all of V
   size_t (*weights_bytes)(int32_t block_size);
   // Packs one row of q, [head_size] in the KV dtype, padding included.
   void (*pack_row)(const void* q, int32_t head_size, float scale_log2, void* packed);

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <cstdlib>
 #include <filesystem>
@@ -15,8 +16,8 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
-#include <regex>
 #include <set>
+#include <string_view>
 #include <system_error>
 
 #include "transport/tcp_listeners.h"
@@ -57,12 +58,17 @@ std::string printed(const std::function<void(FILE*)>& print) {
   return result;
 }
 
-// Distinct first groups of the matches, in order.
-std::vector<std::string> find_all(const std::string& text, const std::regex& pattern) {
+// What is written as "tcp/eth0" in each line of the text that has the mark, up to one of `ends`: distinct, in order.
+std::vector<std::string> transports_in(std::string_view text, std::string_view mark, std::string_view ends) {
   std::vector<std::string> found;
-  std::set<std::string> seen;
-  for (std::sregex_iterator match(text.begin(), text.end(), pattern), end; match != end; ++match) {
-    if (seen.insert((*match)[1]).second) found.push_back((*match)[1]);
+  while (!text.empty()) {
+    const std::string_view line = text.substr(0, text.find('\n'));
+    text.remove_prefix(std::min(text.size(), line.size() + 1));
+    const size_t slash = line.find('/');
+    if (slash == line.npos || line.find(mark) == line.npos) continue;
+    const size_t begin = line.find_last_of(" :", slash) + 1;
+    std::string transport(line.substr(begin, line.find_first_of(ends, slash) - begin));
+    if (std::ranges::find(found, transport) == found.end()) found.push_back(std::move(transport));
   }
   return found;
 }
@@ -165,8 +171,9 @@ std::vector<std::byte> UcxWorker::address() const {
 }
 
 std::vector<std::string> UcxWorker::transports() const {
-  static const std::regex pattern(R"(resource \d+ .*?([a-z]\w*/\S+))");
-  return find_all(printed([this](FILE* stream) { ucx_.ucp_context_print_info(context_, stream); }), pattern);
+  // "#     resource 3 :  md 2  dev 1  flags -- tcp/eth0"
+  return transports_in(printed([this](FILE* stream) { ucx_.ucp_context_print_info(context_, stream); }),
+                       "resource ", " ");
 }
 
 ucp::ucp_ep_h UcxWorker::connect(std::span<const std::byte> peer_address,
@@ -186,16 +193,15 @@ ucp::ucp_ep_h UcxWorker::connect(std::span<const std::byte> peer_address,
 }
 
 std::vector<std::string> UcxWorker::transports(ucp::ucp_ep_h endpoint) const {
-  static const std::regex pattern(R"(lane\[\d+\]:\s+\d+:([a-z]\w*/[^\s.]+))");
-  return find_all(printed([&](FILE* stream) { ucx_.ucp_ep_print_info(endpoint, stream); }), pattern);
+  // "#                 lane[0]:  2:tcp/eth0.0 md[1]           -> md[1]/tcp/sysdev[255] rma_bw#0 am am_bw#0"
+  return transports_in(printed([&](FILE* stream) { ucx_.ucp_ep_print_info(endpoint, stream); }), "lane[", " .");
 }
 
 bool has_rdma(const std::vector<std::string>& transports) {
-  static const std::regex pattern(R"((rc|dc|ud|srd)\w*/.*)");
-  for (const std::string& transport : transports) {
-    if (std::regex_match(transport, pattern)) return true;
-  }
-  return false;
+  return std::ranges::any_of(transports, [](std::string_view transport) {
+    return std::ranges::any_of(std::to_array<std::string_view>({"rc", "dc", "ud", "srd"}),
+                               [=](std::string_view begin) { return transport.starts_with(begin); });
+  });
 }
 
 std::vector<std::pair<std::string, std::string>> interface_addresses() {

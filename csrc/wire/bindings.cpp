@@ -17,10 +17,10 @@ void bind_wire(nb::module_& m) {
       .def(
           "__init__",
           [](CacheSpec* self, int32_t block_size, int32_t num_kv_heads, int32_t head_size, int32_t head_size_v,
-             const std::string& dtype) {
-            new (self) CacheSpec{block_size, num_kv_heads, head_size, head_size_v, parse_dtype(dtype)};
+             const std::string& dtype, bool latent) {
+            new (self) CacheSpec{block_size, num_kv_heads, head_size, head_size_v, parse_dtype(dtype), latent};
           },
-          "block_size"_a, "num_kv_heads"_a, "head_size"_a, "head_size_v"_a, "dtype"_a);
+          "block_size"_a, "num_kv_heads"_a, "head_size"_a, "head_size_v"_a, "dtype"_a, "latent"_a);
   nb::class_<LayerSpec>(m, "LayerSpec")
       .def(
           "__init__",

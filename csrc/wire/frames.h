@@ -8,7 +8,8 @@
 //              the kv_len tokens in its blocks, and T tokens are appended before.
 // ATTEND       One layer of the lane's step, by its group's section: q [rows, heads, head size], and unless the layer
 //              shares the KV of another, k [T, KV heads, head size] and v [T, KV heads, head size of v], each at a
-//              multiple of 64 bytes. Rows of q, request after request.
+//              multiple of 64 bytes; v of a latent cache is part of k, and nothing is there. Rows of q, request after
+//              request.
 // OUTPUT       Answers an ATTEND that has q rows, and echoes its header: out [rows, heads, head size of v], then at a
 //              multiple of 64 bytes LSE float32 [rows after the first num_rows_without_lse, heads].
 // ZERO_BLOCKS  Block ids int32 [n], to be zeroed at all positions.

@@ -25,7 +25,8 @@ void check(const CacheSpec& cache, const std::string& of) {
   require_within(of + "block_size", cache.block_size, 1, kMost);
   require_within(of + "num_kv_heads", cache.num_kv_heads, 1, kMost);
   require_within(of + "head_size", cache.head_size, 1, kMost);
-  require_within(of + "head_size_v", cache.head_size_v, 1, kMost);
+  require_within(of + "head_size_v", cache.head_size_v, 1, cache.latent ? cache.head_size : kMost);
+  if (cache.latent) require_within(of + "num_kv_heads of a latent cache", cache.num_kv_heads, 1, 1);
 }
 
 void check(const LayerSpec& layer, size_t num_caches, size_t num_layers, const std::string& of) {
@@ -48,7 +49,7 @@ LayerRows::LayerRows(const AttentionGeometry& geometry, bool stores) {
   const size_t kv_heads = stores ? static_cast<size_t>(geometry.num_kv_heads) : 0;
   q = heads * static_cast<size_t>(geometry.head_size) * element;
   k = kv_heads * static_cast<size_t>(geometry.head_size) * element;
-  v = kv_heads * static_cast<size_t>(geometry.head_size_v) * element;
+  v = geometry.latent ? 0 : kv_heads * static_cast<size_t>(geometry.head_size_v) * element;
   out = heads * static_cast<size_t>(geometry.head_size_v) * element;
   lse = heads * sizeof(float);
 }
@@ -66,8 +67,8 @@ ModelGeometry::ModelGeometry(std::vector<CacheSpec> caches, std::vector<LayerSpe
     const CacheSpec& cache = caches_[static_cast<size_t>(layer.cache)];
     num_groups = std::max(num_groups, layer.group + 1);
     num_positions_ = std::max(num_positions_, layer.position + 1);
-    const AttentionGeometry attention{cache.dtype,      layer.num_heads,  cache.num_kv_heads,
-                                      cache.head_size, cache.block_size, cache.head_size_v};
+    const AttentionGeometry attention{cache.dtype,      layer.num_heads,  cache.num_kv_heads, cache.head_size,
+                                      cache.block_size, cache.head_size_v, cache.latent};
     try {
       check_score_rule(layer.rule, attention);
     } catch (const std::invalid_argument& error) {

@@ -14,6 +14,7 @@ namespace lamina {
 struct CacheSpec {
   int32_t block_size, num_kv_heads, head_size, head_size_v;
   DType dtype;
+  bool latent = false;  // v is the first head_size_v elements of k, which alone is kept; one KV head
 };
 
 // One attention layer.
@@ -28,7 +29,7 @@ struct LayerSpec {
 
 // Bytes of one token's rows in one layer.
 struct LayerRows {
-  size_t q = 0, k = 0, v = 0, out = 0, lse = 0;  // k and v: 0 where the layer does not store
+  size_t q = 0, k = 0, v = 0, out = 0, lse = 0;  // k and v: 0 where the layer does not store; v: 0 of a latent cache
   LayerRows() = default;
   LayerRows(const AttentionGeometry& geometry, bool stores);
   LayerRows& operator+=(const LayerRows& other) {

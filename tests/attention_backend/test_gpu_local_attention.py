@@ -39,6 +39,7 @@ class Operators:
         before, after = given["window_size"]  # tokens before and after a query that it sees; -1: all
         assert (before, after) == (-1, -1) or (before >= 0 and after == 0)
         assert given["alibi_slopes"] is None or given["fa_version"] == 2
+        assert q.shape[2] <= 256 or given["fa_version"] == 4
         rule = {
             "window": before + 1,
             "soft_cap": given["softcap"],
@@ -113,12 +114,14 @@ def chunks_of(starts: torch.Tensor, longest: int) -> Chunks:
 
 @pytest.fixture
 def operators(monkeypatch: pytest.MonkeyPatch) -> Operators:
-    """In the places of the GPU's; vLLM takes FlashAttention 3, or 2 with ALiBi."""
+    """In the places of the GPU's; vLLM takes FlashAttention 3, 2 with ALiBi, or 4 for large heads."""
     playing = Operators()
     fa_utils = types.ModuleType("fa_utils")
     fa_utils.flash_attn_varlen_func = playing.flash  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "vllm.v1.attention.backends.fa_utils", fa_utils)
-    monkeypatch.setattr(flash_attention, "version_for", lambda head_size, alibi, soft_cap: 2 if alibi else 3)
+    monkeypatch.setattr(
+        flash_attention, "version_for", lambda size, alibi, soft_cap: 2 if alibi else 4 if size > 256 else 3
+    )
     monkeypatch.setattr(efficient_attention, "_operator", playing.efficient)
     return playing
 
@@ -171,7 +174,7 @@ def test_all_that_a_layer_may_do_with_scores(
     [
         (torch.float32, 64, {"soft_cap": 2.0}, "soft-capping of a layer with head size 64 in float32"),
         (torch.float32, 64, {"alibi_slopes": SLOPES}, "ALiBi of a layer with head size 64 in float32"),
-        (torch.bfloat16, 512, {"soft_cap": 2.0}, "soft-capping of a layer with head size 512 in bfloat16"),
+        (torch.bfloat16, 512, {"alibi_slopes": SLOPES}, "ALiBi of a layer with head size 512 in bfloat16"),
     ],
     ids=str,
 )
@@ -190,19 +193,20 @@ def test_a_gpu_without_flash_attention(operators: Operators, monkeypatch: pytest
 
 
 @pytest.mark.parametrize(
-    ("dtype", "head_size", "taken"),
+    ("version", "dtype", "head_size", "taken"),
     [
-        (torch.float16, 64, True),
-        (torch.bfloat16, 80, True),
-        (torch.bfloat16, 256, True),
-        (torch.bfloat16, 272, False),
-        (torch.bfloat16, 100, False),
-        (torch.float32, 64, False),
+        (3, torch.float16, 64, True),
+        (3, torch.bfloat16, 80, True),
+        (2, torch.bfloat16, 256, True),
+        (2, torch.bfloat16, 272, False),
+        (4, torch.bfloat16, 512, True),
+        (3, torch.bfloat16, 100, False),
+        (4, torch.float32, 64, False),
     ],
     ids=str,
 )
-def test_what_flash_attention_takes(dtype: torch.dtype, head_size: int, taken: bool) -> None:
-    assert flash_attention.takes(dtype, head_size) == taken
+def test_what_flash_attention_takes(version: int, dtype: torch.dtype, head_size: int, taken: bool) -> None:
+    assert flash_attention.takes(version, dtype, head_size) == taken
 
 
 def test_chunks_are_told_to_the_device_once() -> None:

@@ -12,10 +12,8 @@ import torch
 from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
-from vllm_lamina.attention_backend.streamed_layers import check_geometry
 from vllm_lamina.device.base import LayerShape
 from vllm_lamina.device.cpu import CpuDevice
-from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.transport.connection import AttentionWorkerConnection
@@ -160,22 +158,3 @@ def _run_steps(layers: HostLayers) -> None:
             torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-5, rtol=2e-5)
         for i in requests:
             lengths[i] += queries[i]
-
-
-def test_streams_refuse_what_their_kernels_do_not_serve() -> None:
-    plain = Geometry.uniform(2, 32, 4, 2, 32, "float32", (0.1, 0.2))
-    check_geometry(plain)
-    capped = LayerSpec(0, 0, 0, 4, 0.2, soft_cap=3.0)
-    check_geometry(Geometry(plain.caches, (capped, LayerSpec(0, 0, 1, 4, 0.2, alibi_slopes=SLOPES))))
-    for other in (
-        LayerSpec(0, 1, 0, 4, 0.2),
-        LayerSpec(0, 0, 1, 8, 0.2),
-        LayerSpec(0, 0, 1, 4, 0.2, window=20),
-        LayerSpec(0, 0, 1, 4, 0.2, chunk=20),
-        LayerSpec(0, 0, 1, 4, 0.2, sinks=SINKS),
-        LayerSpec(0, 0, 0, 4, 0.2, stores=False),
-    ):
-        with pytest.raises(UnsupportedError, match="run the model worker on CPUs"):
-            check_geometry(Geometry(plain.caches, (capped, other)))
-    with pytest.raises(UnsupportedError, match="differ in shape"):
-        check_geometry(Geometry((CacheSpec(32, 2, 48, 32, "float32"),), (capped,)))

@@ -34,6 +34,7 @@ def on_cpu() -> Iterator[None]:
         ({"logits_soft_cap": 30.0}, {"soft_cap": 30.0}),
         ({"kv_sharing_target_layer_name": "a"}, {}),
         ({"other": None}, {}),
+        ({"chunk_lookback": -1}, {}),
     ],
     ids=str,
 )

@@ -15,9 +15,12 @@ from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.attention_backend.metadata import LaminaMetadata, LaminaMetadataBuilder
+from vllm_lamina.attention_backend.spans import with_spans
 from vllm_lamina.attention_backend.step import ContextRows, PlannedRequest, Step, StepPlan
 from vllm_lamina.compat.scheduled import ScheduledRequest, ScheduledStep
 from vllm_lamina.device import device_for
+from vllm_lamina.device.base import Chunks, LayerShape
+from vllm_lamina.errors import LaminaError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
@@ -141,13 +144,22 @@ def test_blocks_are_kept_from_step_to_step() -> None:
     planner = StepPlanner()
 
     def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> dict[str, list[list[int]]]:
-        scheduled = ScheduledStep(0, 1, requests, set(finished), set(), (), (), (), None)
+        scheduled = ScheduledStep(0, 1, requests, set(finished), set(), (), (), (), (), None)
         planned = planner.plan(scheduled)
         return {name: [ids.tolist() for ids in part.block_ids] for name, part in planned.items()}
 
     first = planner.plan(
         ScheduledStep(
-            0, 40, [ScheduledRequest("a", 0, 40, [[3, 4], [5]], True, True)], set(), set(), (), (), (), None
+            0,
+            40,
+            [ScheduledRequest("a", 0, 40, [[3, 4], [5]], True, True)],
+            set(),
+            set(),
+            (),
+            (),
+            (),
+            (),
+            None,
         )
     )
     assert step(ScheduledRequest("a", 40, 1, [], False, False)) == {"a": [[3, 4], [5]]}
@@ -194,3 +206,35 @@ def test_without_a_step_nothing_is_attended(exchange: Exchange, has_metadata: bo
     metadata = LaminaMetadata(exchange, 0, None) if has_metadata else None
     impl.forward(None, q, kv, kv, torch.empty(0), metadata, output)  # type: ignore[arg-type]
     assert not output.any()
+
+
+def test_spans_are_rows_of_the_chunks() -> None:
+    """Of a decode none, of the chunks those that are whole, and what a step before has begun."""
+    step = Step(plan(request(50, 1, [0, 1]), request(0, 30, [2]), request(40, 20, [3, 4])), GEOMETRY)
+    ranges = {0: [(3, 9)], 1: [(4, 7), (20, 29)], 2: [(10, 20), (35, 44)]}
+    assert step.spans(ranges) == [(4, 8), (20, 30), (30, 35)]
+    with pytest.raises(LaminaError, match=r"Tokens 55 to 60 .* before token 60"):
+        step.spans({2: [(55, 60)]})
+
+
+@pytest.mark.parametrize("soft_cap", [0.0, 3.0])
+def test_spans_see_each_other_whole(soft_cap: float) -> None:
+    """With a window, and several tiles of queries, against scores that are masked one by one."""
+    torch.manual_seed(0)
+    shape = LayerShape(4, 2, 32, 32, 0.2, torch.float32, window=300, soft_cap=soft_cap)
+    q, k, v = torch.randn(700, 4, 32), torch.randn(700, 2, 32), torch.randn(700, 2, 32)
+    spans, chunks = [(3, 9), (20, 290), (400, 401), (650, 700)], Chunks([600, 100], [0, 0])
+    attend = device_for("cpu").local_attention(shape)
+    out, lse = with_spans(attend, spans, shape)(q, k, v, chunks)
+    rows = torch.arange(700)
+    distance = rows - rows[:, None]
+    seen = (distance <= 0) & (distance > -300) & ((rows < 600) == (rows[:, None] < 600))
+    for first, end in spans:
+        seen[first:end, first:end] |= distance[first:end, first:end] > 0
+    scores = torch.einsum("nhd,mhd->nhm", q.double(), k.double().repeat_interleave(2, 1)) * 0.2
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    scores = scores.masked_fill(~seen[:, None], -torch.inf)
+    expected = torch.einsum("nhm,mhd->nhd", scores.softmax(-1), v.double().repeat_interleave(2, 1))
+    torch.testing.assert_close(out.double(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), atol=1e-5, rtol=1e-4)

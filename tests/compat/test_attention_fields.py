@@ -19,9 +19,15 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers import attention as layers
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionImpl, CommonAttentionMetadata
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVQuantMode, SlidingWindowSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVQuantMode,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    SparseCacheRole,
+)
 
-from vllm_lamina.attention_backend import LaminaAttentionBackend
+from vllm_lamina.attention_backend import LaminaAttentionBackend, LaminaLatentBackend
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl
 from vllm_lamina.compat.attention import (
@@ -47,17 +53,22 @@ OTHER_SPECS = {
     "tokens_per_state": (2, "other attention options"),
     "extra_retained_tokens": (3, "other attention options"),
     "non_causal": (True, "attention that is not causal"),
+    "topk_buffer_width": (64, "sparse attention by an indexer"),
+    "alignment": (576, "other attention options"),
+    "model_version": ("deepseek_v4", "other attention options"),
+    "cache_role": (SparseCacheRole.INDEXER, "sparse attention by an indexer"),
+    "is_index_group_leader": (True, "sparse attention by an indexer"),
+    "non_causal_multi_token_decode": (True, "other attention options"),
 }
 OTHER_METADATA = {
     "causal": (False, "attention that is not causal"),
-    "logits_indices_padded": (torch.zeros(2), "other attention options"),
-    "num_logits_indices": (1, "other attention options"),
-    "max_logits_per_req": (1, "other attention options"),
+    "logits_indices_padded": (torch.zeros(2), "prefill without the layers that share KV"),
+    "num_logits_indices": (1, "prefill without the layers that share KV"),
+    "max_logits_per_req": (1, "prefill without the layers that share KV"),
     "encoder_seq_lens": (torch.ones(2), "cross attention"),
     "encoder_seq_lens_cpu": (torch.ones(2), "cross attention"),
     "dcp_local_seq_lens": (torch.ones(2), "context parallelism"),
     "dcp_local_seq_lens_cpu_upper_bound": (torch.ones(2), "context parallelism"),
-    "mm_req_doc_ranges": ({0: [(0, 2)]}, "other attention options"),
     "rswa_prefix_lens": (torch.ones(2), "other attention options"),
     "replayssm_decode_base_cpu": (torch.ones(2), "other attention options"),
 }
@@ -86,7 +97,7 @@ LAYER_ARGUMENTS = IMPL_ARGUMENTS | {
     "prefix",
     "per_layer_sliding_window",
     "head_size_v",
-    "mm_prefix_clamp_sliding_window",  # says something where `use_mm_prefix` does
+    "mm_prefix_clamp_sliding_window",  # what it says of the tokens behind a token is so for every layer here
 }
 """Those that are read: by the implementation, or by way of the spec."""
 
@@ -102,6 +113,7 @@ KINDS = {
 SHAPE: dict[str, Any] = {"block_size": 32, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
 SPEC = FullAttentionSpec(**SHAPE)
 WINDOW = SlidingWindowSpec(**SHAPE, sliding_window=64)
+LATENT = MLAAttentionSpec(**SHAPE | {"num_kv_heads": 1}, max_tp_shards=1)
 METADATA = CommonAttentionMetadata(
     query_start_loc=torch.tensor([0, 1, 3]),
     query_start_loc_cpu=torch.tensor([0, 1, 3]),
@@ -136,7 +148,7 @@ def load(config: VllmConfig) -> Iterator[Make]:
         plain = {"num_heads": 4, "head_size": 32, "scale": 1.0, "num_kv_heads": 2, "prefix": "model.layers.0"}
         with set_current_vllm_config(config):
             layer = getattr(layers, kind)(**plain | {"cache_config": config.cache_config} | arguments)
-            settle_layers(config, LaminaAttentionBackend)
+            settle_layers(config, LaminaAttentionBackend, LaminaLatentBackend)
         return layer
 
     yield make
@@ -168,14 +180,9 @@ def test_each_is_read_or_refused(described: Any, read: set[str], others: dict[st
 def test_causal_attention_is_served(load: Make) -> None:
     check_spec("a", SPEC)
     check_spec("a", WINDOW)
+    check_spec("a", LATENT)
     check_metadata(METADATA)
     load("Attention")
-
-
-def test_images_that_are_seen_whole(load: Make, config: VllmConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(vars(config.model_config), "is_mm_prefix_lm", True)
-    with pytest.raises(UnsupportedError, match=r"other attention options .* use_mm_prefix=True"):
-        load("Attention")
 
 
 def test_what_only_the_layer_is_told(load: Make) -> None:
@@ -184,11 +191,13 @@ def test_what_only_the_layer_is_told(load: Make) -> None:
     layer = load("ChunkedLocalAttention", attention_chunk_size=64, prefix="model.layers.1")
     assert layer.impl.shape.chunk == 64
     assert layer.get_attn_backend() is LaminaAttentionBackend
+    with pytest.raises(UnsupportedError, match=r"head sizes other than .* head_size=40"):
+        load("Attention", head_size_v=40, prefix="model.layers.2")
 
 
 @pytest.mark.parametrize(
     ("spec", "name"),
-    [(spec, name) for spec in (SPEC, WINDOW) for name in names(spec) if name not in SPEC_FIELDS],
+    [(spec, name) for spec in (SPEC, WINDOW, LATENT) for name in names(spec) if name not in SPEC_FIELDS],
 )
 def test_spec(spec: Any, name: str) -> None:
     value, message = OTHER_SPECS[name]

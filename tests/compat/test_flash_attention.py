@@ -13,7 +13,7 @@ import pytest
 import torch
 import vllm
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.backends import fa_utils, flash_attn
 from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAttentionImpl
 
 from vllm_lamina.compat import flash_attention
@@ -69,10 +69,13 @@ def test_it_takes_what_it_is_given(interface: ModuleType, monkeypatch: pytest.Mo
         ((9, 0), (256,), 3),
         ((9, 0), (64, False, True), 3),
         ((9, 0), (64, True), 2),
+        ((9, 0), (512,), 4),
+        ((9, 0), (512, True), 2),
         ((10, 0), (128,), 4),
         ((10, 0), (128, True), 2),
         ((10, 0), (160,), 2),
         ((10, 0), (256,), 2),
+        ((10, 0), (512,), 2),
     ],
 )
 def test_the_version_is_the_gpus(
@@ -97,11 +100,15 @@ def test_no_version_without_native_parts(monkeypatch: pytest.MonkeyPatch) -> Non
     assert flash_attention.version_for(64) is None
 
 
-@pytest.mark.parametrize("head_size", [32, 80, 100, 256, 272])
-def test_it_takes_what_vllms_own_backend_takes(head_size: int) -> None:
-    """Relies on ``FlashAttentionBackend`` knowing the dtypes and head sizes that all versions have."""
+@pytest.mark.parametrize("head_size", [32, 80, 100, 256, 272, 512, 520])
+@pytest.mark.parametrize("newest", [3, 4])
+def test_it_takes_what_vllms_own_backend_takes(
+    newest: int, head_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relies on ``FlashAttentionBackend`` knowing the dtypes and head sizes that versions have, 4 larger ones."""
+    monkeypatch.setattr(flash_attn, "is_fa_version_supported", lambda version: version <= newest)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         theirs = FlashAttentionBackend.supports_dtype(dtype) and FlashAttentionBackend.supports_head_size(
             head_size
         )
-        assert flash_attention.takes(dtype, head_size) == theirs
+        assert flash_attention.takes(newest, dtype, head_size) == theirs

@@ -30,6 +30,8 @@ def manager_of(modules: dict[str, BaseLayerWithLoRA]) -> Any:
     wrapper = PunicaWrapperCPU(16, max_batches=4, device=manager.device)
     manager.punica_wrapper_mapping = {DEFAULT_LANGUAGE_WRAPPER_KEY: wrapper}
     manager.modules = modules
+    for module in modules.values():
+        module.set_mapping(wrapper)
     return manager
 
 

@@ -7,6 +7,7 @@ import inspect
 from concurrent.futures import Future
 from types import SimpleNamespace
 
+import pytest
 import torch
 from vllm.config import ModelConfig
 from vllm.v1.attention.backend import AttentionMetadataBuilder
@@ -17,6 +18,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.worker.gpu_input_batch import InputBatch
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from vllm_lamina.compat import multimodal
 from vllm_lamina.compat.geometry import counted_bytes
 from vllm_lamina.compat.kv_cache import without_tensors
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
@@ -59,10 +61,12 @@ def test_a_scheduled_step_says_it_all() -> None:
             total_num_scheduled_tokens=42,
             finished_req_ids={"d"},
             new_block_ids_to_zero=[7],
+            free_encoder_mm_hashes=["x"],
         )
     )
     assert (step.lane, step.num_tokens, step.finished) == (1, 42, {"d"})
     assert step.blocks_to_zero == [7]
+    assert step.inputs_to_forget == ["x"]
     a, b, c = step.requests
     assert (a.context_len, a.query_len, list(a.block_ids), a.has_new_blocks, a.is_new) == (
         5,
@@ -73,8 +77,9 @@ def test_a_scheduled_step_says_it_all() -> None:
     )
     assert (b.context_len, b.query_len, b.block_ids, b.has_new_blocks) == (32, 1, ([7],), False)
     assert (c.context_len, c.query_len, c.block_ids, c.has_new_blocks) == (0, 40, ([8, 9],), True)
-    runners = step.for_runner({"e"})
+    runners = step.for_runner({"e"}, {"y"})
     assert runners.finished_req_ids == {"e"}
+    assert runners.free_encoder_mm_hashes == ["y"]
     assert runners.new_block_ids_to_zero is None, "the attention workers zero their blocks"
     assert runners.scheduled_cached_reqs is cached
 
@@ -143,3 +148,23 @@ def test_a_kv_cache_can_be_elsewhere() -> None:
     assert layers["b"].kv_sharing_target_layer_name is None
     assert "self.shared_kv_cache_layers" in inspect.getsource(GPUModelRunner.__init__)
     assert counted_bytes([group], 3) == 3 * 2 * (2 * 32 * 2 * 32 * 4)
+
+
+def test_a_lane_has_its_own_step_in_a_multimodal_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relies on models being modules, whose layers and weights are in ``_modules`` and ``_parameters``."""
+    monkeypatch.setattr(multimodal, "supports_multimodal", lambda model: True)
+    model = torch.nn.Module()
+    model.layer, model.weight = torch.nn.Linear(2, 2), torch.nn.Parameter(torch.ones(2))
+    model.features, model.count = [torch.zeros(3)], 0
+    model.register_buffer("mask", torch.zeros(3))
+    lane = multimodal.model_of_lane(model)
+    assert lane.layer is model.layer
+    assert lane.weight is model.weight
+    lane.features[0] += 1
+    lane.mask += 1
+    lane.count = 3
+    assert not model.features[0].any()
+    assert not model.mask.any()
+    assert model.count == 0
+    model.weight = torch.nn.Parameter(torch.zeros(2))
+    assert lane.weight is model.weight

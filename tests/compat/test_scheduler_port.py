@@ -10,6 +10,7 @@ import re
 import textwrap
 from collections import deque
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from vllm.config import VllmConfig
@@ -43,6 +44,7 @@ OVERRIDDEN = {
     "max_num_active_reqs",
     "get_request_counts",
     "_handle_blocked_waiting_request",
+    "_try_schedule_encoder_inputs",
     "_preempt_request",
     "_request_blocks_can_be_freed",
 }
@@ -110,6 +112,14 @@ def test_overridden_methods_are_called_as_they_were() -> None:
         "_handle_blocked_waiting_request": ["self", "request"],
         "_preempt_request": ["self", "request", "timestamp", "drop_stale_output"],
         "_request_blocks_can_be_freed": ["self", "request"],
+        "_try_schedule_encoder_inputs": [
+            "self",
+            "request",
+            "num_computed_tokens",
+            "num_new_tokens",
+            "encoder_compute_budget",
+            "shift_computed_tokens",
+        ],
         "get_request_counts": ["self"],
     }.items():
         assert [*inspect.signature(getattr(Scheduler, name)).parameters] == parameters, name
@@ -389,3 +399,22 @@ def test_free_blocks_can_be_replaced() -> None:
     of_group = [*inspect.signature(SingleTypeKVCacheManager.allocate_new_blocks).parameters]
     assert of_group[:2] == ["self", "request_id"]
     assert "self.block_pool.get_new_blocks(" in source_of(SingleTypeKVCacheManager.allocate_new_blocks)
+
+
+@pytest.mark.parametrize(
+    ("computed", "tokens", "kept"), [(0, 10, 10), (0, 12, 0), (12, 7, 0), (12, 8, 8), (20, 5, 5)]
+)
+def test_no_step_ends_within_an_input_that_is_seen_whole(
+    computed: int, tokens: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of tokens 10 to 19; relies on ``mm_position``, and on vLLM's answer holding the tokens in second place."""
+    answer = ([0], tokens, 50, [], [])
+    monkeypatch.setattr(Scheduler, "_try_schedule_encoder_inputs", lambda *arguments: answer)
+    port = object.__new__(SchedulerPort)
+    model = SimpleNamespace(is_mm_prefix_lm=True)
+    port.vllm_config = SimpleNamespace(model_config=model)
+    position = SimpleNamespace(offset=10, length=10)
+    request = SimpleNamespace(mm_features=[SimpleNamespace(mm_position=position)])
+    assert port._try_schedule_encoder_inputs(request, computed, tokens, 60)[1] == kept
+    model.is_mm_prefix_lm = False
+    assert port._try_schedule_encoder_inputs(request, computed, tokens, 60) == answer

@@ -81,8 +81,10 @@ def tensor(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def pack(heads: Heads, k_size: int, v_size: int, dtype: torch.dtype) -> Callable[[ModuleType], None]:
-    """Of a fused projection with the heads of this worker alone."""
+def pack(
+    heads: Heads, k_size: int, v_size: int, dtype: torch.dtype, stores: bool = True
+) -> Callable[[ModuleType], None]:
+    """Of a fused projection with the heads of this worker alone; or q alone, where the layer does not store."""
     row = heads.num_q * k_size + heads.num_kv * (k_size + v_size)
 
     def rows(num_heads: int, size: int) -> torch.Tensor:
@@ -90,16 +92,19 @@ def pack(heads: Heads, k_size: int, v_size: int, dtype: torch.dtype) -> Callable
 
     q, k, v = rows(heads.num_q, k_size), rows(heads.num_kv, k_size), rows(heads.num_kv, v_size)
     descriptor = tensor(len(FrameDescriptor._fields), dtype=torch.int64)
-    return lambda module: module.pack(q, k, v, tensor(8), tensor(8), descriptor, heads)
+    kv = (k, v) if stores else (None, None)
+    return lambda module: module.pack(q, *kv, tensor(8), tensor(8), descriptor, heads)
 
 
 def take(
-    num_heads: int, size: int, dtype: torch.dtype, workers: int, local: bool
+    num_heads: int, size: int, dtype: torch.dtype, workers: int, local: bool, sinks: bool = False
 ) -> Callable[[ModuleType], None]:
     out, lse = tensor(8, num_heads, size, dtype=dtype), tensor(num_heads, 8, dtype=torch.float32).T
     descriptors = tensor(workers, len(FrameDescriptor._fields), dtype=torch.int64)
     tables = tensor(workers, 8), tensor(workers, 2), descriptors, tensor(workers, 8, dtype=torch.int64)[:, 0]
-    return lambda module: module.take(out, *tables, *((tensor(8), lse) if local else ()))
+    chunks = (tensor(8), lse) if local else (None, None)
+    logits = tensor(num_heads, dtype=torch.float32) if sinks else None
+    return lambda module: module.take(out, *tables, *chunks, logits)
 
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -126,6 +131,10 @@ VARIANTS = REPRESENTATIVE | {
     "take 14 x 64 bfloat16, 1 worker, local": take(14, 64, BF16, 1, local=True),
     "take 32 x 80 bfloat16, 1 worker, local": take(32, 80, BF16, 1, local=True),
     "take 8 x 256 bfloat16, 1 worker, local": take(8, 256, BF16, 1, local=True),
+    "take 8 x 512 bfloat16, 1 worker, local": take(8, 512, BF16, 1, local=True),
+    "take 64 x 64 bfloat16, 2 workers, local, sinks": take(64, 64, BF16, 2, local=True, sinks=True),
+    "take 64 x 64 bfloat16, 2 workers, sinks": take(64, 64, BF16, 2, local=False, sinks=True),
+    "pack 8 x 512 bfloat16, q alone": pack(Heads(0, 8, 0, 1), 512, 512, BF16, stores=False),
 }
 
 

@@ -101,9 +101,15 @@ class Replies:
             self.memory.append(memory)
             self.addresses[worker] = memory.data_ptr() + begin
 
-    def expected(self, out: torch.Tensor, local: torch.Tensor, local_lse: torch.Tensor) -> torch.Tensor:
+    def expected(
+        self,
+        out: torch.Tensor,
+        local: torch.Tensor,
+        local_lse: torch.Tensor,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """[tokens, heads, size], float32."""
-        shape = (1 + 2 * len(self.head_ranges), self.num_tokens, self.num_heads)
+        shape = (2 + 2 * len(self.head_ranges), self.num_tokens, self.num_heads)
         parts, lses = torch.zeros(*shape, self.size), torch.full(shape, NO_TOKENS)
         is_local = local != 0
         parts[0, is_local], lses[0, is_local] = out[is_local].float(), local_lse[is_local]
@@ -113,5 +119,7 @@ class Replies:
                 parts[1 + worker, token, heads], lses[1 + worker, token, heads] = part.float(), 0.0
             for token, part, lse in self.merged[worker]:
                 parts[1 + worker, token, heads], lses[1 + worker, token, heads] = part.float(), lse
+                if sinks is not None and not local[token]:
+                    lses[-1, token, heads] = sinks[heads]  # of an output that is 0
         weights = torch.softmax(lses, 0).nan_to_num(0.0)
         return (weights[..., None] * torch.where(weights[..., None] > 0, parts, 0.0)).sum(0)

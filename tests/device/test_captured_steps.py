@@ -23,9 +23,10 @@ from worker_processes import DEADLINE, pause
 from vllm_lamina._native import AttentionClient, Channel
 from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers, memory_bytes
-from vllm_lamina.device.cpu import causal_attention
+from vllm_lamina.device.base import LayerShape, LocalAttention
+from vllm_lamina.device.cpu import CpuDevice
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
-from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.geometry import Geometry, LayerSpec
 from vllm_lamina.kv_cache.partition import Partition, Pool, Share
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
@@ -34,6 +35,16 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 2, 32
 SHAPE = (32, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, "float32")
 GEOMETRY = Geometry.uniform(NUM_LAYERS, *SHAPE, (0.2,) * NUM_LAYERS)
 TWO_LAYERS = Geometry.uniform(2, *SHAPE, (0.2,) * 2)
+SINKS = (0.5, -1.0, 1.5, 0.0)
+LAYERED = Geometry(
+    GEOMETRY.caches,
+    (
+        LayerSpec(0, 0, 0, NUM_HEADS, 0.2, sinks=SINKS),
+        LayerSpec(0, 1, 0, NUM_HEADS, 0.2, window=20, sinks=SINKS),
+        LayerSpec(0, 0, 0, NUM_HEADS, 0.2, sinks=SINKS[::-1], stores=False),
+        LayerSpec(0, 1, 1, NUM_HEADS, 0.2, window=33),
+    ),
+)
 WIDTH, KV_WIDTH = NUM_HEADS * HEAD_SIZE, NUM_KV_HEADS * HEAD_SIZE
 
 
@@ -53,10 +64,11 @@ class Streams(CpuStreams):
 class Model:
     """A lane's layers, each of which computes q, k and v from the output of the one before, in buffers that stay."""
 
-    def __init__(self, layers: StreamedLayers, lane: int, num_layers: int) -> None:
-        self.layers, self.lane = layers, lane
+    def __init__(self, layers: StreamedLayers, lane: int, geometry: Geometry) -> None:
+        self.layers, self.lane, self.geometry = layers, lane, geometry
+        self.attend_locally = [_local_attention(spec) for spec in geometry.layers]
         rng = torch.Generator().manual_seed(5)
-        shape = (num_layers, WIDTH, WIDTH + 2 * KV_WIDTH)
+        shape = (geometry.num_layers, WIDTH, WIDTH + 2 * KV_WIDTH)
         self.weights = torch.randn(*shape, generator=rng) / WIDTH**0.5
         self.input = torch.zeros(MAX_TOKENS, WIDTH)
         self.output = torch.zeros(MAX_TOKENS, WIDTH)
@@ -65,12 +77,14 @@ class Model:
         rows = self.input[:num_tokens]
         for layer, weight in enumerate(self.weights):
             q, k, v = (rows @ weight).split([WIDTH, KV_WIDTH, KV_WIDTH], dim=1)
-            heads = [part.unflatten(1, (-1, HEAD_SIZE)) for part in (q, k, v)]
+            heads: list[Any] = [part.unflatten(1, (-1, HEAD_SIZE)) for part in (q, k, v)]
+            if not self.geometry.layers[layer].stores:
+                heads[1:] = None, None
             out = torch.empty(num_tokens, NUM_HEADS, HEAD_SIZE)
             if step is None:
                 self.layers.capture(self.lane, layer, *heads, out)
             else:
-                self.layers.attend(self.lane, step, layer, *heads, out, _attend_locally)
+                self.layers.attend(self.lane, step, layer, *heads, out, self.attend_locally[layer])
             rows = torch.tanh(out.flatten(1) + rows)
         self.output[:num_tokens] = rows
 
@@ -85,7 +99,7 @@ class Model:
 
     def begin(self, requests: Sequence[PlannedRequest]) -> Step:
         by_name = {str(i): request for i, request in enumerate(requests)}
-        step = Step(StepPlan(by_name, lambda: list(by_name)), GEOMETRY)
+        step = Step(StepPlan(by_name, lambda: list(by_name)), self.geometry)
         rng = torch.Generator().manual_seed(int(step.context_lens.sum()))
         self.input[: step.num_tokens] = torch.randn(step.num_tokens, WIDTH, generator=rng)
         self.layers.announce(self.lane)
@@ -110,8 +124,11 @@ class Model:
         return self.end(step)
 
 
-def _attend_locally(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return causal_attention(*arguments, scale=0.2)
+def _local_attention(spec: LayerSpec) -> LocalAttention:
+    sinks = torch.tensor(spec.sinks) if spec.sinks else None
+    sizes = (NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, HEAD_SIZE)
+    shape = LayerShape(*sizes, spec.scale, torch.float32, window=spec.window, sinks=sinks)
+    return CpuDevice().local_attention(shape)
 
 
 @pytest.fixture(scope="module")
@@ -132,8 +149,7 @@ def opened(
     blocks = NUM_BLOCKS if kind == "head" else NUM_BLOCKS // len(workers)
     heads = NUM_KV_HEADS // len(workers)
     parts = [
-        geometry.with_kv_heads([i * heads], [heads]) if kind == "head" else geometry
-        for i in range(len(workers))
+        geometry.with_heads([i * heads], [heads]) if kind == "head" else geometry for i in range(len(workers))
     ]
     shares = tuple(Share(Pool("", 0), part, part.block_bytes(), blocks) for part in parts)
     partition = Partition(kind, "", geometry, shares)
@@ -145,7 +161,7 @@ def opened(
         client = AttentionClient(channels, partition.to_native())
         streams = Streams(exchange_kernels(interpreted=True))
         layers = StreamedLayers(client, streams, partition, 2, MAX_TOKENS, spin_us=50, timeout=DEADLINE)
-        yield [Model(layers, lane, geometry.num_layers) for lane in range(2)]
+        yield [Model(layers, lane, geometry) for lane in range(2)]
 
 
 @contextlib.contextmanager
@@ -159,18 +175,31 @@ def connected(worker: EmbeddedAttentionWorker, share: Geometry, num_blocks: int)
 
 
 def request(context: int, query: int, *blocks: int) -> PlannedRequest:
-    return PlannedRequest(context, query, (np.array(blocks, np.int32),))
+    """Of layers of two groups as well: the second one's blocks are next to these."""
+    return PlannedRequest(context, query, tuple(np.array(blocks, np.int32) + 2 * group for group in (0, 1)))
 
 
 @pytest.mark.parametrize(
-    ("kind", "num_workers"),
-    [("head", 1), ("sequence", 2), pytest.param("head", 2, marks=pytest.mark.slow)],
+    ("kind", "num_workers", "geometry"),
+    [
+        ("head", 1, GEOMETRY),
+        ("sequence", 2, LAYERED),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("sequence", 2, GEOMETRY),
+                ("head", 2, GEOMETRY),
+                ("head", 1, LAYERED),
+                ("head", 2, LAYERED),
+            )
+        ),
+    ],
 )
 def test_a_graph_attends_what_is_prepared(
-    workers: list[EmbeddedAttentionWorker], kind: str, num_workers: int
+    workers: list[EmbeddedAttentionWorker], kind: str, num_workers: int, geometry: Geometry
 ) -> None:
     """Steps of other sizes, requests and frames than when it was captured; in each lane, with an eager step between."""
-    with opened(workers[:num_workers], kind) as models:
+    with opened(workers[:num_workers], kind, geometry) as models:
         graphs = [model.capture() for model in models]
         outputs: list[list[torch.Tensor]] = []
         for place, (model, graph) in enumerate([(models[0], None), *zip(models, graphs, strict=True)]):

@@ -83,6 +83,11 @@ def check_pack(dtype: torch.dtype, model: Model, kv_heads: list[int]) -> None:
                 expected[begin + offset :][: part.nbytes] = raw(part)
             kernels.pack(q, k, v, q_tokens, kv_tokens, descriptor, heads)
             assert torch.equal(frame, expected)
+            # A layer that shares another's k and v sends none.
+            expected = frame.fill_(0xAB).clone()
+            expected[begin:][: q[q_rows, q_heads].nbytes] = raw(q[q_rows, q_heads])
+            kernels.pack(q, None, None, q_tokens, kv_tokens, descriptor, heads)
+            assert torch.equal(frame, expected)
 
 
 @pytest.mark.parametrize(("dtype", "model", "kv_heads"), PACKED)
@@ -150,6 +155,7 @@ def check_take(
     heads_of_workers: list[int] | None,
     num_workers: int,
     repeat: int = 1,
+    sinks: bool = False,
 ) -> None:
     """Decodes of one worker and of several, chunks with and without context, padding; by heads, or else by blocks."""
     kinds = ["alone", "several", "context", "chunk", "nothing", "alone", "context", "nothing"] * repeat
@@ -178,9 +184,11 @@ def check_take(
             for worker in range(len(ranges)) if heads_of_workers is not None else [token % num_workers]:
                 replies.alone[worker].append((token, replies.part(worker)))
     replies.write()
-    expected = replies.expected(out, local, local_lse)
+    logits = 2 * torch.randn(num_heads) if sinks else None
+    expected = replies.expected(out, local, local_lse, logits)
     head_ranges = int32(*(number for pair in ranges for number in pair)).view(-1, 2)
-    kernels.take(out, replies.index, head_ranges, replies.descriptors, replies.addresses, local, local_lse)
+    tables = replies.index, head_ranges, replies.descriptors, replies.addresses
+    kernels.take(out, *tables, local, local_lse, logits)
     torch.testing.assert_close(out.float(), expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     copied = [token for token, kind in enumerate(kinds) if kind in ("alone", "chunk", "nothing")]
     assert torch.equal(out[copied].float(), expected[copied])
@@ -213,6 +221,11 @@ def test_take(
     dtype: torch.dtype, num_heads: int, size: int, heads_of_workers: list[int] | None, num_workers: int
 ) -> None:
     check_take(dtype, num_heads, size, heads_of_workers, num_workers)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_take_counts_a_sink_where_parts_are_merged(dtype: torch.dtype) -> None:
+    check_take(dtype, 12, 48, None, 3, repeat=2, sinks=True)
 
 
 @pytest.mark.slow

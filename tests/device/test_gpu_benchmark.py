@@ -93,9 +93,30 @@ if part == "exchange":
 
 def test_a_part_that_breaks_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PROGRAM", [sys.executable, "-c", BROKEN])
-    monkeypatch.setattr(gpu, "LIMITS", {"words": 5, "exchange": 60, "equality": 60})
+    monkeypatch.setattr(gpu, "LIMITS", {"words": 5, "exchange": 60, "equality": 70})
+    over: dict[float, Callable[[], None]] = {}
+
+    class Limit:
+        """A timer whose time is over when the test says so."""
+
+        def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+            over[seconds] = function
+
+        def start(self) -> None:
+            pass
+
+        def cancel(self) -> None:
+            pass
+
+    monkeypatch.setattr(gpu.threading, "Timer", Limit)
     rows: list[tuple[str, dict[str, Any]]] = []
-    gpu.run_parts(["words", "exchange", "equality"], lambda part, row: rows.append((part, row)))
+
+    def report(part: str, row: dict[str, Any]) -> None:
+        rows.append((part, row))
+        if row == {"part": "words"}:
+            over[gpu.LIMITS["words"]]()
+
+    gpu.run_parts(["words", "exchange", "equality"], report)
     assert rows == [
         ("words", {"part": "words"}),
         ("words", {"error": "not over after 5 s"}),

@@ -13,25 +13,35 @@ from models import ModelZoo
 from runners import V2
 from workloads import greedy, prompt
 
-PREFIX = prompt(40)
 
-PHASES = [
-    Phase(
-        "chunks, a prefix that is filled while it is hit, decodes",
-        [
-            Request(prompt(3), greedy(5)),
-            Request([*PREFIX, 5], greedy(4, logprobs=2)),
-            Request([*PREFIX, 9, 7], greedy(4)),
-            Request([*PREFIX, 8, 6, 5], greedy(3), after_step=1),
-            Request(prompt(30, seed=2), greedy(4), after_step=3),
-        ],
-    ),
-    Phase(
-        "the prefix is in the cache",
-        [Request([*PREFIX, 4], greedy(3)), Request(prompt(20, seed=3), greedy(3))],
-    ),
-]
+def phases(prefix: list[int]) -> list[Phase]:
+    return [
+        Phase(
+            "chunks, a prefix that is filled while it is hit, decodes",
+            [
+                Request(prompt(3), greedy(5)),
+                Request([*prefix, 5], greedy(4, logprobs=2)),
+                Request([*prefix, 9, 7], greedy(4)),
+                Request([*prefix, 8, 6, 5], greedy(3), after_step=1),
+                Request(prompt(30, seed=2), greedy(4), after_step=3),
+            ],
+        ),
+        Phase(
+            "the prefix is in the cache",
+            [Request([*prefix, 4], greedy(3)), Request(prompt(20, seed=3), greedy(3))],
+        ),
+    ]
 
+
+PREFIX = {
+    "four_kv_heads": 40,
+    "gpt_oss": 40,
+    "gemma3": 40,
+    "mistral_window": 40,
+    "gemma4_shared": 72,
+    "llama4": 150,
+}
+"""Of each model, how long: a block, or more than one of the larger ones, beyond a window or a chunk."""
 
 ENGINES: dict[str, tuple[dict[str, Any], int]] = {
     "two lanes": ({}, 0),
@@ -42,26 +52,23 @@ ENGINES: dict[str, tuple[dict[str, Any], int]] = {
 """Options of Lamina, and attention workers that run already."""
 
 
-CAPTURED_BY_TWO_LANES = "two lanes", True
-"""What runs on every change; steps with a prefill chunk are eager there too."""
+IN_EVERY_RUN = "gemma4_shared", "two lanes", True
+"""Windows, two block sizes, unlike heads, shared KV; steps with a prefill chunk are eager there too."""
+SLOW = {
+    *(("four_kv_heads", name, graphs) for name in ENGINES for graphs in (False, True)),
+    *((model, "two lanes", True) for model in PREFIX),
+    *((model, name, True) for model in ("gpt_oss", "gemma4_shared") for name in ("head", "sequence")),
+} - {IN_EVERY_RUN}
 
 
 @pytest.mark.parametrize(
-    ("name", "graphs"),
-    [
-        CAPTURED_BY_TWO_LANES,
-        *(
-            pytest.param(name, graphs, marks=pytest.mark.slow)
-            for name in ENGINES
-            for graphs in (False, True)
-            if (name, graphs) != CAPTURED_BY_TWO_LANES
-        ),
-    ],
+    ("model", "name", "graphs"),
+    [IN_EVERY_RUN, *(pytest.param(*case, marks=pytest.mark.slow) for case in sorted(SLOW))],
 )
-def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, name: str, graphs: bool) -> None:
+def test_equal_to_stock(model_zoo: ModelZoo, engines: Engines, model: str, name: str, graphs: bool) -> None:
     options, num_workers = ENGINES[name]
     engine = {"max_num_batched_tokens": 32, "block_size": 32, "max_model_len": 256, "max_num_seqs": 8}
-    stock = Job(model_zoo("four_kv_heads"), PHASES, engine, kv_memory_mib=16, runner=V2)
+    stock = Job(model_zoo(model), phases(prompt(PREFIX[model])), engine, kv_memory_mib=16, runner=V2)
     lamina = replace(
         stock,
         executor="lamina",

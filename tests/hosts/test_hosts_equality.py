@@ -39,7 +39,7 @@ def test_each_partition(
     stock = engines.run(job)
     with (
         workers_on(worker_hosts, secret, tmp_path) as workers,
-        Engines(tmp_path, prefix=serving.prefix) as far_engines,
+        Engines(tmp_path, beside=engines, host=serving.namespace) as far_engines,
     ):
         for partition in PARTITIONS:
             far: dict[str, Any] = {
@@ -56,6 +56,7 @@ def test_each_partition(
                 assert host.count("rx_bytes") - received > 1 << 18, f"{partition}: a worker had nothing to do"
         for worker in workers:
             assert worker.log.count("channel over tcp/eth0") == len(PARTITIONS)
+            wait_until(lambda worker=worker: worker.log.count("engine left") == len(PARTITIONS))
 
 
 QUESTIONS = [

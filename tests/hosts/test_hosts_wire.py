@@ -79,7 +79,9 @@ def per_decode_step(engines: Engines, model: str, serving: Host, options: dict[s
 
 
 @pytest.mark.parametrize(("mtu", "num_workers"), [pytest.param(1500, 1, marks=pytest.mark.slow), (9000, 3)])
-def test_decode_step(model: str, secret: Path, tmp_path: Path, mtu: int, num_workers: int) -> None:
+def test_decode_step(
+    engines: Engines, model: str, secret: Path, tmp_path: Path, mtu: int, num_workers: int
+) -> None:
     """One worker, and three that divide by head, which sends the same and has three times the headers."""
     formula = (2 + 2 / GROUP) * ELEMENT * WIDTH * BATCH * LAYERS
     with hosts(1 + num_workers, mtu=mtu) as (serving, *worker_hosts):
@@ -87,10 +89,10 @@ def test_decode_step(model: str, secret: Path, tmp_path: Path, mtu: int, num_wor
             host.send_frames_one_by_one()
         with (
             workers_on(worker_hosts, secret, tmp_path) as workers,
-            Engines(tmp_path, prefix=serving.prefix) as engines,
+            Engines(tmp_path, beside=engines, host=serving.namespace) as far_engines,
         ):
             options = {"lamina_workers": addresses(workers), "lamina_secret_file": str(secret)}
-            traffic = per_decode_step(engines, model, serving, options)
+            traffic = per_decode_step(far_engines, model, serving, options)
     framing, wire = traffic.carried / formula - 1, traffic.num_bytes / formula - 1
     print(
         f"MTU {mtu}, {num_workers} workers: {framing:.2%} over the formula within TCP, {wire:.2%} on the wire"

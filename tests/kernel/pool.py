@@ -34,6 +34,7 @@ class Geometry:
     block_size: int
     head_size_v: int = 0
     """By default as ``head_size``."""
+    latent: bool = False
 
     @property
     def value_size(self) -> int:
@@ -71,7 +72,7 @@ class Pool:
         self.geometry = geometry
         self.rng = np.random.default_rng(seed)
         self.threads = ThreadPool(num_threads, spin_us=0)
-        self.kernel = AttentionKernel(*astuple(geometry)[:5], isa, geometry.value_size)
+        self.kernel = AttentionKernel(*astuple(geometry)[:5], isa, geometry.value_size, geometry.latent)
         self.kv_lens = np.array(kv_lens, np.int32)
         needed = [-(-n // geometry.block_size) for n in kv_lens]
         num_blocks, stride = sum(needed) + 2, self.kernel.block_bytes + padding
@@ -84,7 +85,10 @@ class Pool:
         for request, (count, length) in enumerate(zip(needed, kv_lens, strict=True)):
             self.block_tables[request, :count], ids = ids[:count], ids[count:]
             k = self.tokens(length, geometry.num_kv_heads)
-            v = self.tokens(length, geometry.num_kv_heads, geometry.value_size)
+            if geometry.latent:
+                v = k[..., : geometry.value_size]
+            else:
+                v = self.tokens(length, geometry.num_kv_heads, geometry.value_size)
             for begin in range(0, length, chunk or max(length, 1)):
                 end = min(length, begin + (chunk or length))
                 self.append(request, begin, k[begin:end], v[begin:end])
@@ -101,7 +105,7 @@ class Pool:
         position = np.arange(begin, begin + len(k))
         blocks = self.block_tables[request, position // self.geometry.block_size].astype(np.int64)
         slots = blocks * self.geometry.block_size + position % self.geometry.block_size
-        self.kernel.append(self.layer, k, v, slots, self.threads)
+        self.kernel.append(self.layer, k, None if self.geometry.latent else v, slots, self.threads)
 
     def positions(self, queries: Queries) -> list[int]:
         """Position of each request's first query token."""

@@ -169,8 +169,10 @@ def test_copy_and_zero_block(dtype: str, isa: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"head_size": 72}, r"head_size = 72 must be a multiple of 16 from 32 to 512"),
-        ({"head_size_v": 528}, r"head_size_v = 528 must be"),
+        ({"head_size": 72}, r"head_size = 72 must be a multiple of 16 from 32 to 1024"),
+        ({"head_size_v": 1040}, r"head_size_v = 1040 must be"),
+        ({"latent": True}, r"a latent cache has one KV head.*num_kv_heads = 2, head_size = 64"),
+        ({"num_kv_heads": 1, "latent": True, "head_size_v": 80}, r"values no longer than its keys.* = 80"),
         ({"block_size": 24}, r"block_size = 24 must be a multiple of 16: set vLLM's --block-size"),
         ({"num_heads": 5}, r"num_heads = 5 must be a positive multiple of num_kv_heads = 2"),
         ({"isa": "amx", "dtype": "float32"}, r"amx kernel is not available .*; available: portable"),

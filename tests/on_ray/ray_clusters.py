@@ -59,12 +59,21 @@ class RayCluster:
 
     def deployments(self) -> dict[str, list[dict[str, Any]]]:
         """What `vllm-lamina ray status --json` says."""
+        found: dict[str, list[dict[str, Any]]] = self._status()[0]
+        return found
+
+    def free(self) -> dict[str, float]:
+        """What Ray can still give away, by resource."""
+        found: dict[str, float] = self._status()[1]
+        return found
+
+    def _status(self) -> list[Any]:
         assert self.status.stdin is not None
         assert self.status.stdout is not None
         self.status.stdin.write("\n")
         self.status.stdin.flush()
         assert select.select([self.status.stdout], [], [], DEADLINE)[0], "deadline passed"
-        found: dict[str, list[dict[str, Any]]] = json.loads(self.status.stdout.readline())
+        found: list[Any] = json.loads(self.status.stdout.readline())
         return found
 
     def attention_workers(self) -> list[int]:

@@ -1,9 +1,11 @@
-"""Says what is on a Ray cluster, as `vllm-lamina ray status --json` does, for each line of standard input."""
+"""Says what is on a Ray cluster, as `vllm-lamina ray status --json`, and what is free, for each line that it reads."""
 
 import json
 import sys
 from dataclasses import asdict
 from typing import NoReturn
+
+import ray
 
 from vllm_lamina.ray.cluster import connected, deployments
 
@@ -14,10 +16,8 @@ def main(address: str) -> None:
 
     with connected(address, give_up):
         for _ in sys.stdin:
-            print(
-                json.dumps({name: [asdict(i) for i in infos] for name, infos in deployments().items()}),
-                flush=True,
-            )
+            found = {name: [asdict(i) for i in infos] for name, infos in deployments().items()}
+            print(json.dumps([found, ray.available_resources()]), flush=True)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,10 @@ def secret_file(cluster: RayCluster) -> Path:
 
 def is_clean(cluster: RayCluster) -> bool:
     """All resources are back: the next deployment of all there is needs them."""
-    return not cluster.deployments() and not cluster.attention_workers()
+    if cluster.deployments() or cluster.attention_workers():
+        return False
+    free = cluster.free()
+    return free.get("CPU") == NODES and free.get("lamina_memory") == NODES * GIBIBYTES
 
 
 @contextmanager
@@ -61,27 +64,26 @@ def another_engine(cluster: RayCluster, address: str) -> Iterator[subprocess.Pop
 
 
 def test_workers_are_on_different_nodes_and_end_with_the_engine(ray_cluster: RayCluster) -> None:
-    """A deployment of all memory twice: the second finds the resources only if nothing of the first is left."""
+    """A deployment of all memory, of which nothing is left."""
     everything = f"{GIBIBYTES}GiB"
-    for _ in range(2):
-        with ray_cluster.deployed(memory=everything) as engine:
-            addresses = engine.answer()
-            assert addresses == [f"127.0.0.1:{7100 + i}" for i in range(NODES)]
-            [(name, workers)] = ray_cluster.deployments().items()
-            assert name == "lamina"
-            assert [worker["address"] for worker in workers] == addresses
-            assert len({worker["node"] for worker in workers}) == NODES
-            status = ray_cluster.cli("status").stdout
-            assert status.startswith(
-                "lamina: 3 attention workers of 2 GiB (lamina_memory) and 1 CPU from port 7100"
-            )
-            assert status.count(", no engine for ") == NODES
-            assert secret_file(ray_cluster).stat().st_mode & 0o777 == 0o600
-            commands = "\n".join(ray_cluster.host.processes().values())
-            assert secret_file(ray_cluster).read_text().strip() not in commands
-            engine.leave()
-        wait_for(lambda: is_clean(ray_cluster))
-        assert not secret_file(ray_cluster).exists()
+    with ray_cluster.deployed(memory=everything) as engine:
+        addresses = engine.answer()
+        assert addresses == [f"127.0.0.1:{7100 + i}" for i in range(NODES)]
+        [(name, workers)] = ray_cluster.deployments().items()
+        assert name == "lamina"
+        assert [worker["address"] for worker in workers] == addresses
+        assert len({worker["node"] for worker in workers}) == NODES
+        status = ray_cluster.cli("status").stdout
+        assert status.startswith(
+            "lamina: 3 attention workers of 2 GiB (lamina_memory) and 1 CPU from port 7100"
+        )
+        assert status.count(", no engine for ") == NODES
+        assert secret_file(ray_cluster).stat().st_mode & 0o777 == 0o600
+        commands = "\n".join(ray_cluster.host.processes().values())
+        assert secret_file(ray_cluster).read_text().strip() not in commands
+        engine.leave()
+    wait_for(lambda: is_clean(ray_cluster))
+    assert not secret_file(ray_cluster).exists()
 
 
 @pytest.mark.slow

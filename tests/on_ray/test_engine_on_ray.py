@@ -35,16 +35,10 @@ PHASES = [
 ]
 
 
-def test_same_tokens(
-    engines: Engines,
-    model_zoo: ModelZoo,
-    ray_cluster: RayCluster,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_same_tokens(engines: Engines, model_zoo: ModelZoo, ray_cluster: RayCluster, tmp_path: Path) -> None:
     """Three workers, both lanes: divided by sequence by an engine that deploys them, by request where they were."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(ray_cluster.home))
-    job = Job(model_zoo("four_kv_heads"), PHASES, {"block_size": 32})
+    environment = {"XDG_CACHE_HOME": str(ray_cluster.home)}
+    job = Job(model_zoo("four_kv_heads"), PHASES, {"block_size": 32}, environment=environment)
     stock = engines.run(job)
     options = {
         "lamina_ray": ray_cluster.address,
@@ -52,7 +46,7 @@ def test_same_tokens(
         "lamina_memory": "128MiB",
         "lamina_partition": "sequence",
     }
-    with Engines(tmp_path, prefix=ray_cluster.host.prefix) as far_engines:
+    with Engines(tmp_path, beside=engines, host=ray_cluster.host.namespace) as far_engines:
         lamina = far_engines.run(replace(job, executor="lamina", engine=job.engine | options))
         assert_same(stock, lamina)
         wait_for(lambda: not ray_cluster.deployments() and not ray_cluster.attention_workers())
@@ -72,15 +66,12 @@ def test_same_tokens(
 
 
 def test_actor_that_dies(
-    engines: Engines,
-    model_zoo: ModelZoo,
-    ray_cluster: RayCluster,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    engines: Engines, model_zoo: ModelZoo, ray_cluster: RayCluster, tmp_path: Path
 ) -> None:
     """While the engine generates; it has the actor replaced, and goes on."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(ray_cluster.home))
-    job = Job(model_zoo("four_kv_heads"), [Phase("long", requests((1, 33, 300), max_tokens=800))])
+    phase = Phase("long", requests((1, 33, 300), max_tokens=800))
+    environment = {"XDG_CACHE_HOME": str(ray_cluster.home)}
+    job = Job(model_zoo("four_kv_heads"), [phase], environment=environment)
     options = {"lamina_ray": ray_cluster.address, "lamina_ray_workers": 2, "lamina_memory": "128MiB"}
     secret = ray_cluster.home / "vllm-lamina" / "ray-lamina.secret"
 
@@ -95,7 +86,10 @@ def test_actor_that_dies(
         wait_for(lambda: steps(second["address"]) > 10)
         kill_actor_of(second)
 
-    with Engines(tmp_path, prefix=ray_cluster.host.prefix) as far_engines, ThreadPoolExecutor(1) as pool:
+    with (
+        Engines(tmp_path, beside=engines, host=ray_cluster.host.namespace) as far_engines,
+        ThreadPoolExecutor(1) as pool,
+    ):
         losing = pool.submit(lose)
         lamina = far_engines.run(replace(job, executor="lamina", engine=options))
         losing.result()

@@ -33,8 +33,8 @@ def parts(wanted: str, kv_heads: int, pools: list[int], max_model_len: int = 102
 
 def heads(partition: Partition) -> list[int]:
     for share in partition.shares:
-        assert share.geometry.layers[0].num_heads == 2 * share.kv_heads[0]
-    return [share.kv_heads[0] for share in partition.shares]
+        assert share.geometry.layers[0].num_heads == 2 * share.heads[0]
+    return [share.heads[0] for share in partition.shares]
 
 
 @pytest.mark.parametrize("wanted", [AUTO, HEAD, SEQUENCE, REQUEST])

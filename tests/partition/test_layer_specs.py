@@ -124,7 +124,7 @@ def test_heads_of_each_cache_are_divided() -> None:
     geometry = Geometry((CACHE, LARGE), layers)
     pools = [Pool("a:1", 3 << 20), Pool("b:1", 1 << 20)]
     partition = divide("head", pools, geometry, lambda _, part: part.block_bytes(), 1000)
-    assert [share.kv_heads for share in partition.shares] == [[1, 3], [1, 1]]
+    assert [share.heads for share in partition.shares] == [[1, 3], [1, 1]]
     first, second = (share.geometry.layers for share in partition.shares)
     assert [spec.num_heads for spec in (*first, *second)] == [2, 6, 2, 2]
     assert (first[0].alibi_slopes, second[0].alibi_slopes) == (slopes[:2], slopes[2:])
@@ -135,3 +135,32 @@ def test_heads_of_each_cache_are_divided() -> None:
     ):
         divide("head", three, geometry, lambda _, part: part.block_bytes(), 1000)
     assert divide("auto", three, geometry, lambda _, part: part.block_bytes(), 10).kind == "request"
+
+
+def test_every_worker_holds_a_latent_cache() -> None:
+    """By head its query heads are divided, evenly, and nothing is gained in room: auto divides it by blocks."""
+    geometry = Geometry.uniform(2, 32, 16, 1, 576, "bfloat16", (0.1, 0.1), latent_size=512)
+    block = geometry.block_bytes()
+    assert block == 2 * 32 * 576 * 2
+    pools = [Pool("a:1", 30 * block), Pool("b:1", 10 * block), Pool("c:1", 20 * block)]
+    partition = divide("head", pools, geometry, lambda _, part: part.block_bytes(), 100)
+    assert [share.heads for share in partition.shares] == [[6], [5], [5]]
+    assert [share.geometry.caches for share in partition.shares] == [geometry.caches] * 3
+    assert partition.num_blocks == 10
+    equal = [Pool("a:1", 40 * block), Pool("b:1", 40 * block)]
+    chosen = divide("auto", equal, geometry, lambda _, part: part.block_bytes(), 100)
+    assert (chosen.kind, chosen.num_blocks) == ("request", 80)
+    with pytest.raises(
+        ConfigError, match="needs a query head for every attention worker; the model has 1 for 2"
+    ):
+        divide("head", equal, geometry.with_heads([0], [1]), lambda _, part: part.block_bytes(), 100)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"num_kv_heads": 2}, "num_kv_heads of a latent cache = 2"), ({"head_size_v": 80}, "head_size_v = 80")],
+)
+def test_a_latent_cache_has_one_head(changed: dict[str, int], message: str) -> None:
+    cache = msgspec.structs.replace(CacheSpec(32, 1, 64, 64, "float32", latent=True), **changed)
+    with pytest.raises(ValueError, match=message):
+        Geometry((cache,), (layer(),))

@@ -1,9 +1,11 @@
 """Deployments whose figures can be worked out by hand, for the planner's tests."""
 
+from dataclasses import replace
+
 from vllm_lamina.planner.cost import ComputeGroup
 from vllm_lamina.planner.deployment import Baseline, Lamina
 from vllm_lamina.planner.devices import Collective, Curve, Device, Efficiency, Price, Transport
-from vllm_lamina.planner.models import Model
+from vllm_lamina.planner.models import AttentionLayers, Model
 
 IDEAL = Efficiency(*[Curve.read(1.0)] * 4)
 FREE_COLLECTIVE = Collective(0.0, 1.0)
@@ -26,24 +28,28 @@ def device(
 
 MODEL = Model(
     name="example",
-    layers=10,
     hidden=1000,
-    heads=10,
-    kv_heads=5,
-    head_size=100,
+    attention=(AttentionLayers(10, heads=10, kv_heads=5, head_size=100),),
     dense_params=50_000_000,
     embedding_params=0,
 )
 """0.1 GB of weights, G = 2, 20,000 bytes of KV per token, 60,000 bytes on the wire per token."""
 
 
-def example_baseline(**kwargs: float) -> Baseline:
+WINDOWS = replace(
+    MODEL, attention=(AttentionLayers(5, 10, 5, 100), AttentionLayers(5, 10, 5, 100, window=100))
+)
+"""The same, but half of its layers see 100 tokens."""
+
+
+def example_baseline(model: Model = MODEL, **kwargs: float) -> Baseline:
     """One unit device, vLLM."""
-    return Baseline(ComputeGroup(MODEL, device(**kwargs), 1, FREE_COLLECTIVE))
+    return Baseline(ComputeGroup(model, device(**kwargs), 1, FREE_COLLECTIVE))
 
 
 def example_lamina(
     *,
+    model: Model = MODEL,
     model_device: Device | None = None,
     attention_device: Device | None = None,
     workers: int = 1,
@@ -55,7 +61,7 @@ def example_lamina(
 ) -> Lamina:
     """Unit devices, no overlap unless asked for."""
     return Lamina(
-        ComputeGroup(MODEL, model_device or device(), tensor_parallel, FREE_COLLECTIVE),
+        ComputeGroup(model, model_device or device(), tensor_parallel, FREE_COLLECTIVE),
         attention_device or device(),
         workers,
         transport,

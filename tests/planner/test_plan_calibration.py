@@ -18,7 +18,8 @@ from vllm_lamina.planner.calibrate import (
 )
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.devices import read_catalogue
-from vllm_lamina.planner.models import Model, model_from_config
+from vllm_lamina.planner.model_configs import model_from_config
+from vllm_lamina.planner.models import Model
 from vllm_lamina.units import parse_cpus
 
 TRUTH = StepFit(8e11, 1.4e10, 2e-3, 4e-4, 3e-4, 0.0)

@@ -202,10 +202,10 @@ def test_files_that_cannot_be_say_where(  # type: ignore[no-untyped-def]
     assert_one_line(capsys.readouterr().err, message)
 
 
-def test_mla_is_refused(capsys, tmp_path) -> None:  # type: ignore[no-untyped-def]
-    model = str(config(tmp_path, kv_lora_rank=512))
+def test_sparse_attention_is_refused(capsys, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    model = str(config(tmp_path, index_topk=2048))
     assert plan("--model", model, *FAST) == 2
-    assert "multi-head latent attention" in capsys.readouterr().err
+    assert "sparse attention by an indexer" in capsys.readouterr().err
 
 
 def test_own_devices_and_measurements(capsys, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -8,7 +8,7 @@ from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.cost import ComputeGroup, Wire, attention_time_per_token
 from vllm_lamina.planner.deployment import baseline, lamina
 from vllm_lamina.planner.devices import Collective, Curve, Transport, read_catalogue
-from vllm_lamina.planner.models import builtin_models
+from vllm_lamina.planner.model_configs import builtin_models
 from vllm_lamina.planner.results import steady_state
 
 CATALOGUE = read_catalogue()

@@ -10,7 +10,8 @@ from planner_examples import IDEAL
 from vllm_lamina.planner.cost import ComputeGroup, attention_time_per_token
 from vllm_lamina.planner.deployment import Lamina
 from vllm_lamina.planner.devices import Device, read_catalogue
-from vllm_lamina.planner.models import Model, builtin_models
+from vllm_lamina.planner.model_configs import builtin_models
+from vllm_lamina.planner.models import Model
 from vllm_lamina.planner.results import steady_state
 
 CATALOGUE = read_catalogue()
@@ -68,9 +69,9 @@ def test_no_network_and_one_batch_equals_the_plain_sum(model, compute, attention
         overlap=False,
         partition="sequence",
     )
-    plain = float(single.compute.non_attention_time(batch)) + batch * context * float(
-        attention_time_per_token(model, attention, 2, batch)
-    )
+    plain = float(single.compute.non_attention_time(batch)) + batch * float(
+        model.read.tokens(context)
+    ) * float(attention_time_per_token(model, attention, 2, batch))
     assert steady_state(single, batch, context).tbt == pytest.approx(plain, rel=1e-9)
 
 

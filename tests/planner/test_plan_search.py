@@ -6,7 +6,7 @@ import pytest
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.devices import read_catalogue
-from vllm_lamina.planner.models import builtin_models
+from vllm_lamina.planner.model_configs import builtin_models
 from vllm_lamina.planner.report import format_answer, network_need, verdict
 from vllm_lamina.planner.search import Question, answer
 from vllm_lamina.planner.traces import load_trace
@@ -114,7 +114,7 @@ def test_impossible_questions_say_what_stands_in_the_way(changes, message: str) 
 def test_network_need_by_hand() -> None:
     found = answer(question())
     best, model = found.laminas[0], found.question.model
-    rate = best.estimate.throughput * model.layers * (model.query_bytes + model.key_value_bytes) * 8 / 1e9
+    rate = best.estimate.throughput * (model.query_bytes_per_token + model.kv_bytes_per_token) * 8 / 1e9
     nics = min(count for _, count in best.deployment.device_counts())
     assert network_need(best) == pytest.approx(rate / nics)
     assert network_need(found.baselines[0]) == 0.0

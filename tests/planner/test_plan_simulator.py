@@ -1,17 +1,18 @@
 """The simulator against runs worked out by hand, and what must hold in every run."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from planner_examples import device, example_baseline, example_lamina
+from planner_examples import MODEL, WINDOWS, device, example_baseline, example_lamina
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment, lamina
 from vllm_lamina.planner.devices import read_catalogue
-from vllm_lamina.planner.models import builtin_models
+from vllm_lamina.planner.model_configs import builtin_models
 from vllm_lamina.planner.results import steady_state
 from vllm_lamina.planner.simulator import EngineOptions, Failure, simulate
 from vllm_lamina.planner.traces import Trace, load_trace
@@ -31,6 +32,21 @@ def test_one_request_by_hand() -> None:
     assert result.tbt.mean == pytest.approx(steps[1])
     assert result.tokens == 2
     assert result.throughput == pytest.approx(2 / sum(steps))
+
+
+def test_layers_with_a_window_read_and_keep_no_more_than_it() -> None:
+    # The first request's step as above, but half of the layers see 100 tokens of 1001.
+    one = simulate(example_baseline(WINDOWS), trace([1_000], [1]))
+    assert one.duration == pytest.approx(0.100004 + (1_001 + 100) / 2 * 20e-6)
+    # Three requests of 19,000 tokens keep 9,500 and a bit each of the 40,000 there is room for; none waits.
+    full, windows = (
+        simulate(example_baseline(model), trace([19_000] * 3, [5] * 3)) for model in (MODEL, WINDOWS)
+    )
+    assert windows.ttft.p99 == pytest.approx(windows.ttft.p50)
+    assert full.ttft.p99 > 2 * full.ttft.p50
+    # With a window in every layer a request of any length fits.
+    everywhere = replace(WINDOWS, attention=WINDOWS.attention[1:])
+    assert simulate(example_baseline(everywhere), trace([10**6] * 3, [40] * 3)).rejected == 0
 
 
 def test_two_lanes_share_one_model_replica() -> None:
@@ -132,9 +148,10 @@ def test_an_attention_worker_that_fails_costs_its_requests_kv() -> None:
 
 
 DEPLOYMENTS = st.one_of(
-    st.just(example_baseline()),
+    st.builds(example_baseline, st.sampled_from([MODEL, WINDOWS])),
     st.builds(
         example_lamina,
+        model=st.sampled_from([MODEL, WINDOWS]),
         lanes=st.integers(1, 4),
         workers=st.sampled_from([1, 5]),
         partition=st.sampled_from(["head", "request", "sequence"]),
@@ -157,7 +174,8 @@ def test_every_run_conserves_tokens_and_time(deployment: Deployment, requests: T
     bound = deployment.replicas * count / stages.model[count]
     assert result.tokens / result.duration <= bound * (1 + 1e-9)
     if not prefill:
-        reads = float((requests.prompts * requests.outputs).sum()) * stages.attention[count]
+        seen = deployment.model.read.tokens(requests.prompts)
+        reads = float((seen * requests.outputs).sum()) * stages.attention[count]
         assert result.duration * (1 + 1e-9) >= reads / deployment.shards
     # The window of the busy fractions, in which half of the tokens or more are made, may cut through a step of each
     # lane, whose work it takes to be even.

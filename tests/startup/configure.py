@@ -3,8 +3,9 @@
     configure.py CASES RESULTS
 
 Importing vLLM takes much longer than configuring an engine, so one process does it for all cases. A case is an object
-with either `arguments`, keyword arguments of EngineArgs, or `command`, the arguments of the program `vllm`; and with
-`environment`, where it is another than the program's.
+with either `arguments`, keyword arguments of EngineArgs, or `command`, the arguments of the program `vllm`; with
+`environment`, where it is another than the program's; and with `patience`, the seconds in which an attention worker has
+to answer, where they are fewer than usual.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.entrypoints.cli import serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_lamina.transport.connection import AttentionWorkerConnection
+
+CONNECT: Any = AttentionWorkerConnection.connect.__func__  # type: ignore[attr-defined]
+(PATIENCE,) = CONNECT.__defaults__
+
 
 def main(cases: str, results: str) -> None:
     outcomes = [outcome(case) for case in json.loads(Path(cases).read_text())]
@@ -39,7 +45,12 @@ def outcome(case: dict[str, Any]) -> dict[str, Any]:
     logger = logging.getLogger("vllm")
     logger.addHandler(handler)
     try:
-        with contextlib.redirect_stderr(printed), patch.dict(os.environ, case.get("environment", {})):
+        with (
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+            patch.dict(os.environ, case.get("environment", {})),
+            patch.object(CONNECT, "__defaults__", (case.get("patience", PATIENCE),)),
+        ):
             engine = from_command(case["command"]) if "command" in case else EngineArgs(**case["arguments"])
             config = engine.create_engine_config()
             chosen = chosen_in(config)

@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_turn import IN_PROCESS, InTurn
+from engines import Engines
+from in_turn import MAX_TOKENS, PROMPTS, InTurn, Tokens
+from jobs import Job, Phase, Request
 from models import ModelZoo
 from programs import program, run, tail
+from workloads import greedy
 
 Outcomes = dict[str, dict[str, Any]]
 
@@ -46,10 +49,11 @@ def in_turn(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> In
 
 
 @pytest.fixture(scope="session")
-def stock(in_turn: InTurn) -> dict[str, Any]:
-    """What stock vLLM generates and leaves, with the plugin installed and not selected."""
-    _, engine, _ = in_turn({}, **IN_PROCESS)
-    return engine
+def stock(engines: Engines, model_zoo: ModelZoo) -> Tokens:
+    """What stock vLLM generates."""
+    phase = Phase("in turn", [Request(tokens, greedy(MAX_TOKENS)) for tokens in PROMPTS])
+    result = engines.run(Job(model_zoo("llama"), [phase], {"max_model_len": 512}))
+    return [request.completions[0].token_ids for request in result.phases[0].requests]
 
 
 @pytest.fixture

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from in_turn import MAX_TOKENS, PROMPTS
 from vllm import LLM, SamplingParams
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
-PROMPTS = [[4 + (7 * i + length) % 1000 for i in range(length)] for length in (3, 40, 130)]
-MAX_TOKENS = 256
 
 COMMON = {
     "dtype": "float32",
@@ -49,7 +47,6 @@ def run(model: str, engine: dict[str, Any]) -> dict[str, Any]:
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "attention_workers_meanwhile": attention_workers(os.getpid()),
         "stats": llm.collective_rpc("attention_worker_stats") if "executor" in engine else [],
-        "imported": [name for name in sys.modules if name.startswith("vllm_lamina.executor")],
     }
     del llm, outputs
     gc.collect()

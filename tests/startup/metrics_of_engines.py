@@ -2,7 +2,8 @@
 
     metrics_of_engines.py MODEL RESULTS ENGINES
 
-ENGINES is a JSON list with keyword arguments of LLM for each engine.
+ENGINES is a JSON list: for each engine keyword arguments of LLM, and how many tokens its workers will have appended in
+all layers, 0 where that is not counted. With the metrics comes which modules of Lamina's executor are imported by then.
 """
 
 from __future__ import annotations
@@ -18,35 +19,40 @@ from vllm import LLM, SamplingParams
 from vllm.v1.metrics.reader import Histogram, get_metrics_snapshot
 
 COMMON = {"dtype": "float32", "max_model_len": 512, "enforce_eager": True, "gpu_memory_utilization": 0.1}
-POLLED_SECONDS, DEADLINE = 2.5, 60.0
+DEADLINE = 60.0
 
 
 def main(model: str, results: str, engines: str) -> None:
-    Path(results).write_text(json.dumps([run(model, engine) for engine in json.loads(engines)]))
+    found = []
+    for engine, tokens in json.loads(engines):
+        metrics = run(model, engine, tokens)
+        found.append([metrics, [name for name in sys.modules if name.startswith("vllm_lamina.executor")]])
+    Path(results).write_text(json.dumps(found))
 
 
-def run(model: str, engine: dict[str, Any]) -> list[dict[str, Any]]:
+def run(model: str, engine: dict[str, Any], tokens: int) -> list[dict[str, Any]]:
     """Name, labels and value (of a histogram the count) of each metric of Lamina after some requests."""
     llm = LLM(model, **COMMON | engine)
     prompts = [{"prompt_token_ids": [4 + (7 * i + n) % 1000 for i in range(150)]} for n in range(4)]
     llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True), use_tqdm=False)
-    found = settled_metrics()
+    found = settled_metrics(tokens)
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
     return found
 
 
-def settled_metrics() -> list[dict[str, Any]]:
-    """When the workers, which are asked once a second, have all answered last and count no more tokens."""
-    tokens, end = 0, time.monotonic() + DEADLINE
+def settled_metrics(tokens: int) -> list[dict[str, Any]]:
+    """When the workers, which are asked once a second, have all answered and told of so many tokens."""
+    end = time.monotonic() + DEADLINE
     while True:
-        time.sleep(POLLED_SECONDS)
         found = lamina_metrics()
-        counted, workers, up = (total(found, name) for name in ("tokens_appended", "workers", "workers_up"))
-        if not found or (counted == tokens > 0 and up == workers) or time.monotonic() > end:
+        counted, workers, up = (
+            total(found, name) for name in ("worker_tokens_appended", "workers", "workers_up")
+        )
+        if (counted == tokens and up == workers) or time.monotonic() > end:
             return found
-        tokens = counted
+        time.sleep(0.1)
 
 
 def total(metrics: list[dict[str, Any]], name: str) -> float:

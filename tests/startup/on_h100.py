@@ -81,7 +81,8 @@ def chosen_by_worker(config: Any) -> dict[str, Any]:
         device.backend_name, f"{LaminaAttentionBackend.__module__}.LaminaAttentionBackend"
     )
     with set_current_vllm_config(config):
-        backend = get_attn_backend(128, torch.bfloat16, config.cache_config.cache_dtype)
+        told = {"has_sink": True, "has_sliding_window": True}
+        backend = get_attn_backend(128, torch.bfloat16, config.cache_config.cache_dtype, **told)
     # As the model runner does, by what the backend can have in a graph.
     support = backend.get_builder_cls().get_cudagraph_support(config, None)
     graphs = config.compilation_config.resolve_cudagraph_mode_and_sizes(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from in_turn import IN_PROCESS
 from models import ModelZoo
 from programs import LAMINA, TINY_ENGINE, console, run, tail
 
@@ -22,7 +23,7 @@ MEASURED = {"latency": "Avg latency: ", "throughput": "Throughput: "}
 def test_bench(model_zoo: ModelZoo, log: Path, benchmark: str) -> None:
     command = console("vllm", "bench", benchmark, *SMALL[benchmark].split(), *RANDOM_WEIGHTS)
     command += ["--model", model_zoo("llama"), *TINY_ENGINE, "--enforce-eager", *LAMINA]
-    finished = run(command, log, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    finished = run(command, log, **IN_PROCESS)
     assert finished.status == 0, tail(log)
     assert MEASURED[benchmark] in finished.output
     # The model worker has no KV blocks of its own: what was generated was attended by the attention worker.

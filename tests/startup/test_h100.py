@@ -17,7 +17,8 @@ pytest.importorskip(
 )
 
 LAMINA = {"executor": "lamina", "lamina_memory": "64MiB"}
-WINDOW = {"hf_overrides": {"sliding_window": 1024}}
+LAYERED = ("gpt_oss", "gemma3", "llama4")
+"""Models whose layers are of several kinds. For Gemma 4 vLLM asks its FlashAttention, which a CPU does not have."""
 
 # Arguments beside LAMINA, the environment, and the message.
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
@@ -43,16 +44,6 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {},
         "two batches in flight with tensor parallelism on GPUs, .*: use --lamina-batches 1",
     ),
-    "window": (
-        WINDOW,
-        {},
-        "layers of several kinds on GPUs .*: limit the context to the window with --disable-sliding-window",
-    ),
-    "soft-cap": (
-        {"hf_overrides": {"attn_logit_softcapping": 30.0}},
-        {},
-        "layers of several kinds on GPUs .*, or run it without --executor lamina",
-    ),
     "worker": ({"worker_cls": "a.Worker"}, {}, "its own model worker; remove --worker-cls .*a.Worker"),
 }
 
@@ -66,7 +57,7 @@ def outcomes(configure: Callable[..., Outcomes], model_zoo: ModelZoo) -> Outcome
         "lamina": {"arguments": model | LAMINA},
         "given": {"arguments": model | LAMINA | {"block_size": 64, "async_scheduling": False}},
         "asked for": {"arguments": model | LAMINA | {"async_scheduling": True}},
-        "no window": {"arguments": model | LAMINA | WINDOW | {"disable_sliding_window": True}},
+        **{name: {"arguments": model | LAMINA | {"model": model_zoo(name)}} for name in LAYERED},
         "ranks": {"arguments": model | LAMINA | {"tensor_parallel_size": 2}},
     } | {
         name: {"arguments": model | LAMINA | arguments, "environment": environment}
@@ -125,8 +116,9 @@ def test_asynchronous_scheduling_has_no_effect(outcomes: Outcomes) -> None:
     assert any("--async-scheduling has no effect" in text for text in outcomes["asked for"]["log"])
 
 
-def test_a_window_may_bound_the_context(outcomes: Outcomes) -> None:
-    assert outcomes["no window"].get("chosen") == outcomes["lamina"]["chosen"], outcomes["no window"]
+@pytest.mark.parametrize("name", LAYERED)
+def test_layers_of_several_kinds_need_nothing_else(outcomes: Outcomes, name: str) -> None:
+    assert outcomes[name].get("chosen") == outcomes["lamina"]["chosen"], outcomes[name]
 
 
 def test_ranks_have_one_batch(outcomes: Outcomes) -> None:

@@ -50,7 +50,7 @@ def serving(model: str, log: Path, temporary: str) -> Iterator[Popen[bytes]]:
         except (urllib.error.URLError, OSError):
             return False
 
-    with running(command, log, TMPDIR=temporary) as process:
+    with running(command, log, TMPDIR=temporary, TORCHDYNAMO_DISABLE="1") as process:
         assert wait_for(is_healthy, 180.0), tail(log)
         yield process
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,12 +15,22 @@ from worker_processes import free_port, worker_process
 
 Metrics = list[dict[str, Any]]
 
+TOKENS = 3 * 4 * (150 + 19)
+"""In three layers: four prompts of 150 tokens and 20 more each, of which the last is never fed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of engines that ran one after the other in one process: their metrics, and Lamina's modules imported by then."""
+
+    addresses: list[str]
+    """Of two workers that some of them used."""
+    metrics: dict[str, Metrics]
+    imported: dict[str, list[str]]
+
 
 @pytest.fixture(scope="module")
-def engines(
-    model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[list[str], dict[str, Metrics]]:
-    """Addresses of two workers, and the metrics of engines that ran one after the other in one process."""
+def outcome(model_zoo: ModelZoo, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     directory = tmp_path_factory.mktemp("engines")
     results, log = directory / "results.json", directory / "log"
     stock = {"kv_cache_memory_bytes": 64 << 20}
@@ -30,18 +41,20 @@ def engines(
             stack.enter_context(worker_process(directory / name, address, "--cpus", "1"))
             addresses.append(address)
         workers = {"executor": "lamina", "lamina_workers": ",".join(addresses), "block_size": 32}
-        by_name: dict[str, dict[str, Any]] = {
-            "stock": stock | {"disable_log_stats": False},
-            "off": {"executor": "lamina", "lamina_memory": "64MiB"},
-            "sequence": workers | {"lamina_partition": "sequence", "disable_log_stats": False},
-            "one batch": workers | {"lamina_batches": 1, "disable_log_stats": False},
+        by_name: dict[str, tuple[dict[str, Any], int]] = {
+            "stock": (stock | {"disable_log_stats": False}, 0),
+            "off": ({"executor": "lamina", "lamina_memory": "64MiB"}, 0),
+            "sequence": (workers | {"lamina_partition": "sequence", "disable_log_stats": False}, TOKENS),
+            "one batch": (workers | {"lamina_batches": 1, "disable_log_stats": False}, 2 * TOKENS),
         }
-        command = program(
-            "metrics_of_engines.py", model_zoo("llama"), str(results), json.dumps(list(by_name.values()))
-        )
+        engines = json.dumps(list(by_name.values()))
+        command = program("metrics_of_engines.py", model_zoo("llama"), str(results), engines)
         finished = run(command, log, deadline=240.0, **IN_PROCESS)
     assert finished.status == 0, tail(log)
-    return addresses, dict(zip(by_name, json.loads(results.read_text()), strict=True))
+    metrics, imported = zip(*json.loads(results.read_text()), strict=True)
+    return Outcome(
+        addresses, dict(zip(by_name, metrics, strict=True)), dict(zip(by_name, imported, strict=True))
+    )
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float:
@@ -53,24 +66,26 @@ def value(metrics: Metrics, name: str, **labels: str) -> float:
     return float(found)
 
 
-def test_without_lamina_nothing_is_registered(engines: tuple[list[str], dict[str, Metrics]]) -> None:
-    assert engines[1]["stock"] == []
+def test_without_lamina_nothing_is_registered(outcome: Outcome) -> None:
+    assert outcome.metrics["stock"] == []
+    assert outcome.imported["stock"] == []
+    assert outcome.imported["off"]
 
 
-def test_without_statistics_nothing_is_registered(engines: tuple[list[str], dict[str, Metrics]]) -> None:
+def test_without_statistics_nothing_is_registered(outcome: Outcome) -> None:
     """The default of ``LLM``."""
-    assert engines[1]["off"] == []
+    assert outcome.metrics["off"] == []
 
 
 @pytest.mark.parametrize("name", ["sequence", "one batch"])
-def test_each_worker_has_its_own(engines: tuple[list[str], dict[str, Metrics]], name: str) -> None:
-    addresses, metrics = engines[0], engines[1][name]
+def test_each_worker_has_its_own(outcome: Outcome, name: str) -> None:
+    metrics = outcome.metrics[name]
     assert value(metrics, "workers") == value(metrics, "workers_up") == 2
     # Some requests begin a step later than others, if two batches are in flight.
     assert value(metrics, "steps") >= 20
     assert value(metrics, "exchange_wait_seconds") >= 19 * 3
     assert value(metrics, "model_worker_busy_seconds") >= 0
-    for address in addresses:
+    for address in outcome.addresses:
         assert value(metrics, "worker_up", worker=address) == 1
         assert value(metrics, "worker_received_bytes", worker=address) > 10_000
         assert value(metrics, "worker_sent_bytes", worker=address) > 10_000
@@ -78,13 +93,11 @@ def test_each_worker_has_its_own(engines: tuple[list[str], dict[str, Metrics]], 
         assert value(metrics, "worker_kv_cache_usage_perc", worker=address) == 0
 
 
-def test_tokens_are_divided_by_sequence_and_repeated_by_head(
-    engines: tuple[list[str], dict[str, Metrics]],
-) -> None:
-    """Four prompts of 150 tokens and 20 more each, of which the last is never fed; three layers."""
-    addresses, tokens = engines[0], 3 * 4 * (150 + 19)
-    by_sequence = [value(engines[1]["sequence"], "worker_tokens_appended", worker=a) for a in addresses]
-    by_head = [value(engines[1]["one batch"], "worker_tokens_appended", worker=a) for a in addresses]
-    assert sum(by_sequence) == tokens
-    assert min(by_sequence) > 0.3 * tokens
-    assert by_head == [tokens, tokens]
+def test_tokens_are_divided_by_sequence_and_repeated_by_head(outcome: Outcome) -> None:
+    by_sequence, by_head = (
+        [value(outcome.metrics[name], "worker_tokens_appended", worker=a) for a in outcome.addresses]
+        for name in ("sequence", "one batch")
+    )
+    assert sum(by_sequence) == TOKENS
+    assert min(by_sequence) > 0.3 * TOKENS
+    assert by_head == [TOKENS, TOKENS]

@@ -5,9 +5,7 @@ Without worker processes: test_one_process.py; with two batches, and compiled: t
 
 from __future__ import annotations
 
-from typing import Any
-
-from in_turn import InTurn
+from in_turn import IN_PROCESS, InTurn, Tokens
 
 from vllm_lamina.compat.arguments import EXECUTOR
 
@@ -18,9 +16,9 @@ UNPATCHED = {
 }
 
 
-def test_with_worker_processes(in_turn: InTurn, stock: dict[str, Any]) -> None:
-    _, lamina, rest = in_turn(UNPATCHED, VLLM_ENABLE_V1_MULTIPROCESSING="1")
-    assert lamina["tokens"] == stock["tokens"]
+def test_with_worker_processes(in_turn: InTurn, stock: Tokens) -> None:
+    _, lamina, rest = in_turn(UNPATCHED, **IN_PROCESS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"})
+    assert lamina["tokens"] == stock
     assert lamina["attention_workers_meanwhile"] == 1
     assert lamina["attention_workers"] == 0
     assert "0 B on the model worker" in rest["log"]

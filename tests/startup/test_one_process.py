@@ -1,18 +1,11 @@
-"""Engines that follow each other in one process: Lamina is inert unless selected, and gives back what it took."""
+"""Engines that follow each other in one process: Lamina gives back what it took, and a stock engine has none of it."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from in_turn import IN_PROCESS, LAMINA, InTurn
+from in_turn import IN_PROCESS, LAMINA, InTurn, Tokens
 
 
-def test_inert_unless_selected(stock: dict[str, Any]) -> None:
-    assert stock["attention_workers_meanwhile"] == 0
-    assert stock["imported"] == []
-
-
-def test_a_failed_start_lamina_stock_and_lamina(in_turn: InTurn, stock: dict[str, Any]) -> None:
+def test_a_failed_start_lamina_stock_and_lamina(in_turn: InTurn, stock: Tokens) -> None:
     too_many_blocks = LAMINA | {"num_gpu_blocks_override": 100_000}
     # Two threads, so that a number that is not restored can be told from one that is.
     before, failed, lamina, between, again, _ = in_turn(
@@ -25,7 +18,7 @@ def test_a_failed_start_lamina_stock_and_lamina(in_turn: InTurn, stock: dict[str
     )
     assert "100000 KV blocks are asked for" in failed.pop("error")
     assert failed == before
-    assert lamina["tokens"] == between["tokens"] == again["tokens"] == stock["tokens"]
+    assert lamina["tokens"] == between["tokens"] == again["tokens"] == stock
     counts = [engine["attention_workers_meanwhile"] for engine in (lamina, between, again)]
     assert counts == [1, 0, 1]
     assert before["backend"].startswith("vllm.")

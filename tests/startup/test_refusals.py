@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from models import UNSUPPORTED, ModelZoo
-from programs import TINY_ENGINE, Finished, console, run
+from programs import TINY_ENGINE, console, run
 
 from vllm_lamina.compat.arguments import EXECUTOR
 from vllm_lamina.support import REFUSALS
@@ -33,6 +32,8 @@ class Case:
     arguments: dict[str, Any]
     message: str
     change: dict[str, Any] | None = None
+    patience: float | None = None
+    """See `configure.py`."""
 
 
 WITHOUT_LAMINA = {"executor": None, "lamina_memory": None}
@@ -50,9 +51,9 @@ def without_lamina(name: str) -> Case:
 MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
     "hybrid": without_lamina("hybrid models"),
-    "multimodal": without_lamina("multimodal inputs"),
     "head_size": without_lamina("head sizes other than"),
-    "mla": without_lamina("multi-head latent attention"),
+    "sparse": without_lamina("sparse attention by an indexer"),
+    "latent_size": without_lamina("latent rows .* of other sizes"),
     "encoder_only": without_lamina("pooling models"),
     "encoder_decoder": without_lamina("encoder-decoder models"),
 }
@@ -62,8 +63,20 @@ QUANTISED = "quantised_kv_cache"
 """The model called llama, whose checkpoint declares an FP8 KV cache."""
 KV_DTYPE = r"--dtype bfloat16 --kv-cache-dtype bfloat16, or both float16"
 
+
+def own_rule(**overrides: object) -> Case:
+    """The model called llama, as the checkpoint of another one."""
+    refused = feature("rules of attention that one model alone has", "without --executor lamina")
+    return Case({"hf_overrides": overrides}, refused, WITHOUT_LAMINA)
+
+
 # Features that arguments ask for.
 FEATURES = {
+    "chunks that look back": own_rule(
+        architectures=["Rnj1ForCausalLM"], layer_types=["chunked_attention"] * 3
+    ),
+    "ALiBi of square roots": own_rule(architectures=["Step1ForCausalLM"]),
+    "sink tokens": own_rule(param_sink_number=128),
     "fp8": Case(
         {"kv_cache_dtype": "fp8"},
         feature(r"quantised KV cache \(FP8", "remove --kv-cache-dtype"),
@@ -110,6 +123,11 @@ FEATURES = {
         feature("KV offloading", "remove --kv-offloading-size"),
         {"kv_offloading_size": None},
     ),
+    "encoders apart": Case(
+        {"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}},
+        feature("encoders apart from the decoder", "remove --ec-transfer-config, --ec-manager-config"),
+        {"ec_manager_config": None},
+    ),
     "pipeline": Case(
         {"pipeline_parallel_size": 2},
         feature("pipeline parallelism", "use --pipeline-parallel-size 1"),
@@ -124,6 +142,11 @@ FEATURES = {
         {"decode_context_parallel_size": 2},
         feature("context parallelism", "remove --decode-context-parallel-size"),
         {"decode_context_parallel_size": None},
+    ),
+    "fast prefill": Case(
+        {"kv_sharing_fast_prefill": True},
+        feature("prefill without the layers that share KV", "remove --kv-sharing-fast-prefill"),
+        {"kv_sharing_fast_prefill": None},
     ),
     "block size": Case(
         {"block_size": 16},
@@ -157,6 +180,7 @@ OPTIONS = {
     "unreachable": Case(
         {"lamina_workers": NOT_LISTENING, "lamina_memory": "auto"},
         f"no attention worker answered at {NOT_LISTENING} .*; start one with `vllm-lamina worker`",
+        patience=1.0,
     ),
     "memory of a worker": Case(
         {"lamina_workers": NOT_LISTENING},
@@ -242,9 +266,11 @@ CASES = MODELS | FEATURES | OPTIONS
 # Layers alone say them (tests/test_support.py), or a GPU does (test_h100.py).
 NOT_HERE = (
     "other attention options of the model",
-    "layers of several kinds on GPUs (sliding windows, chunked local attention, soft-capping, sinks, ALiBi, KV "
-    "sharing, layers of different shapes)",
+    "multi-head latent attention (MLA) on GPUs",
     "vLLM's V1 model runner on GPUs",
+    # Of multimodal models, see equality/test_multimodal.py.
+    "multimodal inputs on GPUs",
+    "a limit of prefill chunks for models whose images see their own tokens whole",
     "two batches in flight with tensor parallelism on GPUs",
 )
 
@@ -301,6 +327,8 @@ def outcomes(
     for name, case in CASES.items():
         engine = {"model": model_zoo(name)} if name in MODELS else llama
         cases[name] = arguments(engine, LAMINA, case.arguments)
+        if case.patience is not None:
+            cases[name]["patience"] = case.patience
         if case.change is not None:
             cases[changed(name)] = arguments(engine, LAMINA, case.arguments, case.change)
     return configure(
@@ -378,24 +406,9 @@ def test_flag(outcomes: Outcomes, name: str) -> None:
     assert re.search(FLAGS[name][1], outcomes[name]["message"])
 
 
-@pytest.fixture
-def something_else() -> Iterator[str]:
-    """The address of a program that listens and is not an attention worker."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        yield f"127.0.0.1:{listener.getsockname()[1]}"
-
-
-def test_the_reason_is_the_last_line_of_the_server(
-    model_zoo: ModelZoo, something_else: str, tmp_path: Path
-) -> None:
-    def serve(name: str, *flags: str) -> Finished:
-        command = console("vllm", "serve", model_zoo(name), *TINY_ENGINE, "--executor", "lamina", *flags)
-        return run(command, tmp_path / f"{name}.log")
-
-    ended = serve("head_size")
+def test_the_reason_is_the_last_line_of_the_server(model_zoo: ModelZoo, log: Path) -> None:
+    """The same of one that asked an attention worker before: hosts/test_hosts_failures.py."""
+    command = console("vllm", "serve", model_zoo("head_size"), *TINY_ENGINE, "--executor", "lamina")
+    ended = run(command, log)
     assert ended.status != 0
     assert "Lamina does not support head sizes other than" in ended.last_line
-
-    ended = serve("llama", "--lamina-workers", something_else)
-    assert ended.status != 0
-    assert f"no attention worker answered at {something_else}" in ended.last_line

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_turn import IN_PROCESS, InTurn
+from in_turn import IN_PROCESS, InTurn, Tokens
 from programs import console, running, tail, wait_for
 
 
@@ -28,14 +28,14 @@ def free_address() -> str:
 
 
 @pytest.mark.slow
-def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any], log: Path) -> None:
+def test_two_engines_one_after_the_other(in_turn: InTurn, stock: Tokens, log: Path) -> None:
     address = free_address()
     engine = {"executor": "lamina", "lamina_workers": address}
     command = console("vllm-lamina", "worker", "--listen", address, "--memory", "256MiB")
     with running(command, log) as worker:
         assert wait_for(lambda: stats(address), 60.0), tail(log)
         _, first, second, _ = in_turn(engine, engine, **IN_PROCESS)
-        assert first["tokens"] == second["tokens"] == stock["tokens"]
+        assert first["tokens"] == second["tokens"] == stock
         for found in (first, second):
             assert found["attention_workers_meanwhile"] == 0
             [[counters]] = found["stats"]
@@ -47,7 +47,7 @@ def test_two_engines_one_after_the_other(in_turn: InTurn, stock: dict[str, Any],
 
 
 @pytest.mark.slow
-def test_engines_on_two_workers(in_turn: InTurn, stock: dict[str, Any], tmp_path: Path) -> None:
+def test_engines_on_two_workers(in_turn: InTurn, stock: Tokens, tmp_path: Path) -> None:
     """One engine lets the workers hold half of the heads each, the next one half of the blocks."""
     with ExitStack() as stack:
         addresses = [free_address(), free_address()]
@@ -58,7 +58,7 @@ def test_engines_on_two_workers(in_turn: InTurn, stock: dict[str, Any], tmp_path
             assert wait_for(lambda address=address: stats(address), 60.0), tail(log)
         engine = {"executor": "lamina", "lamina_workers": ",".join(addresses)}
         _, head, sequence, _ = in_turn(engine, engine | {"lamina_partition": "sequence"}, **IN_PROCESS)
-        assert head["tokens"] == sequence["tokens"] == stock["tokens"]
+        assert head["tokens"] == sequence["tokens"] == stock
         for log in logs:
             connected = [line for line in log.read_text().splitlines() if "engine connected" in line]
             assert len(connected) == 2, tail(log)

@@ -63,7 +63,7 @@ def softmax_attention(
 
 def client_of_one(connection: AttentionWorkerConnection, geometry: Geometry) -> AttentionClient:
     """A client of one worker, which is configured and holds everything."""
-    partition = Partition.by_heads(geometry.to_native(), [[cache.num_kv_heads for cache in geometry.caches]])
+    partition = Partition.by_heads(geometry.to_native(), [list(geometry.divisible_heads)])
     return AttentionClient([connection.channel], partition)
 
 
@@ -99,10 +99,9 @@ class Engine:
             cache = geometry.caches[layer.cache]
             shape = (num_blocks * cache.block_size, cache.num_kv_heads)
             if layer.stores:
-                places[layer.group, layer.position] = (
-                    np.zeros((*shape, cache.head_size)),
-                    np.zeros((*shape, cache.head_size_v)),
-                )
+                k = np.zeros((*shape, cache.head_size))
+                v = k[..., : cache.head_size_v] if cache.latent else np.zeros((*shape, cache.head_size_v))
+                places[layer.group, layer.position] = k, v
         self.k = [places[layer.group, layer.position][0] for layer in geometry.layers]
         self.v = [places[layer.group, layer.position][1] for layer in geometry.layers]
         self.rng = np.random.default_rng(seed)
@@ -163,16 +162,18 @@ class Engine:
         rows = [q]
         if spec.stores:
             k = self.random(self.num_tokens, cache.num_kv_heads, cache.head_size, padding)
-            v = self.random(self.num_tokens, cache.num_kv_heads, cache.head_size_v, padding)
             slots = self.slot_mappings[spec.group]
             stored = slots >= 0
             self.k[layer][slots[stored]] = self.heads(k, cache.head_size)[stored]
-            self.v[layer][slots[stored]] = self.heads(v, cache.head_size_v)[stored]
-            rows += [k, v]
+            rows.append(k)
+            if not cache.latent:
+                v = self.random(self.num_tokens, cache.num_kv_heads, cache.head_size_v, padding)
+                self.v[layer][slots[stored]] = self.heads(v, cache.head_size_v)[stored]
+                rows.append(v)
         self.send(layer, rows)
 
     def send(self, layer: int, rows: list[NDArray[np.generic]]) -> None:
-        """Post rows of q, k and v, or of q alone."""
+        """Post rows of q, k and v, or the first of these."""
         numbers = [number for array in rows for number in (array.ctypes.data, array.strides[0])]
         self.client.post(self.lane, layer, *numbers, *[0] * (6 - len(numbers)))
 

@@ -83,8 +83,8 @@ class HeldStreams:
     def pack(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         q_tokens: torch.Tensor,
         kv_tokens: torch.Tensor,
         descriptor: torch.Tensor,
@@ -97,8 +97,8 @@ class HeldStreams:
             (key, kv, heads.first_kv, heads.num_kv, step.k_offset),
             (value, kv, heads.first_kv, heads.num_kv, step.v_offset),
         ):
-            part = rows[tokens, first : first + count]
-            if part.numel():
+            if rows is not None and len(tokens):
+                part = rows[tokens, first : first + count]
                 self._at(step.payload + offset, part.shape).copy_(part)
 
     def take(
@@ -110,8 +110,10 @@ class HeldStreams:
         replies: torch.Tensor,
         local: torch.Tensor | None = None,
         local_lse: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         size = output.shape[2]
+        wants_sink = torch.zeros(output.shape[:2], dtype=torch.bool)
         parts, lses = [torch.zeros_like(output)], [torch.full(output.shape[:2], -torch.inf)]
         if local is not None and local_lse is not None:
             is_local = local != 0
@@ -131,6 +133,12 @@ class HeldStreams:
             lses.append(torch.full(output.shape[:2], -torch.inf))
             parts[-1][tokens, heads] = self._at(address, (step.num_q, count, size))[chosen]
             lses[-1][tokens, heads] = lse[chosen]
+            wants_sink[tokens[chosen >= alone], heads] = True
+        if sinks is not None:
+            if local is not None:
+                wants_sink[local != 0] = False
+            parts.append(torch.zeros_like(output))
+            lses.append(torch.where(wants_sink, sinks, -torch.inf))
         weights = torch.softmax(torch.stack(lses), 0).nan_to_num(0.0)[..., None]
         output.copy_((weights * torch.stack(parts)).sum(0))
 

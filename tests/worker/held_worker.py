@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import struct
 from collections import deque
 
-from wire_frames import ATTEND, HEADER, STEP, header
+from wire_frames import ATTEND, HEADER, STEP, header, requests_of
 from worker_processes import DEADLINE
 
 from vllm_lamina._native import AttentionWorker, ChannelTimeout, ShmChannel, ShmEnd, create_shm_memory
@@ -22,8 +21,9 @@ class HeldWorker:
         self._worker_end, served = _channel(ring_bytes)
         self._replies: deque[bytes] = deque()
         self._has_left = False
-        self._answers: dict[int, bool] = {}
-        """By lane: whether it answers the layers of the step."""
+        self._groups = [layer.group for layer in share.geometry.layers]
+        self._requests: dict[int, list[int]] = {}
+        """By lane, in the step: how many requests it attends in each group of layers."""
         self._native = AttentionWorker(share.geometry.to_native(), share.num_blocks, 1, [], 0)
         self._native.serve(served)
 
@@ -38,9 +38,8 @@ class HeldWorker:
         self._worker_end.send(frame, DEADLINE)
         fields = header(frame)
         if fields["type"] == STEP:
-            num_requests = struct.unpack_from("<I", frame, HEADER.size + 8)[0]  # of the only group
-            self._answers[fields["lane"]] = num_requests > 0
-        elif fields["type"] == ATTEND and self._answers[fields["lane"]]:
+            self._requests[fields["lane"]] = requests_of(frame[HEADER.size :])
+        elif fields["type"] == ATTEND and self._requests[fields["lane"]][self._groups[fields["layer"]]]:
             self._replies.append(self._worker_end.receive(DEADLINE))
         return True
 

@@ -11,8 +11,9 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,46 +26,71 @@ from vllm_lamina._native import AttentionClient, ChannelTimeout
 from vllm_lamina.attention_backend.step import PlannedRequest, Step, StepPlan
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers, memory_bytes
 from vllm_lamina.device.base import Chunks
-from vllm_lamina.kv_cache.geometry import Geometry
+from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.kv_cache.partition import Partition, Pool, Share
 
-BLOCK_SIZE = 32
-NUM_LAYERS = 4
-"""Twice as many as a lane has places for frames."""
-NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, SCALE = 4, 2, 32, 0.2
-GEOMETRY = Geometry.uniform(
-    NUM_LAYERS, BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE, "float32", (SCALE,) * NUM_LAYERS
+PREFIX = 32
+"""Tokens that requests may have in common; they have twice as many at most."""
+NUM_BLOCKS = 200
+PLAIN = Geometry.uniform(4, 32, 4, 2, 32, "float32", (0.2,) * 4)
+"""Twice as many layers as a lane has places for frames."""
+SINKS, SLOPES = (0.5, -1.0, 1.5, 0.0), (0.5, 0.25, 0.125, 0.0625)
+LAYERED = Geometry(
+    (CacheSpec(32, 2, 32, 32, "float32"), CacheSpec(16, 2, 48, 32, "float32")),
+    (
+        LayerSpec(0, 0, 0, 4, 0.2, sinks=SINKS),
+        LayerSpec(1, 1, 0, 4, 0.2, window=20, sinks=SINKS),
+        LayerSpec(0, 2, 0, 4, 0.2, chunk=32),
+        LayerSpec(1, 1, 1, 8, 0.2, window=9, soft_cap=3.0),
+        LayerSpec(0, 0, 0, 4, 0.3, stores=False),
+        LayerSpec(1, 1, 0, 4, 0.2, window=20, stores=False, alibi_slopes=SLOPES),
+    ),
 )
-NUM_BLOCKS = 60
+"""Groups in which a chunk sees more or less of its context, layers of several shapes, and some that share KV."""
 MAX_TOKENS = 128
 NUM_STEPS = 8
 TOLERANCE = 1e-4
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, context: int
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerSpec, position: int, context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Causal; q follows ``context`` tokens of k and v. The output, and the LSE [rows, heads]."""
+    """By the layer's rule; the first of k and v is at ``position``, and q follows ``context`` of them.
+
+    The output, and the LSE [rows, heads].
+    """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    scores = torch.einsum("qhd,khd->qhk", q, k) * SCALE
-    later = torch.arange(len(k)) > context + torch.arange(len(q))[:, None]
-    scores = scores.masked_fill(later[:, None], -torch.inf)
-    return torch.einsum("qhk,khd->qhd", scores.softmax(2), v), scores.logsumexp(2)
+    scores = torch.einsum("qhd,khd->qhk", q, k) * layer.scale
+    if layer.soft_cap:
+        scores = layer.soft_cap * torch.tanh(scores / layer.soft_cap)
+    keys, rows = position + torch.arange(len(k)), position + context + torch.arange(len(q))[:, None]
+    if layer.alibi_slopes:
+        scores += torch.tensor(layer.alibi_slopes)[:, None] * (keys - rows)[:, None]
+    is_seen = keys <= rows
+    if layer.window:
+        is_seen &= keys > rows - layer.window
+    if layer.chunk:
+        is_seen &= keys >= rows // layer.chunk * layer.chunk
+    scores = scores.masked_fill(~is_seen[:, None], -torch.inf)
+    lse = scores.logsumexp(2)
+    if layer.sinks:
+        lse = torch.logaddexp(lse, torch.tensor(layer.sinks))
+    return torch.einsum("qhk,khd->qhd", (scores - lse[..., None]).exp(), v), lse
 
 
 def attend_locally(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks
+    layer: LayerSpec, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunks: Chunks
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `LocalAttention`."""
-    parts = [
-        attention(*chunk, 0) for chunk in zip(*(x.split(chunks.lengths) for x in (q, k, v)), strict=True)
-    ]
+    rows = zip(*(x.split(chunks.lengths) for x in (q, k, v)), chunks.positions.tolist(), strict=True)
+    parts = [attention(*chunk, layer, position, 0) for *chunk, position in rows]
     return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
 
 
 @dataclass
 class Request:
-    blocks: list[int]
+    blocks: list[list[int]]
+    """By group of layers."""
     context: int = 0
     in_flight: bool = False
 
@@ -75,7 +101,7 @@ class StepInFlight:
 
     step: Step
     requests: list[Request]
-    layers: list[tuple[torch.Tensor, ...]]
+    layers: list[tuple[Any, ...]]
     num_enqueued: int = 0
     is_finished: bool = False
     is_ended: bool = False
@@ -96,8 +122,9 @@ class SeededRun:
 
     seed: int
     kind: str = "head"
-    shares: tuple[int, ...] = (NUM_KV_HEADS,)
+    shares: tuple[int, ...] = (2,)
     """By head KV heads of each worker, otherwise blocks."""
+    geometry: Geometry = PLAIN
     lost: bool = False
     fault: Fault = field(default_factory=Fault)
     order: list[str] = field(default_factory=list)
@@ -109,8 +136,9 @@ class SeededRun:
     def _open(self) -> Iterator[Self]:
         by_head = self.kind == "head"
         firsts = accumulate(self.shares, initial=0)
+        caches = len(self.geometry.caches)
         geometries = [
-            GEOMETRY.with_kv_heads([first], [n]) if by_head else GEOMETRY
+            self.geometry.with_heads([first] * caches, [n] * caches) if by_head else self.geometry
             for first, n in zip(firsts, self.shares, strict=False)
         ]
         blocks = [NUM_BLOCKS if by_head else n for n in self.shares]
@@ -118,7 +146,7 @@ class SeededRun:
             Share(Pool("", 0), geometry, geometry.block_bytes(), n)
             for geometry, n in zip(geometries, blocks, strict=True)
         )
-        self._partition = Partition(self.kind, "", GEOMETRY, shares)
+        self._partition = Partition(self.kind, "", self.geometry, shares)
         self._random = random.Random(self.seed)
         self._numbers = torch.Generator().manual_seed(self.seed)
         self._workers = [self._start_worker(index) for index in range(len(shares))]
@@ -145,16 +173,23 @@ class SeededRun:
 
     def _start_worker(self, index: int) -> HeldWorker:
         share = self._partition.shares[index]
-        ring = share.geometry.ring_bytes(MAX_TOKENS, MAX_TOKENS, 2 * BLOCK_SIZE)
+        ring = share.geometry.ring_bytes(MAX_TOKENS, MAX_TOKENS, 2 * PREFIX)
         return HeldWorker(share, ring + memory_bytes(share.geometry, self.num_lanes, MAX_TOKENS))
 
     def _forget(self) -> None:
         """No KV is there, and no request has come yet."""
-        shape = (NUM_LAYERS, NUM_BLOCKS * BLOCK_SIZE, NUM_KV_HEADS, HEAD_SIZE)
-        self._k, self._v = torch.full(shape, torch.nan), torch.full(shape, torch.nan)
+        self._kv: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        """By group and position, k and v of all slots."""
+        for layer in self.geometry.layers:
+            cache = self.geometry.caches[layer.cache]
+            shape = (NUM_BLOCKS * cache.block_size, cache.num_kv_heads)
+            self._kv[layer.group, layer.position] = (
+                torch.full((*shape, cache.head_size), torch.nan),
+                torch.full((*shape, cache.head_size_v), torch.nan),
+            )
         self._free_blocks = self._random.sample(range(NUM_BLOCKS), NUM_BLOCKS)
         self._requests: list[Request] = []
-        self._prefixes: list[int] = []
+        self._prefixes: list[list[list[int]]] = []
         self._num_to_come = NUM_STEPS
         self._has_failed = False
 
@@ -209,7 +244,7 @@ class SeededRun:
         now, stream = self._lanes[lane], self._streams.streams[lane]
         if now is None:
             return False
-        if now.num_enqueued < NUM_LAYERS:
+        if now.num_enqueued < self.geometry.num_layers:
             # PyTorch's operators of a chunk run on the host, after all that was enqueued.
             if now.num_enqueued and now.step.has_chunks and not stream.is_done:
                 return False
@@ -218,8 +253,10 @@ class SeededRun:
                     self._layers.announce(lane)
                 self._layers.begin(lane)
                 self._layers.prepare(lane, now.step)
-            q, k, v, out, _ = now.layers[now.num_enqueued]
-            self._layers.attend(lane, now.step, now.num_enqueued, q, k, v, out, attend_locally)
+            layer = now.num_enqueued
+            q, k, v, out, _ = now.layers[layer]
+            attends = partial(attend_locally, self.geometry.layers[layer])
+            self._layers.attend(lane, now.step, layer, q, k, v, out, attends)
             now.num_enqueued += 1
         elif not now.is_finished:
             try:
@@ -278,17 +315,13 @@ class SeededRun:
             idle = [
                 request
                 for request in self._requests
-                if not request.in_flight and request.context < 2 * BLOCK_SIZE
+                if not request.in_flight and request.context < 2 * PREFIX
             ]
             if kind == "prompt" or not self._prefixes:
-                request, query = (
-                    Request([self._free_blocks.pop(), self._free_blocks.pop()]),
-                    self._random.choice([32, 40]),
-                )
-                self._prefixes.append(request.blocks[0])
+                self._prefixes.append(self._blocks())
+                request, query = self._request(self._prefixes[-1]), self._random.choice([32, 40])
             elif kind == "hit" or not idle:
-                prefix = self._random.choice(self._prefixes[-2:])
-                request = Request([prefix, self._free_blocks.pop()], context=BLOCK_SIZE)
+                request = self._request(self._random.choice(self._prefixes[-2:]), context=PREFIX)
                 query = self._random.choice([1, 1, 1, 5])
             else:
                 request, query = self._random.choice(idle), 1
@@ -298,31 +331,50 @@ class SeededRun:
             parts.append((request, query))
         parts.sort(key=lambda part: not (part[1] == 1 and part[0].context))  # decodes first
         planned = {
-            f"{i}": PlannedRequest(request.context, query, (np.array(request.blocks, np.int32),))
+            f"{i}": PlannedRequest(
+                request.context, query, tuple(np.array(blocks, np.int32) for blocks in request.blocks)
+            )
             for i, (request, query) in enumerate(parts)
         }
-        step = Step(StepPlan(planned, lambda: tuple(planned)), GEOMETRY)
-        layers = [self._layer(layer, step, parts) for layer in range(NUM_LAYERS)]
+        step = Step(StepPlan(planned, lambda: tuple(planned)), self.geometry)
+        layers = [self._layer(layer, step, parts) for layer in self.geometry.layers]
         for request, query in parts:
             request.context += query
         return StepInFlight(step, [request for request, _ in parts], layers)
 
-    def _layer(self, layer: int, step: Step, parts: list[tuple[Request, int]]) -> tuple[torch.Tensor, ...]:
+    def _blocks(self) -> list[list[int]]:
+        """By group, for as many tokens as a prefix has."""
+        return [
+            [self._free_blocks.pop() for _ in range(PREFIX // group.block_size)]
+            for group in self.geometry.groups
+        ]
+
+    def _request(self, prefix: list[list[int]], context: int = 0) -> Request:
+        blocks = [first + rest for first, rest in zip(prefix, self._blocks(), strict=True)]
+        return Request(blocks, context)
+
+    def _layer(self, layer: LayerSpec, step: Step, parts: list[tuple[Request, int]]) -> tuple[Any, ...]:
+        cache, size = self.geometry.caches[layer.cache], self.geometry.block_size(layer.group)
         q, k, v = (
-            torch.randn(step.num_tokens, heads, HEAD_SIZE, generator=self._numbers)
-            for heads in (NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS)
+            torch.randn(step.num_tokens, heads, head_size, generator=self._numbers)
+            for heads, head_size in (
+                (layer.num_heads, cache.head_size),
+                (cache.num_kv_heads, cache.head_size),
+                (cache.num_kv_heads, cache.head_size_v),
+            )
         )
-        slots = torch.from_numpy(step.groups[0].slot_mapping)
-        self._k[layer, slots], self._v[layer, slots] = k, v
+        kept = self._kv[layer.group, layer.position]
+        if layer.stores:
+            slots = torch.from_numpy(step.groups[layer.group].slot_mapping)
+            kept[0][slots], kept[1][slots] = k, v
         expected = []
         for rows, (request, query) in zip(q.split([query for _, query in parts]), parts, strict=True):
             positions = torch.arange(request.context + query)
-            its_slots = (
-                torch.tensor(request.blocks)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-            )
-            kv = (self._k[layer, its_slots], self._v[layer, its_slots])
-            expected.append(attention(rows, *kv, request.context)[0])
-        return q, k, v, torch.full_like(q, torch.nan), torch.cat(expected)
+            blocks = torch.tensor(request.blocks[layer.group])
+            slots = blocks[positions // size] * size + positions % size
+            expected.append(attention(rows, kept[0][slots], kept[1][slots], layer, 0, request.context)[0])
+        out = torch.full((step.num_tokens, layer.num_heads, cache.head_size_v), torch.nan)
+        return q, *((k, v) if layer.stores else (None, None)), out, torch.cat(expected)
 
     def _check(self, now: StepInFlight) -> None:
         for layer, (_, _, _, out, expected) in enumerate(now.layers):

@@ -62,7 +62,7 @@ class StreamedEngine(Engine):
             for part in rows
         ]
         if layer == 0:
-            self.parts = [self.exchange.part(self.lane, w) for w in range(len(self.shares))]
+            self.parts = [self.exchange.part(self.lane, w, 0) for w in range(len(self.shares))]
         parts = self.parts
 
         def pack() -> None:

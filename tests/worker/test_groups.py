@@ -12,7 +12,7 @@ from engine import Engine, Request
 from random_steps import Workload, ranges
 from worker_processes import DEADLINE
 
-from vllm_lamina._native import AttentionClient, Partition, StreamedExchange
+from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.transport.connection import AttentionWorkerConnection
@@ -76,6 +76,11 @@ GEOMETRIES = {
             LayerSpec(1, 1, 1, 6, 0.2, window=17),
         ),
     ),
+    # As DeepSeek's models: of a token one latent row is kept, whose front are the values. And a layer with a window.
+    "latent": Geometry(
+        (CacheSpec(32, 1, 96, 64, "float32", latent=True),),
+        (LayerSpec(0, 0, 0, 5, 0.1), LayerSpec(0, 1, 0, 5, 0.1, window=40), LayerSpec(0, 0, 1, 5, 0.1)),
+    ),
 }
 
 
@@ -94,7 +99,7 @@ def client_of(
     workers: list[EmbeddedAttentionWorker], geometry: Geometry, kind: str, num_workers: int
 ) -> Iterator[tuple[AttentionClient, list[AttentionWorkerConnection], list[range]]]:
     """A client, its connections, and the ranges of block ids that lie on one worker."""
-    caches = [cache.num_kv_heads for cache in geometry.caches]
+    caches = geometry.divisible_heads
     by_heads = [
         [heads // num_workers + (w < heads % num_workers) for heads in caches] for w in range(num_workers)
     ]
@@ -105,7 +110,7 @@ def client_of(
             part = geometry
             if kind == "heads":
                 first = [sum(shares) for shares in zip(*by_heads[:w], strict=True)] or [0] * len(caches)
-                part = geometry.with_kv_heads(first, by_heads[w])
+                part = geometry.with_heads(first, by_heads[w])
             connections.append(stack.enter_context(AttentionWorkerConnection.connect(workers[w].address)))
             connections[-1].configure(
                 part,
@@ -172,11 +177,3 @@ def test_a_worker_gets_frames_only_of_layers_that_it_has_a_part_in(
         assert [connection.stats().messages for connection in connections] == [2, 2]
         engine.step(1, [Request(40, 1, [100, 101], [[1, 2]])])
         assert [connection.stats().messages for connection in connections] == [5, 5]
-
-
-def test_streams_take_models_whose_layers_are_alike(workers: list[EmbeddedAttentionWorker]) -> None:
-    with (
-        client_of(workers, GEOMETRIES["chunks"], "heads", 1) as (client, _, _),
-        pytest.raises(ValueError, match="layers are all alike"),
-    ):
-        StreamedExchange(client, 1, 8, 0)

@@ -180,6 +180,9 @@ def test_partitions_are_checked(connect: Connect) -> None:
         Partition.by_heads(native, [[2], [1]])
     with pytest.raises(ValueError, match="at least one KV head"):
         Partition.by_heads(native, [[4], [0]])
+    latent = Geometry.uniform(1, 32, 6, 1, 96, "float32", (0.1,), latent_size=64).to_native()
+    with pytest.raises(ValueError, match="query heads do not add up to the model's 6"):
+        Partition.by_heads(latent, [[1]])
     with pytest.raises(ValueError, match="at least one KV block"):
         Partition.by_blocks(native, [])
     _, connections = connect("blocks", [10, 10])

@@ -43,7 +43,7 @@ class Setup:
         seed: int | None = None,
     ) -> list[StreamedEngine]:
         """A lane each, whose streams dawdle at random if there is a seed."""
-        self.shares = [GEOMETRY.with_kv_heads([0], [n]) if kind == "heads" else GEOMETRY for n in shares]
+        self.shares = [GEOMETRY.with_heads([0], [n]) if kind == "heads" else GEOMETRY for n in shares]
         blocks = [NUM_BLOCKS] * len(shares) if kind == "heads" else shares
         self.connections = [
             self.connect(worker, share, n, transport, num_lanes)

@@ -65,6 +65,17 @@ def step_section(
     return pad(section, 8) + struct.pack(f"<{len(slots)}q", *slots)
 
 
+def requests_of(payload: bytes) -> list[int]:
+    """Of a STEP's payload: how many requests attend in each group."""
+    counts, at = [], 8
+    for _ in range(struct.unpack_from("<Q", payload)[0]):
+        requests, _, tokens, blocks, has_positions, _ = struct.unpack_from("<6I", payload, at)
+        numbers = 2 * requests + blocks + has_positions * (requests + blocks)
+        at += 24 + 8 * (-(-numbers // 2) + tokens)
+        counts.append(requests)
+    return counts
+
+
 def attend_payload(
     geometry: Geometry, num_q_rows: int, num_tokens: int, fill: bytes = b"\0", layer: int = 0
 ) -> bytes:

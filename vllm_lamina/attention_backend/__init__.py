@@ -2,5 +2,6 @@
 
 from vllm_lamina.attention_backend.backend import LaminaAttentionBackend
 from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.latent import LaminaLatentBackend
 
-__all__ = ["Exchange", "LaminaAttentionBackend"]
+__all__ = ["Exchange", "LaminaAttentionBackend", "LaminaLatentBackend"]

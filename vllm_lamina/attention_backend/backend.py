@@ -54,6 +54,19 @@ class LaminaAttentionBackend(AttentionBackend):
         return bool(capability.major >= 8)
 
     @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_mm_prefix(cls) -> bool:
+        # Spans that see each other whole, see `spans`.
+        return True
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False
 

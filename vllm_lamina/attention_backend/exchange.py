@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
@@ -66,13 +66,40 @@ class Layers(Protocol):
             The layer's attention within prefill chunks.
         """
 
+    def attend_latent(
+        self,
+        lane: int,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        output: torch.Tensor,
+        attend_chunks: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        project: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        """The same for a layer with a latent cache.
+
+        Parameters
+        ----------
+        query
+            [step.num_tokens, num_heads, head_size], absorbed; read in `Step.rows_of_workers` alone.
+        key
+            [step.num_tokens, 1, head_size], of which the front are the values.
+        output
+            [step.num_tokens, num_heads, the model's size of a value], written in place.
+        attend_chunks
+            The layer's attention within all prefill chunks: output and LSE, as of a `LocalAttention`.
+        project
+            What becomes of the attention workers' output, [rows, num_heads, head_size_v], before it is merged.
+        """
+
     def capture(
         self,
         lane: int,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         """Attend one layer of whichever step of decodes is prepared when it runs: it may be captured in a graph.

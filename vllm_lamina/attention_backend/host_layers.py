@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -49,8 +50,8 @@ class HostLayers:
         lane: int,
         layer: int,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
         raise LaminaError("The host is in the middle of a step, which no graph can capture.")
@@ -81,46 +82,83 @@ class HostLayers:
         output: torch.Tensor,
         attend_locally: LocalAttention,
     ) -> None:
-        step.send_once(self._client, lane, self._timeout)
-        q = _with_contiguous_rows(query)
-        # Of a layer that stores nothing they are not read.
-        k, v = (q if rows is None else _with_contiguous_rows(rows) for rows in (key, value))
-        call = _LayerCall(self._client, self._timeout, lane, layer, q, k, v, output)
-        try:
-            if step.has_chunks:
-                self._attend_chunks(call, step, layer, query, key, value, output, attend_locally)
-            else:
-                call.attend()
-        except ChannelError as error:
-            self._fail_step(lane, error)
-            output.zero_()
+        def attend_chunks() -> tuple[torch.Tensor, torch.Tensor]:
+            k, v = step.keep(layer, key, value)
+            return attend_locally(query[step.first_chunk_token :], k, v, step.chunks)
 
-    def _attend_chunks(
+        self._attend(lane, step, layer, query, key, value, output, output, attend_chunks, None)
+
+    def attend_latent(
         self,
-        call: _LayerCall,
+        lane: int,
+        step: Step,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        output: torch.Tensor,
+        attend_chunks: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        project: Callable[[torch.Tensor], torch.Tensor],
+    ) -> None:
+        size = step.geometry.caches[step.geometry.layers[layer].cache].head_size_v
+        decoded = query.new_empty(step.num_decodes, query.shape[1], size)
+        self._attend(lane, step, layer, query, key, None, decoded, output, attend_chunks, project)
+
+    def _attend(
+        self,
+        lane: int,
         step: Step,
         layer: int,
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
+        decoded: torch.Tensor,
         output: torch.Tensor,
-        attend_locally: LocalAttention,
+        attend_chunks: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        project: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        """The attention workers write to the rows of the decodes in ``decoded``."""
+        step.send_once(self._client, lane, self._timeout)
+        q = _with_contiguous_rows(query)
+        # What a layer does not store is not read.
+        k, v = (q if rows is None else _with_contiguous_rows(rows) for rows in (key, value))
+        call = _LayerCall(self._client, self._timeout, lane, layer, q, k, v, decoded)
+        try:
+            if step.has_chunks:
+                self._attend_with_chunks(call, step, layer, decoded, output, attend_chunks, project)
+            else:
+                call.attend()
+        except ChannelError as error:
+            self._fail_step(lane, error)
+            output.zero_()
+            return
+        if project is not None:
+            output[: step.num_decodes] = project(decoded)
+
+    @staticmethod
+    def _attend_with_chunks(
+        call: _LayerCall,
+        step: Step,
+        layer: int,
+        decoded: torch.Tensor,
+        output: torch.Tensor,
+        attend_chunks: Callable[[], tuple[torch.Tensor, torch.Tensor]],
+        project: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         """While the attention worker stores k, v and attends over the context, chunks attend among themselves here."""
         call.post()
-        prefill = slice(step.first_chunk_token, step.num_tokens)
-        k, v = step.keep(layer, key, value)
-        local_out, local_lse = attend_locally(query[prefill], k, v, step.chunks)
+        local_out, local_lse = attend_chunks()
         group = step.group_of(layer)
-        context_out = output.new_empty(group.num_context_rows, *output.shape[1:])
+        context_out = decoded.new_empty(group.num_context_rows, *decoded.shape[1:])
         context_lse = torch.empty(context_out.shape[:2], dtype=torch.float32)
         call.collect(context_out, context_lse)
+        if project is not None:
+            context_out = project(context_out)
         for start, context_start, count in group.context_rows:
             rows, context = slice(start, start + count), slice(context_start, context_start + count)
             local_out[rows] = merge_by_lse(
                 local_out[rows], local_lse[rows], context_out[context], context_lse[context]
             )
-        output[prefill] = local_out
+        output[step.first_chunk_token :] = local_out
 
     def _fail_step(self, lane: int, error: ChannelError) -> None:
         """An attention worker was lost; raises ``error`` where none is."""

@@ -9,12 +9,16 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionTy
 
 from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
+from vllm_lamina.attention_backend.spans import with_spans
 from vllm_lamina.device.base import LayerShape
 from vllm_lamina.support import LayerOptions, check_layer
 
+NO_LOOKBACK = ("chunk_lookback", -1)
+"""An option of a model that knows chunks which look back, of its layers without chunks."""
+
 
 class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
-    """Causal attention of a decoder layer.
+    """Causal attention of a decoder layer, but for spans of multimodal inputs that see each other whole.
 
     Attributes
     ----------
@@ -42,23 +46,17 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        device = Exchange.current().device
-        check_layer(
-            LayerOptions(
-                device_type=device.device_type,
-                num_heads=num_heads,
-                num_kv_heads=self.num_kv_heads,
-                head_size=head_size,
-                attn_type=attn_type,
-                alibi_slopes=alibi_slopes,
-                sliding_window=sliding_window,
-                logits_soft_cap=logits_soft_cap,
-                kv_sharing_target_layer_name=kv_sharing_target_layer_name,
-                sinks=sinks,
-                kv_cache_dtype=kv_cache_dtype,
-                other=tuple(name for name, value in other.items() if value is not None),
-            )
+        self._options = LayerOptions(
+            num_heads=num_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_size=head_size,
+            attn_type=attn_type,
+            kv_cache_dtype=kv_cache_dtype,
+            other=tuple(
+                name for name, value in other.items() if value is not None and (name, value) != NO_LOOKBACK
+            ),
         )
+        check_layer(self._options)
         self.shape = LayerShape(
             num_heads,
             self.num_kv_heads,
@@ -71,10 +69,17 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
             sinks=sinks,
             alibi_slopes=None if alibi_slopes is None else torch.tensor(alibi_slopes, dtype=torch.float32),
         )
-        self.attend_locally = device.local_attention(self.shape)
+        self.attend_locally = Exchange.current().device.local_attention(self.shape)
 
     def complete(self, head_size_v: int, chunk: int) -> None:
-        """What vLLM tells the layer and not its implementation, see `LayerShape`. Under vLLM's configuration."""
+        """What vLLM tells the layer and not its implementation, see `LayerShape`. Under vLLM's configuration.
+
+        Raises
+        ------
+        UnsupportedError
+            Values of such a size are not supported.
+        """
+        check_layer(replace(self._options, head_size=head_size_v))
         self.shape = replace(self.shape, head_size_v=head_size_v, chunk=chunk)
         self.attend_locally = Exchange.current().device.local_attention(self.shape)
 
@@ -116,6 +121,9 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         if step is None:
             layers.capture(lane, index, query, key, value, output)
             return output
+        attend_locally, spans = self.attend_locally, attn_metadata.mm_prefix_range
+        if spans:
+            attend_locally = with_spans(attend_locally, spans, self.shape)
         rows = slice(step.num_tokens)
         layers.attend(
             lane,
@@ -125,6 +133,6 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
             key[rows] if key is not None else None,
             value[rows] if value is not None else None,
             output[rows],
-            self.attend_locally,
+            attend_locally,
         )
         return output

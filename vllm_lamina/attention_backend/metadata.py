@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from vllm_lamina.attention_backend.exchange import Exchange
+from vllm_lamina.attention_backend.spans import Spans
 from vllm_lamina.attention_backend.step import Step
 from vllm_lamina.compat.attention import check_metadata
 
@@ -17,17 +18,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
-@dataclass(frozen=True)
+@dataclass
 class LaminaMetadata:
     """One step of one lane; ``step`` is None where vLLM profiles, warms up or captures, and nothing is attended.
 
-    ``captures`` says that the layers are captured whole.
+    ``captures`` says that the layers are captured whole. ``mm_prefix_range`` are the step's `Spans`; a model that has
+    them in some of its layers only sets it to None for the others, by this name.
     """
 
     exchange: Exchange
     lane: int
     step: Step | None
     captures: bool = False
+    mm_prefix_range: Spans | None = None
 
 
 class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
@@ -56,7 +59,10 @@ class LaminaMetadataBuilder(AttentionMetadataBuilder[LaminaMetadata]):
         step = self.exchange.step(self.lane)
         # Here, not in the first layer: vLLM calls no layer in a step whose graph it replays.
         self.exchange.layers.prepare(self.lane, step)
-        return LaminaMetadata(self.exchange, self.lane, step)
+        metadata = LaminaMetadata(self.exchange, self.lane, step)
+        if step is not None and common_attn_metadata.mm_req_doc_ranges:
+            metadata.mm_prefix_range = step.spans(common_attn_metadata.mm_req_doc_ranges)
+        return metadata
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> LaminaMetadata:
         return replace(self.build(0, common_attn_metadata), captures=True)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vllm_lamina.device.base import Chunks
+from vllm_lamina.errors import LaminaError
 
 if TYPE_CHECKING:
     import torch
@@ -140,9 +141,45 @@ class Step:
         """Whether there are prefill chunks."""
         return self.first_chunk_token < self.num_tokens
 
+    def spans(self, ranges: Mapping[int, Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
+        """The parts of requests that see each other whole, as rows [first, end) of the chunks; their order is that of
+        the batch.
+
+        Parameters
+        ----------
+        ranges
+            Of requests, by their place in the batch: positions, the last one included.
+
+        Raises
+        ------
+        LaminaError
+            A chunk ends within one. The scheduler makes no such step, see `SchedulerPort`.
+        """
+        spans = []
+        for request in range(self.num_decodes, len(self.query_lens)):
+            context, length = int(self.context_lens[request]), int(self.query_lens[request])
+            row = int(self.chunks.starts[request - self.num_decodes])
+            for first, last in ranges.get(request, ()):
+                if first < context + length <= last:
+                    raise LaminaError(
+                        f"Tokens {first} to {last} of a request see each other whole, and a step of it ends before "
+                        f"token {context + length}."
+                    )
+                if context < last < context + length:
+                    spans.append((row + max(first - context, 0), row + last + 1 - context))
+        return spans
+
     def group_of(self, layer: int) -> StepGroup:
         """The group of a layer."""
         return self.groups[self.geometry.layers[layer].group]
+
+    def rows_of_workers(self, layer: int) -> list[slice]:
+        """Query tokens of which the attention workers get q in a layer: the decodes, and those that see context."""
+        rows = [slice(self.first_chunk_token)] if self.num_decodes else []
+        for start, _, count in self.group_of(layer).context_rows:
+            begin = self.first_chunk_token + start
+            rows.append(slice(begin, begin + count))
+        return rows
 
     def keep(
         self, layer: int, key: torch.Tensor | None, value: torch.Tensor | None

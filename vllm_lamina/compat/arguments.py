@@ -195,6 +195,7 @@ def _wrap_create(engine_args: Any) -> None:
             _let_children_import_as_we_do()
         config = create_engine_config(self, *args, **kwargs)
         if selected:
+            _restore_latent_settings(config, self)
             _prepare(config)
         return config
 
@@ -211,6 +212,17 @@ def _refuse_what_lamina_chooses(engine: Any) -> None:
     ):
         if given is not None:
             raise ConfigError(f"--executor lamina has its own {own}; remove {flag} (given: {given})")
+
+
+def _restore_latent_settings(config: Any, engine: Any) -> None:
+    # It imports vLLM's configuration, which imports us, as a plugin.
+    from vllm_lamina.compat.latent_attention import restore_settings
+
+    if restore_settings(config, engine):
+        logger.info(
+            "Lamina: chunked prefill, the prefix cache and --block-size are as you say, or vLLM's defaults: what vLLM "
+            "says of MLA above is true of its own attention backend for CPUs."
+        )
 
 
 def _ignore_async_scheduling(engine: Any) -> None:

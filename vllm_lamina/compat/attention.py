@@ -8,7 +8,7 @@ is refused as soon as a model uses it.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -17,15 +17,22 @@ from vllm.v1.kv_cache_interface import (
     ChunkedLocalAttentionSpec,
     FullAttentionSpec,
     KVCacheSpec,
+    MLAAttentionSpec,
     SlidingWindowSpec,
 )
 
+from vllm_lamina.compat.latent_attention import hand_over
 from vllm_lamina.support import StateOptions, check_state, refuse_fields
 
-SPECS: tuple[type[KVCacheSpec], ...] = (FullAttentionSpec, SlidingWindowSpec, ChunkedLocalAttentionSpec)
+SPECS: tuple[type[KVCacheSpec], ...] = (
+    FullAttentionSpec,
+    SlidingWindowSpec,
+    ChunkedLocalAttentionSpec,
+    MLAAttentionSpec,
+)
 
-# `geometry` reads them, but for page_size_padded, which is vLLM's accounting, and dcp_sharded, for context parallelism,
-# which is refused.
+# `geometry` reads them, but for page_size_padded, which is vLLM's accounting, dcp_sharded, for context parallelism,
+# which is refused, and cache_dtype_str, which says the dtype once more.
 SPEC_FIELDS = frozenset(
     {
         "block_size",
@@ -37,11 +44,13 @@ SPEC_FIELDS = frozenset(
         "attention_chunk_size",
         "page_size_padded",
         "dcp_sharded",
+        "cache_dtype_str",
     }
 )
 """Fields of these specs that may have any value."""
 
-# The scheduler says them all: what is sent to the attention workers is made of that, see `attention_backend.step`.
+# The scheduler says them: what is sent to the attention workers is made of that, see `attention_backend.step`. But for
+# the spans of multimodal inputs, which the metadata builder reads.
 METADATA_FIELDS = frozenset(
     {
         "query_start_loc",
@@ -56,6 +65,7 @@ METADATA_FIELDS = frozenset(
         "slot_mapping",
         "positions",
         "is_prefilling",
+        "mm_req_doc_ranges",
         "req_idx",
         "_num_computed_tokens_cache",
         "_token_to_req_indices_cache",
@@ -63,8 +73,16 @@ METADATA_FIELDS = frozenset(
 )
 """Fields of a ``CommonAttentionMetadata`` that may have any value."""
 
-LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "use_mm_prefix": False, "query_quant": None}
+LAYER_ATTRIBUTES = {"use_alibi_sqrt": False, "query_quant": None}
 """What an ``Attention`` layer is told and tells neither its implementation nor its spec, as it must be."""
+
+LATENT_LAYER_ATTRIBUTES = {
+    "use_sparse": False,
+    "dcp_q_replicate": False,
+    "use_pcp": False,
+    "hisparse_cache": None,
+}
+"""The same of an ``MLAAttention``."""
 
 _METADATA_DEFAULTS = tuple(
     (field.name, field.default)
@@ -73,9 +91,9 @@ _METADATA_DEFAULTS = tuple(
 )
 
 
-def settle_layers(config: VllmConfig, backend: type) -> None:
+def settle_layers(config: VllmConfig, backend: type, latent_backend: type) -> None:
     """Tell the layers' implementations what vLLM tells the layers alone, and refuse a loaded model in which one attends
-    otherwise than ``backend`` does. Layers that keep a state are vLLM's own.
+    otherwise than ``backend`` does, or with a latent cache ``latent_backend``. Layers that keep a state are vLLM's own.
 
     Raises
     ------
@@ -83,7 +101,7 @@ def settle_layers(config: VllmConfig, backend: type) -> None:
         Names the feature, the layer and what it says.
     """
     # The attention backend imports this module, and they import their backends.
-    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention
+    from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.model_executor.layers.mamba.abstract import MambaBase
 
@@ -96,13 +114,18 @@ def settle_layers(config: VllmConfig, backend: type) -> None:
             if type(layer) is ChunkedLocalAttention:
                 # vLLM's own makes a backend that turns chunks into requests; ours knows chunks.
                 layer.attn_backend = backend
-            if type(layer) in (Attention, ChunkedLocalAttention):
-                said |= _said_by_layer(layer, backend)
+            if type(layer) is MLAAttention:
+                said |= _said_by_layer(layer, latent_backend, LATENT_LAYER_ATTRIBUTES)
+            elif type(layer) in (Attention, ChunkedLocalAttention):
+                said |= _said_by_layer(layer, backend, LAYER_ATTRIBUTES)
             else:
                 said["class"] = type(layer).__name__
             if said:
                 refuse_fields(said, f"the attention layer {name}")
-            layer.impl.complete(layer.head_size_v, getattr(layer, "attention_chunk_size", 0))
+            if type(layer) is MLAAttention:
+                hand_over(layer)
+            else:
+                layer.impl.complete(layer.head_size_v, getattr(layer, "attention_chunk_size", 0))
 
 
 def implementations(config: VllmConfig) -> Iterator[Any]:
@@ -137,18 +160,17 @@ def _said_by_spec(spec: Any) -> dict[str, Any]:
     """What a spec says beside the fields that may have any value."""
     if type(spec) not in SPECS:
         return {"KV cache spec": type(spec).__name__}
+    # Every rank of a model has all of a latent cache, as we do.
+    unread = {"max_tp_shards": 1} if type(spec) is MLAAttentionSpec else {}
     return {
         field.name: value
         for field in dataclasses.fields(spec)
-        if field.name not in SPEC_FIELDS and (value := getattr(spec, field.name)) != field.default
+        if field.name not in SPEC_FIELDS
+        and (value := getattr(spec, field.name)) != unread.get(field.name, field.default)
     }
 
 
-def _said_by_layer(layer: Any, backend: type) -> dict[str, Any]:
-    """What an ``Attention`` says that reaches neither its implementation nor its spec."""
-    said = {
-        name: getattr(layer, name)
-        for name, value in LAYER_ATTRIBUTES.items()
-        if getattr(layer, name) != value
-    }
+def _said_by_layer(layer: Any, backend: type, attributes: Mapping[str, object]) -> dict[str, Any]:
+    """What a layer says that reaches neither its implementation nor its spec."""
+    said = {name: getattr(layer, name) for name, value in attributes.items() if getattr(layer, name) != value}
     return said if layer.attn_backend is backend else said | {"attn_backend": layer.attn_backend.__name__}

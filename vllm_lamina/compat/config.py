@@ -70,6 +70,15 @@ def settle_batches(config: VllmConfig) -> bool:
     return True
 
 
+def settle_whole_inputs(config: VllmConfig) -> bool:
+    """Where a model's multimodal inputs see their own tokens whole, let no step cut one; True where vLLM would."""
+    scheduler = config.scheduler_config
+    if not config.model_config.is_mm_prefix_lm or scheduler.disable_chunked_mm_input:
+        return False
+    scheduler.disable_chunked_mm_input = True
+    return True
+
+
 def settle_scheduler(config: VllmConfig, name: str) -> bool:
     """Let the engine schedule with this class; True where it would not have.
 
@@ -118,8 +127,13 @@ class EngineFacts:
 
 
 def facts_of(config: VllmConfig) -> EngineFacts:
-    """The facts that travel with ``config``, to be read and set; it is pickled for other processes with them."""
-    if not hasattr(config, "lamina"):
-        config.lamina = EngineFacts()
-    facts: EngineFacts = config.lamina
+    """The facts that travel with ``config``, to be read and set; it is pickled for other processes with them.
+
+    In a part of it: vLLM makes further configurations of its fields, for the language model of a multimodal one, and
+    takes no attribute that is none of them.
+    """
+    part: Any = config.scheduler_config
+    if not hasattr(part, "lamina"):
+        part.lamina = EngineFacts()
+    facts: EngineFacts = part.lamina
     return facts

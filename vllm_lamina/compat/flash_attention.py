@@ -6,7 +6,8 @@ import torch
 
 
 def version_for(head_size: int, alibi: bool = False, soft_cap: bool = False) -> int | None:
-    """The version that vLLM would take for such a layer: 3 on Hopper, say; None where it has none for the GPU.
+    """The version that vLLM would take for such a layer: 3 on Hopper, say, and 4 there for head sizes above 256; None
+    where it has none for the GPU.
 
     To be asked under vLLM's configuration, which may name one (``--attention-config.flash_attn_version``).
     """
@@ -18,9 +19,10 @@ def version_for(head_size: int, alibi: bool = False, soft_cap: bool = False) -> 
     return version
 
 
-def takes(dtype: torch.dtype, head_size: int) -> bool:
-    """Whether all versions take this: what vLLM's own FlashAttention backend says."""
-    return dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= 256
+def takes(version: int, dtype: torch.dtype, head_size: int) -> bool:
+    """Whether a version that `version_for` chose takes this: what vLLM's own FlashAttention backend says."""
+    largest = 512 if version == 4 else 256
+    return dtype in (torch.float16, torch.bfloat16) and head_size % 8 == 0 and head_size <= largest
 
 
 def attend(

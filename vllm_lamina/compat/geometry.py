@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from vllm.config import VllmConfig
-from vllm.v1.core.kv_cache_utils import get_kv_cache_groups
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    MLAAttentionSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 from vllm_lamina.compat.attention import check_spec
+from vllm_lamina.compat.latent_attention import latent_size
 from vllm_lamina.compat.states import is_state
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
+
+NAME = "vllm.v1.core.kv_cache_planning"
+"""Where vLLM plans its KV cache since 0.33; before, it did so in `vllm.v1.core.kv_cache_utils`."""
+PLANNING = import_module(NAME if find_spec(NAME) else "vllm.v1.core.kv_cache_utils")
 
 
 def geometry_of(config: VllmConfig) -> Geometry | None:
@@ -34,6 +46,7 @@ def geometry_of(config: VllmConfig) -> Geometry | None:
         head_size=model.get_head_size(),
         dtype=_name(model.dtype),
         scales=(1.0,) * num_layers,
+        latent_size=latent_size(model),
     )
 
 
@@ -53,12 +66,14 @@ def _layers_are_alike(model: Any) -> bool:
         and "sliding_attention" not in kinds
         and model.get_sliding_window() is None
         and not any(getattr(text, name, None) for name in told)
+        and model.model_arch_config.per_layer_overrides is None
+        and not model.has_noops
     )
 
 
 def groups_of(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Sequence[KVCacheGroupSpec]:
     """The KV cache groups that vLLM's engine will make of the layers' specs."""
-    groups: Sequence[KVCacheGroupSpec] = get_kv_cache_groups(config, dict(specs))
+    groups: Sequence[KVCacheGroupSpec] = PLANNING.get_kv_cache_groups(config, dict(specs))
     return groups
 
 
@@ -107,14 +122,22 @@ def geometry_of_layers(
         group, position, spec = places[shared or name]
         check_spec(name, spec)
         shape = layer.impl.shape
-        for kept, seen in (("sliding_window", shape.window), ("attention_chunk_size", shape.chunk)):
+        # A full attention spec keeps every token: where a group has one for all, it names the window of some of them.
+        limits = {"sliding_window": shape.window, "attention_chunk_size": shape.chunk}
+        for kept, seen in limits.items() if not isinstance(spec, FullAttentionSpec) else ():
             if (getattr(spec, kept, None) or seen) != seen:
                 raise UnsupportedError(
                     f"Lamina does not support models whose layers see other tokens than their KV cache keeps: "
                     f"{kept} of {name} is {seen}, of its KV cache {getattr(spec, kept)}: {WITHOUT_LAMINA}."
                 )
+        latent = isinstance(spec, MLAAttentionSpec)
         cache = CacheSpec(
-            spec.block_size, spec.num_kv_heads, spec.head_size, spec.head_size_v, _name(spec.dtype)
+            spec.block_size,
+            spec.num_kv_heads,
+            spec.head_size,
+            layer.impl.kv_lora_rank if latent else spec.head_size_v,
+            _name(spec.dtype),
+            latent,
         )
         names.append(name)
         layers.append(

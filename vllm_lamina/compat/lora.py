@@ -21,10 +21,13 @@ def share_adapters(first: Any, other: Any) -> None:
     if not isinstance(manager, _MappingPerThread):
         # The layers and the first runner hold this very object already, so its class changes.
         manager.__class__ = _MappingPerThread
-        wrapper = _wrapper_per_thread(manager)
-        manager.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY] = wrapper
+        name = manager.mm_mapping.language_model[0] if manager.supports_mm else DEFAULT_LANGUAGE_WRAPPER_KEY
+        stock = manager.punica_wrapper_mapping[name]
+        wrapper = manager.punica_wrapper_mapping[name] = _wrapper_per_thread(manager, stock)
+        # Encoders have others, which are set and read within one turn.
         for module in manager.modules.values():
-            module.set_mapping(wrapper)
+            if module.punica_wrapper is stock:
+                module.set_mapping(wrapper)
     other.lora_manager = first.lora_manager
 
 
@@ -37,10 +40,9 @@ class _MappingPerThread(LRUCacheLoRAModelManager):
         super().set_adapter_mapping(mapping)
 
 
-def _wrapper_per_thread(manager: Any) -> Any:
-    """A punica wrapper like the manager's; each thread that uses it sees attributes of its own, made on first use."""
-    stock = type(manager.punica_wrapper_mapping[DEFAULT_LANGUAGE_WRAPPER_KEY])
-    per_thread = type(f"{stock.__name__}PerThread", (threading.local, stock), {})
+def _wrapper_per_thread(manager: Any, stock: Any) -> Any:
+    """A punica wrapper like ``stock``; each thread that uses it sees attributes of its own, made on first use."""
+    per_thread = type(f"{type(stock).__name__}PerThread", (threading.local, type(stock)), {})
     return per_thread(
         manager.max_num_batched_tokens,
         max_batches=manager.max_num_seqs,

@@ -14,6 +14,7 @@ from vllm.v1.kv_cache_interface import KVCacheConfig
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_lamina.compat.lora import share_adapters
+from vllm_lamina.compat.multimodal import model_of_lane
 from vllm_lamina.compat.random_states import keep_random_states
 
 
@@ -54,9 +55,12 @@ class Runner:
 
 
 def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfig) -> Any:
-    """A model runner with the first one's model and adapters; all else is its own."""
+    """A model runner with the first one's model, adapters and encoder outputs; all else is its own."""
     runner = type(first)(config, first.device)
-    runner.model = first.model
+    runner.model = model_of_lane(first.model)
+    # The scheduler counts on what any lane's step encodes, and lets any lane's step forget it. A step encodes and reads
+    # in its first turn, and first turns come in the order of the steps.
+    runner.encoder_cache = first.encoder_cache
     if config.lora_config is not None:
         share_adapters(first, runner)
     runner.initialize_kv_cache(kv_cache_config)

@@ -22,6 +22,7 @@ from vllm.v1.worker.gpu.input_batch import InputBuffers
 from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids
 
 from vllm_lamina.compat.lora import share_adapters
+from vllm_lamina.compat.multimodal import model_of_lane
 from vllm_lamina.compat.piecewise_graphs import PiecewiseGraphs
 
 
@@ -84,6 +85,11 @@ def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfi
     tables.init_block_table_layout_tensors()
     runner.attn_groups = init_attn_backend(copy.deepcopy(kv_cache_config), config, first.device)[0]
     state = runner.model_state = copy.copy(first.model_state)
+    state.model = runner.model = model_of_lane(first.model)
+    if state.supports_mm_inputs:
+        encoder = state.encoder_runner = copy.copy(state.encoder_runner)
+        encoder.model = runner.model
+        encoder.inputs_embeds = torch.zeros_like(encoder.inputs_embeds)
     if state.prompt_embeds_state is not None:
         state.inputs_embeds = torch.zeros_like(state.inputs_embeds)
     if state.rope_state is not None:

@@ -47,6 +47,8 @@ class ScheduledStep:
         Ids of KV blocks, and pairs (source, destination) of them, before the step.
     states_to_copy
         Such pairs of blocks that hold states, which the step's model runner copies.
+    inputs_to_forget
+        Hashes of multimodal inputs whose encoder outputs are to be forgotten before the step.
     """
 
     lane: int
@@ -58,13 +60,15 @@ class ScheduledStep:
     blocks_to_zero: Sequence[int]
     blocks_to_copy: Sequence[Any]
     states_to_copy: Sequence[Any]
+    inputs_to_forget: Sequence[str]
     _output: Any
 
-    def for_runner(self, finished: set[str]) -> Any:
-        """The ``SchedulerOutput`` for a model runner that is to forget these requests, and no others."""
+    def for_runner(self, finished: set[str], inputs_to_forget: Set[str]) -> Any:
+        """The ``SchedulerOutput`` for a model runner that is to forget these requests and inputs, and no others."""
         return dataclasses.replace(
             self._output,
             finished_req_ids=finished,
+            free_encoder_mm_hashes=list(inputs_to_forget),
             preempted_req_ids=None,
             new_block_ids_to_zero=None,
             kv_cache_block_copies=self.states_to_copy or None,
@@ -92,13 +96,19 @@ def read_step(output: Any, num_states: int = 0) -> ScheduledStep:
         blocks_to_zero=[block - num_states for block in output.new_block_ids_to_zero or ()],
         blocks_to_copy=[(a - num_states, b - num_states) for a, b in copies if a >= num_states],
         states_to_copy=[pair for pair in copies if pair[0] < num_states],
+        inputs_to_forget=output.free_encoder_mm_hashes,
         _output=output,
     )
 
 
 def has_work(output: Any) -> bool:
     """Whether a ``SchedulerOutput`` holds anything for the model worker."""
-    return bool(output.total_num_scheduled_tokens or output.finished_req_ids or output.preempted_req_ids)
+    return bool(
+        output.total_num_scheduled_tokens
+        or output.finished_req_ids
+        or output.preempted_req_ids
+        or output.free_encoder_mm_hashes
+    )
 
 
 def keep_grammar(grammar_output: Any) -> Any:

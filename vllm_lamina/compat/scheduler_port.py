@@ -315,6 +315,30 @@ class SchedulerPort(Scheduler):
     def max_num_active_reqs(self, value: int) -> None:
         self.max_running = value
 
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What vLLM's scheduler says: which inputs a step encodes, and how many tokens it computes.
+
+        Where an input's tokens see each other whole, none in a step that would end within it. vLLM's own does not begin
+        one that it cannot finish, but goes on with one whose beginning was in the prefix cache, or that comes first.
+        """
+        scheduled = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, *args, **kwargs
+        )
+        if self.vllm_config.model_config.is_mm_prefix_lm:
+            end = num_computed_tokens + scheduled[1]
+            places = (feature.mm_position for feature in request.mm_features)
+            if any(place.offset < end < place.offset + place.length for place in places):
+                return [], 0, encoder_compute_budget, [], []
+        return scheduled
+
     def _handle_blocked_waiting_request(self, request: Request) -> bool:
         """Whether a waiting request may be scheduled; vLLM asks before each admission, and passes over the others.
 

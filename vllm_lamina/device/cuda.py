@@ -30,7 +30,7 @@ class CudaDevice(Device):
     def local_attention(self, shape: LayerShape) -> LocalAttention:
         size = max(shape.head_size, shape.head_size_v)
         version = flash_attention.version_for(size, shape.alibi_slopes is not None, bool(shape.soft_cap))
-        if version is None or not flash_attention.takes(shape.dtype, size):
+        if version is None or not flash_attention.takes(version, shape.dtype, size):
             _check_efficient(shape)
             return around(partial(efficient_attention, shape=shape), shape)
 

@@ -123,10 +123,12 @@ def _merge(whole, largest, total, part, lse):
 
 @triton.jit(
     do_not_specialize=["index_stride", "lse_token_stride", "lse_head_stride"],
-    do_not_specialize_on_alignment=["local", "local_lse", "index", "head_ranges", "descriptors", "replies"],
-)
+    do_not_specialize_on_alignment=[
+        "local", "local_lse", "sinks", "index", "head_ranges", "descriptors", "replies"
+    ],
+)  # fmt: skip
 def take_kernel(
-    out, local, local_lse, index, head_ranges, descriptors, replies,
+    out, local, local_lse, sinks, index, head_ranges, descriptors, replies,
     out_stride, index_stride, lse_token_stride, lse_head_stride,
     REPLY_STRIDE: tl.constexpr, NUM_WORKERS: tl.constexpr, NUM_HEADS: tl.constexpr,
     SIZE: tl.constexpr, PADDED_SIZE: tl.constexpr, BLOCK_HEADS: tl.constexpr,
@@ -140,6 +142,8 @@ def take_kernel(
     whole = tl.full([BLOCK_HEADS, PADDED_SIZE], 0.0, tl.float32)
     largest = tl.full([BLOCK_HEADS], _NO_TOKENS, tl.float32)
     total = tl.full([BLOCK_HEADS], 0.0, tl.float32)
+    if sinks is not None:
+        wants_sink = head < 0
     if local is not None:
         here = head < tl.where(tl.load(local + token) != 0, NUM_HEADS, 0)
         lse_at = local_lse + token * lse_token_stride + head.to(tl.int64) * lse_head_stride
@@ -163,14 +167,22 @@ def take_kernel(
         has_lse = here & (head >= tl.where(row < num_without_lse, NUM_HEADS, 0))
         lse = tl.load(lse_at, mask=has_lse, other=0.0)
         whole, largest, total = _merge(whole, largest, total, part, tl.where(here, lse, _NO_TOKENS))
+        if sinks is not None:
+            wants_sink = wants_sink | has_lse
+    if sinks is not None:
+        if local is not None:  # a chunk counts its sinks where it attends itself
+            wants_sink = wants_sink & (head >= tl.where(tl.load(local + token) != 0, NUM_HEADS, 0))
+        sink = tl.load(sinks + head, mask=wants_sink, other=_NO_TOKENS)
+        nothing = tl.full([BLOCK_HEADS, PADDED_SIZE], 0.0, tl.float32)
+        whole, largest, total = _merge(whole, largest, total, nothing, sink)
     share = tl.where(total > 0.0, total, 1.0)
     tl.store(target, (whole / share[:, None]).to(out.dtype.element_ty), mask=live)
 
 
 def pack(
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
     q_tokens: torch.Tensor,
     kv_tokens: torch.Tensor,
     descriptor: torch.Tensor,
@@ -181,7 +193,8 @@ def pack(
     Parameters
     ----------
     q, k, v
-        [tokens, heads, size], of one dtype, each token's row contiguous; the sizes of k and v may differ.
+        [tokens, heads, size], of one dtype, each token's row contiguous; the sizes of k and v may differ. Without k and
+        v the frame holds q alone.
     q_tokens, kv_tokens
         Tokens whose q, and whose k and v, the worker gets: int32, as many as the step is padded to. What is behind
         the descriptor's ``num_q`` and ``num_kv`` is not read.
@@ -191,12 +204,15 @@ def pack(
         Which heads the worker has.
     """
     ranges = ((heads.first_q, heads.num_q), (heads.first_kv, heads.num_kv), (heads.first_kv, heads.num_kv))
+    grid = (max(len(q_tokens), len(kv_tokens)), 3)
+    if k is None or v is None:
+        k = v = q
+        grid = (len(q_tokens), 1)
     columns = [
         n * x.shape[2] for x, first_and_count in zip((q, k, v), ranges, strict=True) for n in first_and_count
     ]
     strides = [x.stride(0) for x in (q, k, v)]
     block = min(triton.next_power_of_2(max(columns[1::2])), 4096)
-    grid = (max(len(q_tokens), len(kv_tokens)), 3)
     pack_kernel[grid](q, k, v, q_tokens, kv_tokens, descriptor, *strides, *columns, block)
 
 
@@ -236,6 +252,7 @@ def take(
     replies: torch.Tensor,
     local: torch.Tensor | None = None,
     local_lse: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Bring the replies of all attention workers, and what was attended here, together in the output.
 
@@ -258,6 +275,9 @@ def take(
     local, local_lse
         int32 [tokens], whether ``out`` holds a contribution, and float32 [tokens, heads], its LSE. None where no
         token has one.
+    sinks
+        [heads], float32: a logit that is added to the sum of S of rows that come with their LSE. Where ``out`` holds a
+        contribution, it has them already.
     """
     num_tokens, num_heads, size = out.shape
     padded_size = triton.next_power_of_2(size)
@@ -267,4 +287,6 @@ def take(
     strides = (out.stride(0), index.stride(0), *lse_strides, replies.stride(0))
     sizes = (len(index), num_heads, size, padded_size, block)
     grid = (num_tokens, triton.cdiv(num_heads, block))
-    take_kernel[grid](out, local, local_lse, index, head_ranges, descriptors, replies, *strides, *sizes)
+    take_kernel[grid](
+        out, local, local_lse, sinks, index, head_ranges, descriptors, replies, *strides, *sizes
+    )

@@ -11,6 +11,7 @@ from vllm_lamina.compat.config import (
     settle_batches,
     settle_block_size,
     settle_scheduler,
+    settle_whole_inputs,
 )
 from vllm_lamina.compat.geometry import geometry_of
 from vllm_lamina.compat.kv_cache import fits_length_to_pool
@@ -64,6 +65,11 @@ def settle(config: Any) -> None:
     if device.backend_is_asked_for and settle_batches(config):
         logger.info(
             "Lamina: one batch is in flight, for tensor parallelism on GPUs has one at a time (--lamina-batches 1)."
+        )
+    if settle_whole_inputs(config):
+        logger.info(
+            "Lamina: this model's images see their own tokens whole, so none is cut by prefill chunks "
+            "(--disable-chunked-mm-input)."
         )
     if settle_scheduler(config, SCHEDULER):
         logger.info("Lamina: its own scheduler is used (--scheduler-cls %s).", SCHEDULER)

@@ -112,13 +112,15 @@ class AttentionKernel:
     num_heads, num_kv_heads
         Query heads, a multiple of the KV heads.
     head_size
-        Of q and k: 32 to 512, a multiple of 16.
+        Of q and k: 32 to 1024, a multiple of 16.
     block_size
         Tokens per KV block, a multiple of 16. The variants for bfloat16 only pad it to a multiple of 32.
     isa
         One of `available_isas`, by default the best of them.
     head_size_v
         Of v and the output, in the range of ``head_size``, which is its default.
+    latent
+        v is the first ``head_size_v`` elements of k, which alone is kept; for one KV head.
 
     Raises
     ------
@@ -148,9 +150,10 @@ class AttentionKernel:
         block_size: int,
         isa: str | None = None,
         head_size_v: int | None = None,
+        latent: bool = False,
     ) -> None:
         self._native = _native.AttentionKernel(
-            dtype, num_heads, num_kv_heads, head_size, block_size, isa, head_size_v
+            dtype, num_heads, num_kv_heads, head_size, block_size, isa, head_size_v, latent
         )
         self._head_size_v = head_size if head_size_v is None else head_size_v
 
@@ -161,14 +164,14 @@ class AttentionKernel:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block of one layer: K and V of all KV heads, padding included."""
+        """Bytes of one block of one layer: K, and V unless it is latent, of all KV heads, padding included."""
         return int(self._native.block_bytes)
 
     def append(
         self,
         layer: npt.NDArray[np.uint8],
         k: TokenArray,
-        v: TokenArray,
+        v: TokenArray | None,
         slot_mapping: npt.NDArray[np.int64],
         threads: ThreadPool,
     ) -> None:
@@ -179,7 +182,8 @@ class AttentionKernel:
         layer
             ``[num_blocks, block_bytes]``, uint8: written.
         k, v
-            ``[num_tokens, num_kv_heads, head_size]``, for ``v`` ``head_size_v``, KV dtype.
+            ``[num_tokens, num_kv_heads, head_size]``, for ``v`` ``head_size_v``, KV dtype; ``v`` of a latent cache is
+            None.
         slot_mapping
             ``[num_tokens]``, int64: block id * block size + offset; a negative slot is skipped. A token at
             offset 0 zeroes its block first.

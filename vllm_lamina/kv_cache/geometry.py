@@ -32,6 +32,9 @@ class CacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Of q and k, and of v and the output.
     dtype
         Of q, k, v, the output and the cache.
+    latent
+        v is the first ``head_size_v`` elements of k, which alone is sent and kept, and all query heads share one KV
+        head: multi-head latent attention, absorbed (arXiv 2405.04434, section 2.1).
     """
 
     block_size: Positive
@@ -39,6 +42,7 @@ class CacheSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_size: Positive
     head_size_v: Positive
     dtype: DType
+    latent: bool = False
 
 
 class LayerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,12 +151,16 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         head_size: int,
         dtype: DType,
         scales: Sequence[float],
+        latent_size: int = 0,
     ) -> Geometry:
-        """Layers that differ in nothing but their scales."""
+        """Layers that differ in nothing but their scales. With a ``latent_size``, v is so much of the front of k."""
         if len(scales) != num_layers:
             raise ValueError(f"scales has {len(scales)} entries for {num_layers} layers")
+        cache = CacheSpec(
+            block_size, num_kv_heads, head_size, latent_size or head_size, dtype, bool(latent_size)
+        )
         return cls(
-            (CacheSpec(block_size, num_kv_heads, head_size, head_size, dtype),),
+            (cache,),
             tuple(LayerSpec(0, 0, position, num_heads, scale) for position, scale in enumerate(scales)),
         )
 
@@ -200,6 +208,23 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         """Group and position of layers whose k and v others attend too."""
         return frozenset((layer.group, layer.position) for layer in self.layers if not layer.stores)
 
+    @cached_property
+    def divisible_heads(self) -> tuple[int, ...]:
+        """Of each cache, the heads by which several workers can divide attention.
+
+        KV heads, with their query heads; of a latent cache, whose one KV head they all hold, query heads.
+        """
+        query_heads = {layer.cache: layer.num_heads for layer in self.layers}
+        return tuple(
+            query_heads[number] if cache.latent else cache.num_kv_heads
+            for number, cache in enumerate(self.caches)
+        )
+
+    @property
+    def has_latent_cache(self) -> bool:
+        """Whether a worker that has some of the heads keeps as much as one that has all."""
+        return any(cache.latent for cache in self.caches)
+
     def block_size(self, group: int) -> int:
         """Tokens per block of a group."""
         return self.groups[group].block_size
@@ -220,16 +245,16 @@ class Geometry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, dict=Tru
         """The most blocks that one request of so many tokens holds at a time, over all groups."""
         return sum(group.num_blocks(num_tokens, max_step_tokens) for group in self.groups)
 
-    def with_kv_heads(self, first: Sequence[int], count: Sequence[int]) -> Geometry:
-        """The same for ``count`` KV heads of each cache, from ``first`` on, with their query heads."""
+    def with_heads(self, first: Sequence[int], count: Sequence[int]) -> Geometry:
+        """The same for ``count`` of each cache's `divisible_heads`, from ``first`` on."""
         caches = tuple(
-            msgspec.structs.replace(cache, num_kv_heads=number)
+            cache if cache.latent else msgspec.structs.replace(cache, num_kv_heads=number)
             for cache, number in zip(self.caches, count, strict=True)
         )
         layers = []
         for layer in self.layers:
-            per_kv_head = layer.num_heads // self.caches[layer.cache].num_kv_heads
-            begin, number = (heads[layer.cache] * per_kv_head for heads in (first, count))
+            query_heads = layer.num_heads // self.divisible_heads[layer.cache]
+            begin, number = (heads[layer.cache] * query_heads for heads in (first, count))
             heads = slice(begin, begin + number)
             layers.append(
                 msgspec.structs.replace(

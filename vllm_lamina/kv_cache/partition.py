@@ -40,9 +40,9 @@ class Share:
     num_blocks: int
 
     @property
-    def kv_heads(self) -> list[int]:
-        """KV heads of each cache that it holds."""
-        return [cache.num_kv_heads for cache in self.geometry.caches]
+    def heads(self) -> list[int]:
+        """Of each cache's `Geometry.divisible_heads` those that it has."""
+        return list(self.geometry.divisible_heads)
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Partition:
         """The same for native code."""
         geometry = self.geometry.to_native()
         if self.kind == HEAD:
-            return NativePartition.by_heads(geometry, [share.kv_heads for share in self.shares])
+            return NativePartition.by_heads(geometry, [share.heads for share in self.shares])
         return NativePartition.by_blocks(geometry, self.blocks_per_worker)
 
     def check_holds_one_request(self, max_model_len: int, sharing: int = 1, max_step_tokens: int = 0) -> None:
@@ -140,11 +140,11 @@ class Partition:
                 f"{memory}, or lower --max-model-len."
             )
         if self.kind == HEAD:
+            kind = "query" if self.geometry.caches[0].latent else "KV"
             raise ConfigError(
                 f"The pool of the attention worker at {share.pool.address} ({size}) holds {tokens} tokens of its "
-                f"{share.kv_heads[0]} of {self.geometry.caches[0].num_kv_heads} KV heads, but {request} needs "
-                f"{wanted}: raise its --memory to at least that, lower --max-model-len, or try --lamina-partition "
-                "sequence."
+                f"{share.heads[0]} of {self.geometry.divisible_heads[0]} {kind} heads, but {request} needs {wanted}: "
+                "raise its --memory to at least that, lower --max-model-len, or try --lamina-partition sequence."
             )
         total = format_bytes(sum(share.pool.num_bytes for share in self.shares))
         raise ConfigError(
@@ -182,18 +182,21 @@ def divide(
         A cache has fewer KV heads than there are workers, or a pool is smaller than one block.
     """
 
-    heads_of_caches = [cache.num_kv_heads for cache in geometry.caches]
+    heads_of_caches = geometry.divisible_heads
 
     def share(worker: int, part: Geometry) -> Share:
         size = block_bytes(worker, part)
         return Share(pools[worker], part, size, pools[worker].num_bytes // size)
 
     def by_heads(reason: str) -> Partition:
-        by_cache = [_divide_heads(heads, pools) for heads in heads_of_caches]
+        by_cache = [
+            _divide_heads(heads, pools, cache.latent)
+            for heads, cache in zip(heads_of_caches, geometry.caches, strict=True)
+        ]
         shares = []
         for i in range(len(pools)):
             first, count = [sum(heads[:i]) for heads in by_cache], [heads[i] for heads in by_cache]
-            shares.append(share(i, geometry.with_kv_heads(first, count)))
+            shares.append(share(i, geometry.with_heads(first, count)))
         return Partition(HEAD, reason, geometry, tuple(shares))
 
     def by_blocks(kind: str, reason: str) -> Partition:
@@ -214,9 +217,12 @@ def divide(
     sizes = [pool.num_bytes for pool in pools]
     even = all(heads % len(pools) == 0 for heads in heads_of_caches)
     heads = ", ".join(str(heads) for heads in sorted(set(heads_of_caches)))
-    if even and min(sizes) >= ABOUT_EQUAL * max(sizes):
+    if geometry.has_latent_cache:
+        why_not = "by head every worker would hold the whole latent cache"
+    elif even and min(sizes) >= ABOUT_EQUAL * max(sizes):
         return by_heads(f"{heads} KV heads divide evenly, and the pools are about equal")
-    why_not = "the pools differ" if even else f"{heads} KV heads do not divide by {len(pools)}"
+    else:
+        why_not = "the pools differ" if even else f"{heads} KV heads do not divide by {len(pools)}"
     partition = by_blocks(SEQUENCE, f"{why_not}, and long requests would not fit one worker several times")
     longest = geometry.num_blocks(max_model_len)
     if min(partition.blocks_per_worker) >= MANY_REQUESTS * longest:
@@ -225,16 +231,22 @@ def divide(
     return partition
 
 
-def _divide_heads(kv_heads: int, pools: Sequence[Pool]) -> list[int]:
-    """KV heads of each worker, at least one, so that the worker that holds the fewest tokens holds the most it can."""
-    if kv_heads < len(pools):
+def _divide_heads(num_heads: int, pools: Sequence[Pool], latent: bool) -> list[int]:
+    """Heads of each worker, at least one, so that the worker that holds the fewest tokens holds the most it can.
+
+    Of a latent cache all workers hold as much, and have as many heads.
+    """
+    if num_heads < len(pools):
         raise ConfigError(
-            f"--lamina-partition head needs a KV head for every attention worker; the model has {kv_heads} for "
-            f"{len(pools)} workers: choose --lamina-partition sequence or request, or use fewer workers"
+            f"--lamina-partition head needs a {'query' if latent else 'KV'} head for every attention worker; the model "
+            f"has {num_heads} for {len(pools)} workers: choose --lamina-partition sequence or request, or use fewer "
+            "workers"
         )
     counts = [1] * len(pools)
-    for _ in range(kv_heads - len(pools)):
-        roomiest = max(range(len(pools)), key=lambda i: pools[i].num_bytes / (counts[i] + 1))
+    for _ in range(num_heads - len(pools)):
+        roomiest = max(
+            range(len(pools)), key=lambda i: (1 if latent else pools[i].num_bytes) / (counts[i] + 1)
+        )
         counts[roomiest] += 1
     return counts
 

@@ -20,7 +20,8 @@ from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.cpus import place
 from vllm_lamina.planner.devices import Array
 from vllm_lamina.planner.engine_steps import Case, Measurement, measure_steps
-from vllm_lamina.planner.models import Model, model_from_config
+from vllm_lamina.planner.model_configs import model_from_config
+from vllm_lamina.planner.models import Model
 from vllm_lamina.units import format_cpus, parse_cpus
 
 BATCHES = (1, 4, 16, 64)

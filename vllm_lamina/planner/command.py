@@ -14,7 +14,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from vllm_lamina.errors import ConfigError, LaminaError
 from vllm_lamina.planner.devices import PRICE_SETS, Catalogue, read_catalogue
-from vllm_lamina.planner.models import builtin_models, load_model
+from vllm_lamina.planner.model_configs import builtin_models, load_model
 from vllm_lamina.planner.report import answer_as_json, format_answer, plot_answer
 from vllm_lamina.planner.search import Question, answer
 from vllm_lamina.planner.traces import WORKLOADS, load_trace
@@ -194,7 +194,7 @@ def _listing(catalogue: Catalogue) -> str:
     lines.append("Models:")
     for key, model in builtin_models().items():
         lines.append(
-            f"  {key:<16}{model.weight_bytes / 1e9:>7.1f} GB, {model.layers} layers, G = {model.group}, "
+            f"  {key:<16}{model.weight_bytes / 1e9:>7.1f} GB, {model.layers} layers, G = {model.group:g}, "
             f"{model.kv_bytes_per_token:,} bytes of KV per token"
         )
     lines.append("Traces:")

@@ -78,13 +78,9 @@ class ComputeGroup:
 
     def prefill_attention_time(self, chunk: float, context: float) -> float:
         """Seconds of attention of a chunk of prompt tokens over `context` earlier ones and, causally, itself."""
-        pairs = chunk * (context + chunk / 2.0)
         mfu = float(self.device.efficiency.gemm_mfu.at(chunk))
-        return (
-            pairs
-            * self.model.attention_flops_per_cached_token
-            / (self.tensor_parallel * self.device.flops * mfu)
-        )
+        flops = self.model.prompt_attention_flops(chunk, context)
+        return flops / (self.tensor_parallel * self.device.flops * mfu)
 
     @property
     def memory_for_kv(self) -> float:
@@ -100,11 +96,12 @@ class ComputeGroup:
             The heads do not divide, or the device has no link to its neighbours.
         """
         size, model, device = self.tensor_parallel, self.model, self.device
-        if size < 1 or model.heads % size or (model.kv_heads % size and size % model.kv_heads):
-            raise ConfigError(
-                f"tensor parallel size {size} does not divide the {model.heads} heads ({model.kv_heads} KV heads) of "
-                f"{model.name}"
-            )
+        for kind in model.attention:
+            if size < 1 or kind.heads % size or (kind.kv_heads % size and size % kind.kv_heads):
+                raise ConfigError(
+                    f"tensor parallel size {size} does not divide the {kind.heads} heads ({kind.kv_heads} KV heads) of "
+                    f"{model.name}"
+                )
         if size > 1 and device.link_bandwidth <= 0:
             raise ConfigError(
                 f"{device.key} ({device.name}) has no link for tensor parallelism; set link_gbs"
@@ -121,7 +118,7 @@ class ComputeGroup:
 
 
 def attention_time_per_token(model: Model, device: Device, workers: int, sequences: ArrayLike) -> Array:
-    """Seconds of the attention operator, all layers, per cached token of a batch.
+    """Seconds of the attention operator, all layers, per cached token of a batch that all of them see.
 
     ``ATIME(B, l) = 2 e d L B l / (G M)`` (arXiv 2405.01814, section 2) divided by the B l cached tokens, or the
     compute of the same tokens where that binds.
@@ -135,7 +132,7 @@ def attention_time_per_token(model: Model, device: Device, workers: int, sequenc
     """
     efficiency = device.efficiency
     batch = np.asarray(sequences, dtype=np.float64)
-    memory = model.kv_bytes_per_token / (
+    memory = model.read_bytes_per_token / (
         workers * device.memory_bandwidth * efficiency.attention_mbu.at(batch)
     )
     compute = model.attention_flops_per_cached_token / (
@@ -180,8 +177,13 @@ class Wire:
 
     @property
     def query_bytes(self) -> float:
-        """Bytes of q of one token, all layers; the output is as large."""
-        return float(self.model.layers * self.model.query_bytes * self._copies)
+        """Bytes of q of one token, all layers."""
+        return float(self.model.query_bytes_per_token * self._copies)
+
+    @property
+    def output_bytes(self) -> float:
+        """Bytes of the output of one token, all layers; no more than q."""
+        return float(self.model.output_bytes_per_token * self._copies)
 
     @property
     def residual_bytes(self) -> float:
@@ -191,8 +193,8 @@ class Wire:
         return float(moved) if self.replicas > 1 else 0.0
 
     def query_time(self, tokens: ArrayLike) -> Array:
-        """Seconds that q, or the output, of so many tokens takes, all layers."""
-        return np.asarray(tokens, dtype=np.float64) * self.query_bytes / self.rate
+        """Seconds that q of so many tokens takes, and then their output, all layers."""
+        return np.asarray(tokens, dtype=np.float64) * (self.query_bytes + self.output_bytes) / self.rate
 
     def key_value_time(self, tokens: ArrayLike) -> Array:
         """Seconds that k and v take, all layers."""
@@ -215,4 +217,4 @@ class Wire:
         replicas travels while attention runs.
         """
         latency = self.model.layers * self.transport.round_trip
-        return 2.0 * self.query_time(tokens) + self.key_value_time(tokens) + latency
+        return self.query_time(tokens) + self.key_value_time(tokens) + latency

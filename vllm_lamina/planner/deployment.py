@@ -24,7 +24,7 @@ class Stages:
     model
         One model replica is busy. [B]
     attention
-        One shard of the attention pool is busy, per cached token, for B sequences on it. [B]
+        One shard of the attention pool is busy, per cached token that all layers see, for B sequences on it. [B]
     wire
         The busier direction of the network is busy. [B]
     exposed
@@ -74,7 +74,7 @@ class Deployment(ABC):
     @property
     @abstractmethod
     def shard_tokens(self) -> int:
-        """Tokens of KV cache that one shard holds."""
+        """Tokens of KV cache that one shard holds, if all layers keep them."""
 
     @abstractmethod
     def stages(self, max_tokens: int) -> Stages:
@@ -175,9 +175,10 @@ class Lamina(Deployment):
             raise ConfigError(f"partition must be {HEAD}, {REQUEST} or {SEQUENCE}, not {self.partition!r}")
         if workers < 1 or self.lanes < 1:
             raise ConfigError(f"attention workers and batches must be at least 1: {workers}, {self.lanes}")
-        if self.partition == HEAD and model.kv_heads % workers:
+        if self.partition == HEAD and not model.heads_divide_by(workers):
+            heads = ", ".join(str(heads) for heads in sorted({kind.kv_heads for kind in model.attention}))
             raise ConfigError(
-                f"{model.name} has {model.kv_heads} KV heads, which {workers} attention workers cannot share evenly; "
+                f"{model.name} has {heads} KV heads, which {workers} attention workers cannot share evenly; "
                 "choose a divisor, or another partition"
             )
         if self.compute.memory_for_kv < 0:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from vllm_lamina.errors import ConfigError, UnsupportedError
-from vllm_lamina.planner.devices import Array, look_up, package_data
+from vllm_lamina.planner.devices import Array
 
 
 @dataclass(frozen=True)
@@ -46,6 +41,72 @@ class Experts:
 
 
 @dataclass(frozen=True)
+class AttentionLayers:
+    """Layers whose attention is alike.
+
+    Attributes
+    ----------
+    count
+        How many.
+    heads, kv_heads, head_size
+        Query heads, KV heads, elements of one head.
+    window
+        Tokens of the context that each sees at most, of a sliding window or a chunk; 0 for all.
+    stores
+        Whether each keeps k and v; if not, it attends those of another layer.
+    latent_size
+        With multi-head latent attention: elements at the front of a token's latent row that are its values, where the
+        row, of ``head_size``, is its one key. 0: values of their own, of ``head_size``.
+    expanded_size
+        Then, elements of one head's key and value together, as prompts are attended.
+    """
+
+    count: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    window: int = 0
+    stores: bool = True
+    latent_size: int = 0
+    expanded_size: int = 0
+
+    @property
+    def value_size(self) -> int:
+        """Elements of one head's output."""
+        return self.latent_size or self.head_size
+
+    @property
+    def kept_elements(self) -> int:
+        """Elements of a token's k and v in one layer, or of its latent row."""
+        return self.kv_heads * self.head_size * (1 if self.latent_size else 2)
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How much of a request is kept, or read for each of its tokens, in tokens that all layers keep, or read.
+
+    Attributes
+    ----------
+    growing
+        Share of the bytes of a token that are of layers without a window.
+    windows
+        Windows, and the share of each.
+    """
+
+    growing: float
+    windows: tuple[tuple[int, float], ...] = ()
+
+    def bounded(self, tokens: ArrayLike) -> Array:
+        """The part of a request of so many tokens that windows keep from growing."""
+        lengths = np.asarray(tokens, dtype=np.float64)
+        return sum((share * np.minimum(lengths, window) for window, share in self.windows), 0.0 * lengths)
+
+    def tokens(self, tokens: ArrayLike) -> Array:
+        """All of a request of so many tokens."""
+        return self.growing * np.asarray(tokens, dtype=np.float64) + self.bounded(tokens)
+
+
+@dataclass(frozen=True)
 class Model:
     """A decoder-only model.
 
@@ -53,8 +114,8 @@ class Model:
     ----------
     name
         For people.
-    layers, hidden, heads, kv_heads, head_size
-        The attention's shape: L, d, query heads, KV heads, elements of one head.
+    hidden, attention
+        Elements of the hidden state, d, and the layers' attention.
     dense_params
         Parameters that every token multiplies with: all but routed experts and the input embedding.
     embedding_params
@@ -68,11 +129,8 @@ class Model:
     """
 
     name: str
-    layers: int
     hidden: int
-    heads: int
-    kv_heads: int
-    head_size: int
+    attention: tuple[AttentionLayers, ...]
     dense_params: int
     embedding_params: int
     experts: Experts | None = None
@@ -80,9 +138,24 @@ class Model:
     source: str = ""
 
     @property
-    def group(self) -> int:
-        """G: query heads per KV head."""
-        return self.heads // self.kv_heads
+    def layers(self) -> int:
+        """L: layers of all kinds."""
+        return sum(kind.count for kind in self.attention)
+
+    @property
+    def kv_heads(self) -> int:
+        """KV heads, of the layers that have the fewest."""
+        return min(kind.kv_heads for kind in self.attention)
+
+    @property
+    def group(self) -> float:
+        """G: query heads per KV head, on average over the layers."""
+        queries = sum(kind.count * kind.heads * kind.head_size for kind in self.attention)
+        return queries / sum(kind.count * kind.kv_heads * kind.head_size for kind in self.attention)
+
+    def heads_divide_by(self, parts: int) -> bool:
+        """Whether the KV heads of every layer can be shared evenly."""
+        return all(kind.kv_heads % parts == 0 for kind in self.attention)
 
     @property
     def weight_bytes(self) -> int:
@@ -110,147 +183,77 @@ class Model:
         )
 
     @property
-    def query_bytes(self) -> int:
-        """Bytes of one token's q (or attention output) in one layer: e d where heads * head_size = d."""
-        return self.bytes_per_element * self.heads * self.head_size
+    def query_bytes_per_token(self) -> int:
+        """Bytes of one token's q, all layers: e d L where heads * head size = d."""
+        return self.bytes_per_element * sum(k.count * k.heads * k.head_size for k in self.attention)
 
     @property
-    def key_value_bytes(self) -> int:
-        """Bytes of one token's k and v together in one layer: 2 e d / G."""
-        return 2 * self.bytes_per_element * self.kv_heads * self.head_size
+    def output_bytes_per_token(self) -> int:
+        """Bytes of one token's attention output, all layers: as q, or what is latent of it."""
+        return self.bytes_per_element * sum(k.count * k.heads * k.value_size for k in self.attention)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that one token occupies in the KV cache: 2 e d L / G."""
-        return self.layers * self.key_value_bytes
+        """Bytes of one token's k and v in all layers that keep them: 2 e d L / G, or of latent rows."""
+        return self._key_value_bytes(lambda kind: kind.stores)
+
+    @property
+    def read_bytes_per_token(self) -> int:
+        """Bytes of k and v that attention reads of one cached token if all layers see it."""
+        return self._key_value_bytes(lambda kind: True)
+
+    def _key_value_bytes(self, counts: Callable[[AttentionLayers], bool]) -> int:
+        kinds = (kind for kind in self.attention if counts(kind))
+        return self.bytes_per_element * sum(kind.count * kind.kept_elements for kind in kinds)
+
+    @cached_property
+    def kept(self) -> Reach:
+        """What a request keeps in the KV cache, in tokens of `kv_bytes_per_token`."""
+        return self._reach(lambda kind: kind.stores)
+
+    @cached_property
+    def read(self) -> Reach:
+        """What a token's attention reads, in tokens of `read_bytes_per_token`."""
+        return self._reach(lambda kind: True)
+
+    def _reach(self, counts: Callable[[AttentionLayers], bool]) -> Reach:
+        total = self._key_value_bytes(counts)
+
+        def share(window: int) -> float:
+            return self._key_value_bytes(lambda kind: counts(kind) and kind.window == window) / total
+
+        windows = sorted({kind.window for kind in self.attention if counts(kind) and kind.window})
+        return Reach(share(0), tuple((window, share(window)) for window in windows))
 
     @property
     def wire_bytes_per_token(self) -> int:
         """Bytes that one token's decode step moves: ``(2 + 2/G) e d L`` (arXiv 2405.01814, section 3)."""
-        return self.layers * (2 * self.query_bytes + self.key_value_bytes)
+        return self.query_bytes_per_token + self.output_bytes_per_token + self.kv_bytes_per_token
 
     @property
     def attention_flops_per_cached_token(self) -> int:
         """FLOP of one query token against one cached token, all layers: a product with k and one with v."""
-        return 4 * self.layers * self.heads * self.head_size
+        return sum(
+            2 * kind.count * kind.heads * (kind.head_size + kind.value_size) for kind in self.attention
+        )
+
+    def prompt_attention_flops(self, chunk: float, context: float) -> float:
+        """FLOP of attention of a chunk of prompt tokens over ``context`` earlier ones and, causally, itself.
+
+        For it keys and values are expanded where they are latent.
+        """
+        seen = context + chunk / 2.0
+        return sum(
+            2
+            * kind.count
+            * kind.heads
+            * (kind.expanded_size or 2 * kind.head_size)
+            * chunk
+            * min(seen, kind.window or seen)
+            for kind in self.attention
+        )
 
     @property
     def key_value_projection_share(self) -> float:
-        """Fraction of the active parameters that project to k and v."""
-        return self.layers * 2 * self.hidden * self.kv_heads * self.head_size / self.active_params
-
-
-_DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2}
-
-
-def model_from_config(config: Mapping[str, Any], name: str, source: str = "") -> Model:
-    """Read a Hugging Face ``config.json``: dense or MoE, with multi-head, grouped-query or multi-query attention.
-
-    Raises
-    ------
-    UnsupportedError
-        The attention is not of that kind (multi-head latent attention).
-    ConfigError
-        The configuration lacks a size, or has one that cannot be.
-    """
-    text = config.get("text_config")
-    config = {**config, **text} if isinstance(text, dict) else config
-    if config.get("kv_lora_rank") is not None or config.get("q_lora_rank") is not None:
-        raise UnsupportedError(
-            f"{name} uses multi-head latent attention (MLA, kv_lora_rank), which Lamina does not move and the "
-            "planner does not describe; serve it without Lamina"
-        )
-    size = partial(_size, config, name)
-    hidden, layers, heads = size("hidden_size"), size("num_hidden_layers"), size("num_attention_heads")
-    vocabulary, intermediate = size("vocab_size"), size("intermediate_size")
-    kv_heads = 1 if config.get("multi_query") else size("num_key_value_heads", heads)
-    if heads % kv_heads or heads > hidden:
-        raise ConfigError(
-            f"{name} cannot have {heads} attention heads with {kv_heads} KV heads and a hidden size of {hidden}"
-        )
-    head_size = size("head_dim", hidden // heads)
-    attention = 2 * hidden * heads * head_size + 2 * hidden * kv_heads * head_size
-    # Gated feed-forward networks have three matrices; the older GELU ones (GPT-2, OPT, Falcon's line) two.
-    gated = config.get("hidden_act", "silu") in ("silu", "swiglu", "gelu_pytorch_tanh", "geglu")
-    matrices = 3 if gated else 2
-    expert_size = size("moe_intermediate_size", 0)
-    experts = _experts(config, name, layers, matrices * hidden * (expert_size or intermediate))
-    moe_layers = experts.layers if experts else 0
-    shared = size("shared_expert_intermediate_size", size("n_shared_experts", 0) * expert_size)
-    routers = moe_layers * (hidden * experts.count + matrices * hidden * shared) if experts else 0
-    dense = layers * attention + (layers - moe_layers) * matrices * hidden * intermediate + routers
-    dtype = config.get("torch_dtype") or config.get("dtype") or "bfloat16"
-    return Model(
-        name=name,
-        layers=layers,
-        hidden=hidden,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
-        dense_params=dense + vocabulary * hidden,
-        embedding_params=0 if config.get("tie_word_embeddings") else vocabulary * hidden,
-        experts=experts,
-        bytes_per_element=look_up("dtype", str(dtype).removeprefix("torch."), _DTYPE_BYTES),
-        source=source,
-    )
-
-
-def _size(config: Mapping[str, Any], name: str, key: str, default: int | None = None) -> int:
-    """A whole number above 0; the default where there is none, null or 0."""
-    value = config.get(key) if default is None else config.get(key) or default
-    if value is None:
-        raise ConfigError(f"the configuration of {name} has no {key!r}; is it a decoder-only model?")
-    if type(value) is not int or not (0 < value < 2**31 or value == default):
-        raise ConfigError(f"{key} of {name} must be a whole number above 0, not {value!r}")
-    return value
-
-
-def _experts(config: Mapping[str, Any], name: str, layers: int, params: int) -> Experts | None:
-    size = partial(_size, config, name)
-    count = size("num_local_experts", size("num_experts", size("n_routed_experts", 0)))
-    if not count:
-        return None
-    per_token = size("num_experts_per_tok", size("moe_topk", 0))
-    dense = config.get("mlp_only_layers") or []
-    if not isinstance(dense, list):
-        raise ConfigError(f"mlp_only_layers of {name} must be a list, not {dense!r}")
-    dense_layers = size("first_k_dense_replace", len(dense))
-    if not 0 < per_token <= count or dense_layers > layers:
-        raise ConfigError(
-            f"the configuration of {name} has {count} experts in {layers} layers, but num_experts_per_tok is "
-            f"{per_token} and {dense_layers} layers are without"
-        )
-    return Experts(count, per_token, params, layers - dense_layers)
-
-
-def builtin_models() -> dict[str, Model]:
-    """The models that ship with the planner, by short name."""
-    return {
-        key: model_from_config(table, table["name"], table["source"])
-        for key, table in package_data("models.toml")["model"].items()
-    }
-
-
-def load_model(name: str) -> Model:
-    """Read a model by short name (``llama3-70b``), from a ``config.json``, or from a directory that holds one.
-
-    Raises
-    ------
-    ConfigError
-        It is none of these, and the nearest names are given; or the file cannot be read.
-    """
-    path = Path(name)
-    if os.path.isdir(path):  # False, not an error, for a name that no file can have
-        path = path / "config.json"
-    if path.suffix != ".json":
-        return look_up("model", name, builtin_models())
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the model's configuration {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ConfigError(f"{path} holds no JSON object with the model's sizes")
-    label = path.parent.name if path.name == "config.json" else path.stem.removesuffix("-config")
-    return model_from_config(config, label or path.stem, str(path))
+        """Fraction of the active parameters that project to what is kept of a token."""
+        return self.hidden * self.kv_bytes_per_token / self.bytes_per_element / self.active_params

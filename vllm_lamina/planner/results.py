@@ -62,7 +62,7 @@ def steady_state(deployment: Deployment, batch: int, context: float) -> SteadySt
     stages = deployment.stages(per_lane)
     model, wire = float(stages.model[per_lane]), float(stages.wire[per_lane])
     # Per-token time is tabled for the sequences that one shard holds.
-    attention = float(stages.attention[per_shard]) * per_shard * context
+    attention = float(stages.attention[per_shard]) * per_shard * float(deployment.model.read.tokens(context))
     tbt = max(
         stages.sequential(per_lane, attention),
         lanes * model / deployment.replicas,

@@ -257,7 +257,7 @@ def _makers(question: Question) -> Iterator[Callable[[], Deployment]]:
                     transport=question.transport,
                     lanes=lanes,
                     # Heads balance the load; where they do not divide, whole requests go to workers.
-                    partition="request" if model.kv_heads % count else "head",
+                    partition="head" if model.heads_divide_by(count) else "request",
                 )
 
 
@@ -270,10 +270,13 @@ def _candidate(question: Question, deployment: Deployment) -> Candidate:
             raise ConfigError(f"it costs more than the budget of {question.budget:.2f} USD per hour")
     trace = question.trace
     room = deployment.shard_tokens * (1.0 - WATERMARK)
-    too_long = float((trace.prompts + trace.outputs > room).mean())
+    kept = deployment.model.kept
+    too_long = float((kept.tokens(trace.prompts + trace.outputs) > room).mean())
     if too_long > REJECTED_AT_MOST:
         raise ConfigError(f"its KV cache is too small for more than {REJECTED_AT_MOST:.0%} of the requests")
-    batch = max(1, min(len(trace), int(deployment.shards * room / (trace.mean_context + 8.0))))
+    batch = max(
+        1, min(len(trace), int(deployment.shards * room / float(kept.tokens(trace.mean_context + 8.0))))
+    )
     batch = _within_slo(deployment, batch, trace.mean_context, question.tbt_slo)
     estimate = steady_state(deployment, batch, trace.mean_context)
     if question.rate is not None:

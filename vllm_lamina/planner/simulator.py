@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import count
+from math import ceil
 
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.planner.deployment import Deployment
+from vllm_lamina.planner.models import Reach
 from vllm_lamina.planner.results import Recorder, SimulationResult
 from vllm_lamina.planner.traces import Trace
 
@@ -84,15 +86,30 @@ def simulate(
 
 @dataclass(slots=True)
 class BlockPool:
-    """Free KV blocks of one shard of the cache."""
+    """Free KV blocks of one shard of the cache.
+
+    A block is of the layers whose part of a request grows with it; of all layers, where each has a window.
+    """
 
     total: int
     block_size: int
     free: int
+    kept: Reach
 
-    def blocks(self, tokens: int) -> int:
-        """Blocks that so many tokens occupy."""
-        return -(-tokens // self.block_size)
+    def blocks(self, tokens: int, length: int) -> int:
+        """Blocks that a request occupies when it has so many tokens, of `length` in the end.
+
+        Layers with a window have from the start what they have in the end.
+        """
+        grown = -(-tokens // self.block_size) if self.kept.growing else 0
+        if not self.kept.windows:
+            return grown
+        return grown + ceil(float(self.kept.bounded(length)) / self.unit / self.block_size)
+
+    @property
+    def unit(self) -> float:
+        """Tokens that all layers keep, in a token of a block."""
+        return self.kept.growing or 1.0
 
 
 @dataclass(slots=True, eq=False)
@@ -113,6 +130,11 @@ class Request:
     ticket: int = 0
     preempted: float = -1.0
 
+    @property
+    def length(self) -> int:
+        """Tokens in the end."""
+        return self.prompt + self.output
+
 
 _TICKETS = count(1)
 
@@ -124,12 +146,14 @@ class Lane:
     ``(c + t - s) % block_size == 0``: `_growth` counts the requests by that phase, so a step's demand is one look-up.
     """
 
-    def __init__(self, pools: list[BlockPool]) -> None:
+    def __init__(self, pools: list[BlockPool], read: Reach) -> None:
         self._pools = pools
+        self._read = read
         self._block_size = pools[0].block_size
         self.step = 0
         self.sequences = [0] * len(pools)
-        self.cached_tokens = [0] * len(pools)
+        self.cached_tokens = [0.0] * len(pools)
+        """Those that all layers see: fewer where some have a window."""
         self._growth = [[0] * self._block_size for _ in pools]
         self._finishing: list[tuple[int, int, Request]] = []
         self._order: list[tuple[int, Request]] = []
@@ -143,7 +167,7 @@ class Lane:
         request.joined = self.step
         request.ticket = next(_TICKETS)
         self.sequences[shard] += 1
-        self.cached_tokens[shard] += request.cached
+        self.cached_tokens[shard] += self._seen(request, request.cached)
         self._growth[shard][(self.step - request.cached) % self._block_size] += 1
         last_step = self.step + request.output - request.generated - 1
         heappush(self._finishing, (last_step, request.ticket, request))
@@ -156,10 +180,11 @@ class Lane:
         """
         preempted: list[Request] = []
         for shard, pool in enumerate(self._pools):
-            while (need := self._growth[shard][self.step % self._block_size]) > pool.free:
+            grows = pool.kept.growing > 0
+            while (need := grows * self._growth[shard][self.step % self._block_size]) > pool.free:
                 preempted.append(self._preempt_last(shard))
             pool.free -= need
-            self.cached_tokens[shard] += self.sequences[shard]
+            self.cached_tokens[shard] += self._read.growing * self.sequences[shard]
         return preempted
 
     def finish_step(self) -> list[Request]:
@@ -196,10 +221,14 @@ class Lane:
     def _leave(self, request: Request, step: int) -> None:
         shard, held = request.shard, request.cached + step - request.joined
         request.ticket = 0
-        self._pools[shard].free += self._pools[shard].blocks(held)
+        self._pools[shard].free += self._pools[shard].blocks(held, request.length)
         self.sequences[shard] -= 1
-        self.cached_tokens[shard] -= held
+        self.cached_tokens[shard] -= self._seen(request, held)
         self._growth[shard][(request.joined - request.cached) % self._block_size] -= 1
+
+    def _seen(self, request: Request, tokens: int) -> float:
+        seen = self._read.growing * tokens
+        return seen + float(self._read.bounded(request.length)) if self._read.windows else seen
 
 
 @dataclass(slots=True)
@@ -226,18 +255,20 @@ class _Engine:
     ) -> None:
         self.deployment, self.options = deployment, options
         self.failures = list(failures)
-        total, size = deployment.shard_tokens // options.block_size, options.block_size
+        size, model = options.block_size, deployment.model
+        empty = BlockPool(0, size, 0, model.kept)
+        total = int(deployment.shard_tokens / empty.unit) // size
         if total < 1:
             raise ConfigError(
                 f"the KV cache holds {deployment.shard_tokens} tokens, less than one block of {size}"
             )
-        self.pools = [BlockPool(total, size, free=total) for _ in range(deployment.shards)]
+        self.pools = [replace(empty, total=total, free=total) for _ in range(deployment.shards)]
         self.reserve = int(WATERMARK * total)
         self.requests = self._accepted(trace)
         self.next_arrival = 0
         self.waiting: deque[Request] = deque()
         self.running = 0
-        self.lanes = [Lane(self.pools) for _ in range(deployment.lanes)]
+        self.lanes = [Lane(self.pools, model.read) for _ in range(deployment.lanes)]
         self.joining: list[list[Request]] = [[] for _ in self.lanes]
         self.prefilling: list[deque[tuple[Request, int]]] = [deque() for _ in self.lanes]
         self.steps: list[_Step | None] = [None] * len(self.lanes)
@@ -267,7 +298,7 @@ class _Engine:
             for arrival, prompt, output in zip(
                 trace.arrivals.tolist(), trace.prompts.tolist(), trace.outputs.tolist(), strict=True
             )
-            if pool.blocks(prompt + output) <= pool.total - self.reserve
+            if pool.blocks(prompt + output, prompt + output) <= pool.total - self.reserve
         ]
         if not accepted:
             raise ConfigError(
@@ -324,7 +355,7 @@ class _Engine:
                 return
             request.shard = max(up, key=lambda shard: self.pools[shard].free)
             pool = self.pools[request.shard]
-            need = pool.blocks(request.cached)
+            need = pool.blocks(request.cached, request.length)
             if need > pool.free - self.reserve:
                 return
             self.waiting.popleft()
@@ -432,7 +463,7 @@ class _Engine:
             else:
                 self.running -= 1
                 pool = self.pools[request.shard]
-                pool.free += pool.blocks(request.cached)
+                pool.free += pool.blocks(request.cached, request.length)
 
     def _first_token(self, request: Request, now: float) -> bool:
         """Record the wait for a first token, or for the next after preemption; return whether it was either."""

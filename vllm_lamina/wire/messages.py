@@ -7,7 +7,7 @@ import msgspec
 
 from vllm_lamina.kv_cache.geometry import Geometry, Positive
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 7
 """Raised whenever a message below changes its meaning; both sides must have the same."""
 
 Bytes = Annotated[int, msgspec.Meta(ge=0, lt=2**63)]

@@ -78,8 +78,8 @@ inline void load_sums(const float* from, size_t row_floats) {
 
 // Rows first .. first + 16 * RowTiles - 1 against one block.
 template <int RowTiles, bool Prefetch>
-void attend_rows(const RowTile& tile, int first, const std::byte* region, int num_tokens,
-                 Prefetcher& prefetch) {
+void attend_rows(const RowTile& tile, int first, const std::byte* region, const std::byte* values,
+                 int num_tokens, Prefetcher& prefetch) {
   const size_t width = tile.head_size_v, block_size = tile.block_size;
   const size_t query_bytes = tile.head_size * sizeof(BFloat16);
   const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;
@@ -108,7 +108,6 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
   const size_t weight_bytes = block_size * sizeof(BFloat16);
   finish_stores(weights);
 
-  const std::byte* values = region + tile.key_bytes;
   for (int d = 0; d < value_pairs; ++d) {
     float* out = tile.out + first * width + d * 32;
     load_sums<RowTiles>(out, width);
@@ -120,18 +119,20 @@ void attend_rows(const RowTile& tile, int first, const std::byte* region, int nu
 
 void attend_block(const RowTile& tile, const std::byte* region, const std::byte* next, int32_t num_tokens) {
   Prefetcher prefetch(region, tile.region_bytes, next);
-  if (tile.rows <= kTileRows) return attend_rows<1, true>(tile, 0, region, num_tokens, prefetch);
-  attend_rows<2, true>(tile, 0, region, num_tokens, prefetch);
+  const std::byte* values = values_of(tile, region, (num_tokens + kPairTokens - 1) / kPairTokens);
+  if (tile.rows <= kTileRows) return attend_rows<1, true>(tile, 0, region, values, num_tokens, prefetch);
+  attend_rows<2, true>(tile, 0, region, values, num_tokens, prefetch);
   int first = kRowStep;
   for (; first + kTileRows < tile.rows; first += kRowStep)
-    attend_rows<2, false>(tile, first, region, num_tokens, prefetch);
-  if (first < tile.rows) attend_rows<1, false>(tile, first, region, num_tokens, prefetch);
+    attend_rows<2, false>(tile, first, region, values, num_tokens, prefetch);
+  if (first < tile.rows) attend_rows<1, false>(tile, first, region, values, num_tokens, prefetch);
 }
 
 constexpr RowOps kOps{.row_granule = kTileRows,
                       .max_rows = 256,
                       .size_granule = 32,
                       .query_bytes = sizeof(BFloat16),
+                      .repacks_values = true,
                       .weights_bytes = weights_bytes,
                       .pack_row = pack_row,
                       .store_row = store_row,

@@ -97,7 +97,7 @@ void attend_block(const RowTile& tile, const std::byte* region, const std::byte*
   const size_t query_bytes = tile.head_size * sizeof(BFloat16), weight_bytes = block_size * sizeof(BFloat16);
   const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;
   const int token_pairs = (num_tokens + kPairTokens - 1) / kPairTokens;
-  const std::byte* values = region + tile.key_bytes;
+  const std::byte* values = values_of(tile, region, token_pairs);
   FarPrefetcher prefetch(region, tile.region_bytes, next);
   for (int first = 0; first < tile.rows; first += kRowStep) {
     const bool cold = first == 0;
@@ -121,6 +121,7 @@ constexpr RowOps kOps{.row_granule = 1,
                       .max_rows = 4 * kRowStep,
                       .size_granule = 32,
                       .query_bytes = sizeof(BFloat16),
+                      .repacks_values = true,
                       .weights_bytes = weights_bytes,
                       .pack_row = pack_row,
                       .store_row = store_row,

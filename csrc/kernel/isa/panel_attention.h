@@ -22,10 +22,12 @@ struct PanelAttention {
   using Vec = typename Lanes::Vec;
   static constexpr int kLinesPerTwo = 2 * 16 * sizeof(Element) / 64;
 
-  // c[r][0..16) (+)= sum over i < depth of a[r][i] * panel[i][0..16), for R rows that stay in registers.
-  template <int R, bool Accumulate, bool Prefetch>
-  static void multiply_rows(const float* a, size_t a_stride, const Element* panel, int depth, float* c,
-                            size_t c_stride, Prefetcher& prefetch) {
+  // c[r][0..16) (+)= sum over i < depth of a[r][i] * panel[i][0..16), for R rows that stay in registers. Rows
+  // of the panel lie `Step` elements apart, or with 0 `step`.
+  template <int R, bool Accumulate, bool Prefetch, int Step>
+  static void multiply_rows(const float* a, size_t a_stride, const Element* panel, size_t step, int depth,
+                            float* c, size_t c_stride, Prefetcher& prefetch) {
+    if (Step > 0) step = Step;
     // Few rows do not cover the latency of an FMA: even and odd i get accumulators of their own.
     constexpr bool kSplit = R <= 4;
     Vec even[R], odd[R];
@@ -36,7 +38,7 @@ struct PanelAttention {
     int i = 0;
     for (; i + 1 < depth; i += 2) {
       if (Prefetch) prefetch.advance(kLinesPerTwo);
-      const Vec b0 = Lanes::load(panel + i * 16), b1 = Lanes::load(panel + i * 16 + 16);
+      const Vec b0 = Lanes::load(panel + i * step), b1 = Lanes::load(panel + (i + 1) * step);
       for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b0, even[r]);
       for (int r = 0; r < R; ++r) {
         Vec& sum = kSplit ? odd[r] : even[r];
@@ -44,7 +46,7 @@ struct PanelAttention {
       }
     }
     if (i < depth) {
-      const Vec b = Lanes::load(panel + i * 16);
+      const Vec b = Lanes::load(panel + i * step);
       for (int r = 0; r < R; ++r) even[r] = Lanes::fma(Lanes::broadcast(a[r * a_stride + i]), b, even[r]);
     }
     for (int r = 0; r < R; ++r)
@@ -52,30 +54,66 @@ struct PanelAttention {
   }
 
   // The same for 1 <= rows <= R: picks the function with exactly that many.
-  template <int R, bool Accumulate, bool Prefetch>
-  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, int depth,
-                             float* c, size_t c_stride, Prefetcher& prefetch) {
+  template <int R, bool Accumulate, bool Prefetch, int Step>
+  static void multiply_up_to(int rows, const float* a, size_t a_stride, const Element* panel, size_t step,
+                             int depth, float* c, size_t c_stride, Prefetcher& prefetch) {
     if constexpr (R > 1) {
       if (rows < R)
-        return multiply_up_to<R - 1, Accumulate, Prefetch>(rows, a, a_stride, panel, depth, c, c_stride,
-                                                           prefetch);
+        return multiply_up_to<R - 1, Accumulate, Prefetch, Step>(rows, a, a_stride, panel, step, depth, c,
+                                                                 c_stride, prefetch);
     }
-    multiply_rows<R, Accumulate, Prefetch>(a, a_stride, panel, depth, c, c_stride, prefetch);
+    multiply_rows<R, Accumulate, Prefetch, Step>(a, a_stride, panel, step, depth, c, c_stride, prefetch);
   }
 
   // All rows against one panel. Only the first rows bring the panel into the cache.
-  template <bool Accumulate>
+  template <bool Accumulate, int Step = 16>
   static void multiply_panel(bool cold, int rows, const float* a, size_t a_stride, const Element* panel,
-                             int depth, float* c, size_t c_stride, Prefetcher& prefetch) {
+                             int depth, float* c, size_t c_stride, Prefetcher& prefetch, size_t step = Step) {
     constexpr int R = Lanes::kRows;
     for (int r = 0; r < rows; r += R) {
       const float* a_rows = a + r * a_stride;
       float* c_rows = c + r * c_stride;
       if (cold && r == 0)
-        multiply_up_to<R, Accumulate, true>(rows, a_rows, a_stride, panel, depth, c_rows, c_stride, prefetch);
+        multiply_up_to<R, Accumulate, true, Step>(rows, a_rows, a_stride, panel, step, depth, c_rows,
+                                                  c_stride, prefetch);
       else
-        multiply_up_to<R, Accumulate, false>(rows - r, a_rows, a_stride, panel, depth, c_rows, c_stride,
-                                             prefetch);
+        multiply_up_to<R, Accumulate, false, Step>(rows - r, a_rows, a_stride, panel, step, depth, c_rows,
+                                                   c_stride, prefetch);
+    }
+  }
+
+  // scores[r][t] = a[r] . token t, for R rows and T tokens that lie one after another: sums by lane, whose
+  // lanes are added at the end. A latent's rows are long, so that costs little.
+  template <int R, int T>
+  static void dot_rows(const float* a, const Element* tokens, size_t depth, float* scores,
+                       size_t scores_stride) {
+    Vec sums[R][T];
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) sums[r][t] = Lanes::broadcast(0.0f);
+    for (size_t d = 0; d < depth; d += 16) {
+      Vec k[T];
+      for (int t = 0; t < T; ++t) k[t] = Lanes::load(tokens + t * depth + d);
+      for (int r = 0; r < R; ++r) {
+        const Vec q = Lanes::load(a + r * depth + d);
+        for (int t = 0; t < T; ++t) sums[r][t] = Lanes::fma(q, k[t], sums[r][t]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int t = 0; t < T; ++t) scores[r * scores_stride + t] = Lanes::reduce_add(sums[r][t]);
+  }
+
+  // All rows against the first num_tokens tokens and those behind them up to a multiple of T, which are
+  // zeros.
+  static void dot_tokens(int rows, const float* a, const Element* tokens, size_t depth, int num_tokens,
+                         float* scores, size_t scores_stride) {
+    constexpr int R = Lanes::kRows / 2, T = Lanes::kRows / 2;  // as many sums as there are registers for
+    for (int t = 0; t < num_tokens; t += T) {
+      const Element* first = tokens + t * depth;
+      int r = 0;
+      for (; r + R <= rows; r += R)
+        dot_rows<R, T>(a + r * depth, first, depth, scores + r * scores_stride + t, scores_stride);
+      for (; r < rows; ++r)
+        dot_rows<1, T>(a + r * depth, first, depth, scores + r * scores_stride + t, scores_stride);
     }
   }
 
@@ -88,18 +126,28 @@ struct PanelAttention {
     for (int first = 0; first < tile.rows; first += kRowStep) {
       const int rows = tile.rows - first < kRowStep ? tile.rows - first : kRowStep;
       const float* queries = static_cast<const float*>(tile.queries) + first * head_size;
-      for (int t = 0; t < num_tokens; t += 16)
-        multiply_panel<false>(first == 0, rows, queries, head_size, keys + t * head_size, tile.head_size,
-                              tile.weights + t, block_size, prefetch);
+      if (tile.latent) {
+        dot_tokens(rows, queries, keys, head_size, num_tokens, tile.weights, block_size);
+      } else {
+        for (int t = 0; t < num_tokens; t += 16)
+          multiply_panel<false>(first == 0, rows, queries, head_size, keys + t * head_size, tile.head_size,
+                                tile.weights + t, block_size, prefetch);
+      }
       for (int r = 0; r < rows; ++r) {
         float* weights = tile.weights + r * block_size;
         if (!tile.rule.plain) apply_rule<Lanes>(tile, first + r, weights, 1.0f, num_tokens);
         softmax_step<Lanes>(tile, first + r, weights, 1.0f, num_tokens,
                             [weights](int i, Vec x) { Lanes::store(weights + i, x); });
       }
-      for (size_t d = 0; d < head_size_v; d += 16)
-        multiply_panel<true>(first == 0, rows, tile.weights, block_size, values + d * block_size, num_tokens,
-                             tile.out + first * head_size_v + d, head_size_v, prefetch);
+      for (size_t d = 0; d < head_size_v; d += 16) {
+        float* out = tile.out + first * head_size_v + d;
+        if (tile.latent)
+          multiply_panel<true, 0>(false, rows, tile.weights, block_size, keys + d, num_tokens, out,
+                                  head_size_v, prefetch, head_size);
+        else
+          multiply_panel<true>(first == 0, rows, tile.weights, block_size, values + d * block_size,
+                               num_tokens, out, head_size_v, prefetch);
+      }
     }
   }
 
@@ -124,6 +172,7 @@ struct PanelAttention {
                                .max_rows = 4 * kRowStep,
                                .size_granule = 16,
                                .query_bytes = sizeof(float),
+                               .repacks_values = false,
                                .weights_bytes = weights_bytes,
                                .pack_row = pack_row,
                                .store_row = store_row,

@@ -48,6 +48,65 @@ inline void weigh_row(const RowTile& tile, int first, int r, int num_tokens) {
   if (past_last != 0 && past_last <= 16) put(num_tokens - past_last + 16, _mm256_setzero_si256());
 }
 
+// Dwords [row][column] to [column][row].
+inline void transpose(__m512i (&x)[16]) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    x[i] = _mm512_unpacklo_epi64(y[i], y[i + 2]);
+    x[i + 1] = _mm512_unpackhi_epi64(y[i], y[i + 2]);
+    x[i + 2] = _mm512_unpacklo_epi64(y[i + 1], y[i + 3]);
+    x[i + 3] = _mm512_unpackhi_epi64(y[i + 1], y[i + 3]);
+  }
+  // Squares of four by four are done; now the squares.
+  for (int i = 0; i < 4; ++i) {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xDD);
+    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xDD);
+  }
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xDD);
+    x[i + 4] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
+    x[i + 12] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xDD);
+  }
+}
+
+// A pair of K tiles, 32 tokens by 32 dims, as the pair of V tiles of the same.
+inline void repack_pair(const std::byte* keys, std::byte* values) {
+  alignas(64) static constexpr uint16_t kFirstDims[32] = {0,  32, 1,  33, 2,  34, 3,  35, 4,  36, 5,
+                                                          37, 6,  38, 7,  39, 8,  40, 9,  41, 10, 42,
+                                                          11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i first_dims = _mm512_load_si512(kFirstDims);
+  const __m512i last_dims = _mm512_add_epi16(first_dims, _mm512_set1_epi16(16));
+  for (int half = 0; half < 2; ++half) {  // of the tokens: a K tile, and eight lines of either V tile
+    __m512i tokens[16];
+    for (int i = 0; i < 16; ++i) tokens[i] = _mm512_loadu_si512(keys + half * kTileBytes + i * 64);
+    transpose(tokens);
+    for (int i = 0; i < 8; ++i) {
+      const __m512i even = tokens[2 * i], odd = tokens[2 * i + 1];
+      std::byte* line = values + (half * 8 + i) * 64;
+      _mm512_storeu_si512(line, _mm512_permutex2var_epi16(even, first_dims, odd));
+      _mm512_storeu_si512(line + kTileBytes, _mm512_permutex2var_epi16(even, last_dims, odd));
+    }
+  }
+}
+
+// Where V of a block lies: behind K, or, of a latent block, in the tile's scratch, where it is made of K.
+inline const std::byte* values_of(const RowTile& tile, const std::byte* region, int token_pairs) {
+  if (!tile.latent) return region + tile.key_bytes;
+  const int key_pairs = tile.head_size / 32, value_pairs = tile.head_size_v / 32;
+  for (int t = 0; t < token_pairs; ++t)
+    for (int d = 0; d < value_pairs; ++d)
+      repack_pair(region + (t * key_pairs + d) * 2 * kTileBytes,
+                  tile.values + (d * (tile.block_size / kPairTokens) + t) * 2 * kTileBytes);
+  return tile.values;
+}
+
 void pack_row(const void* q, int32_t head_size, float, void* packed) {
   auto* to = static_cast<BFloat16*>(packed);
   __builtin_memcpy(to, q, head_size * sizeof(BFloat16));

@@ -8,18 +8,13 @@
 namespace lamina {
 namespace {
 
-bool same(const AttentionGeometry& a, const AttentionGeometry& b) {
-  return a.dtype == b.dtype && a.num_heads == b.num_heads && a.num_kv_heads == b.num_kv_heads &&
-         a.head_size == b.head_size && a.block_size == b.block_size && a.head_size_v == b.head_size_v;
-}
-
 // One kernel for each shape, and by layer which.
 std::vector<std::unique_ptr<AttentionKernel>> make_kernels(const ModelGeometry& geometry, std::vector<size_t>& by_layer) {
   std::vector<std::unique_ptr<AttentionKernel>> kernels;
   std::vector<const AttentionGeometry*> shapes;
   for (const LayerGeometry& layer : geometry.layers()) {
     const auto known = std::find_if(shapes.begin(), shapes.end(),
-                                    [&](const AttentionGeometry* shape) { return same(*shape, layer.attention); });
+                                    [&](const AttentionGeometry* shape) { return *shape == layer.attention; });
     by_layer.push_back(static_cast<size_t>(known - shapes.begin()));
     if (known != shapes.end()) continue;
     shapes.push_back(&layer.attention);

@@ -159,7 +159,7 @@ void AttentionClient::post(uint32_t lane_id, uint32_t layer, ConstRows q, ConstR
         pack_all(payload, columns(q, offset.q), part.q_tokens, row.q);
         if (row.k > 0) {
           pack_all(payload + layout.k, columns(k, offset.k), part.kv_tokens, row.k);
-          pack_all(payload + layout.v, columns(v, offset.v), part.kv_tokens, row.v);
+          if (row.v > 0) pack_all(payload + layout.v, columns(v, offset.v), part.kv_tokens, row.v);
         }
         header.posted_ns = nanoseconds(Clock::now());
       });

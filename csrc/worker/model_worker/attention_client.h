@@ -72,7 +72,7 @@ class AttentionClient {
   std::vector<StepRows> begin_step(uint32_t lane, const StepView& step, Deadline deadline);
 
   // Sends one layer's q rows and all k, v of the lane's step. q, k, v hold the step's tokens in order; k and v of a layer
-  // that does not store are not read.
+  // that does not store are not read, nor v of a latent cache.
   void post(uint32_t lane, uint32_t layer, ConstRows q, ConstRows k, ConstRows v, Deadline deadline);
 
   // Waits for the output of the oldest layer posted and not collected, which must be `layer`; there is none

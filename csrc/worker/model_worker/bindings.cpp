@@ -84,7 +84,7 @@ void bind_model_worker(nb::module_& m) {
   for (const auto bound : kWaitBounds) bounds.append(std::chrono::duration<double>(bound).count());
   m.attr("WAIT_BOUNDS") = nb::tuple(bounds);
   nb::class_<Partition>(m, "Partition")
-      .def_static("by_heads", &Partition::by_heads, "geometry"_a, "kv_heads"_a)
+      .def_static("by_heads", &Partition::by_heads, "geometry"_a, "heads"_a)
       .def_static("by_blocks", &Partition::by_blocks, "geometry"_a, "num_blocks"_a);
   nb::class_<AttentionClient>(m, "AttentionClient")
       .def(nb::init<const std::vector<std::shared_ptr<Channel>>&, Partition>(), "channels"_a, "partition"_a)
@@ -207,11 +207,11 @@ void bind_model_worker(nb::module_& m) {
            "groups"_a, "timeout"_a = 60.0)
       .def(
           "part",
-          [](const StreamedExchange& exchange, uint32_t lane, uint32_t worker) {
-            const WorkerStep& part = exchange.part(lane, worker);
+          [](const StreamedExchange& exchange, uint32_t lane, uint32_t worker, uint32_t group) {
+            const WorkerStep& part = exchange.part(lane, worker, group);
             return nb::make_tuple(tokens_of(part.q_tokens), tokens_of(part.kv_tokens), part.num_rows_without_lse);
           },
-          "lane"_a, "worker"_a)
+          "lane"_a, "worker"_a, "group"_a)
       .def("finish_step", &StreamedExchange::finish_step, "lane"_a, "timeout"_a = 60.0, Released())
       .def("fail_step", &StreamedExchange::fail_step, "lane"_a, "why"_a, Released())
       .def("replace_channel", &StreamedExchange::replace_channel, "worker"_a, "channel"_a, Released())

@@ -72,34 +72,36 @@ Partition::Partition(ModelGeometry geometry, size_t num_workers) : geometry_(std
   heads_.assign(num_workers, all);
 }
 
-Partition Partition::by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& kv_heads) {
-  Partition partition(std::move(geometry), kv_heads.size());
+Partition Partition::by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& heads) {
+  Partition partition(std::move(geometry), heads.size());
   const auto& caches = partition.geometry_.caches();
-  for (size_t c = 0; c < caches.size(); ++c) {
-    std::vector<int32_t> shares;
-    for (const auto& by_cache : kv_heads) {
-      if (by_cache.size() != caches.size()) {
-        throw std::invalid_argument("an attention worker has KV heads of " + std::to_string(by_cache.size()) +
-                                    " caches, the model " + std::to_string(caches.size()));
-      }
-      shares.push_back(by_cache[c]);
-    }
-    require_positive(shares, "KV head");
-    if (std::accumulate(shares.begin(), shares.end(), int64_t{0}) != caches[c].num_kv_heads) {
-      throw std::invalid_argument("the attention workers' KV heads do not add up to the model's " +
-                                  std::to_string(caches[c].num_kv_heads));
+  for (const auto& by_cache : heads) {
+    if (by_cache.size() != caches.size()) {
+      throw std::invalid_argument("an attention worker has heads of " + std::to_string(by_cache.size()) +
+                                  " caches, the model " + std::to_string(caches.size()));
     }
   }
   for (size_t l = 0; l < partition.geometry_.layers().size(); ++l) {
     const LayerGeometry& layer = partition.geometry_.layers()[l];
+    const bool latent = layer.attention.latent;
+    const char* what = latent ? "query head" : "KV head";
+    const int32_t whole = latent ? layer.num_heads : layer.attention.num_kv_heads;
+    std::vector<int32_t> shares;
+    for (const auto& by_cache : heads) shares.push_back(by_cache[static_cast<size_t>(layer.cache)]);
+    require_positive(shares, what);
+    if (std::accumulate(shares.begin(), shares.end(), int64_t{0}) != whole) {
+      throw std::invalid_argument(std::string("the attention workers' ") + what + "s do not add up to the model's " +
+                                  std::to_string(whole));
+    }
     LayerRows next;
-    for (size_t w = 0; w < kv_heads.size(); ++w) {
+    for (size_t w = 0; w < heads.size(); ++w) {
       AttentionGeometry part = layer.attention;
-      part.num_kv_heads = kv_heads[w][static_cast<size_t>(layer.cache)];
-      part.num_heads = part.num_kv_heads * (layer.num_heads / layer.attention.num_kv_heads);
-      Heads& heads = partition.heads_[w][l];
-      heads = {LayerRows(part, layer.stores), next};
-      next += heads.rows;
+      if (!latent) part.num_kv_heads = shares[w];
+      part.num_heads = static_cast<int32_t>(int64_t{layer.num_heads} * shares[w] / whole);
+      Heads& mine = partition.heads_[w][l];
+      mine = {LayerRows(part, layer.stores), next};
+      next += mine.rows;
+      if (latent) next.k = 0;
     }
   }
   return partition;

@@ -74,9 +74,10 @@ struct SplitStep {
 
 class Partition {
  public:
-  // Worker w holds kv_heads[w][c] KV heads of all tokens in cache c, with their query heads, in the model's order of
-  // heads; the numbers add up to the cache's KV heads. Blocks have the same ids everywhere.
-  static Partition by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& kv_heads);
+  // Worker w holds heads[w][c] KV heads of all tokens in cache c, with their query heads, in the model's order of
+  // heads; the numbers add up to the cache's KV heads. A latent cache has one KV head, which all workers hold: of it
+  // they are query heads, and add up to those of each layer. Blocks have the same ids everywhere.
+  static Partition by_heads(ModelGeometry geometry, const std::vector<std::vector<int32_t>>& heads);
   // Worker w holds all heads of num_blocks[w] blocks: those that follow the blocks of the workers before it.
   static Partition by_blocks(ModelGeometry geometry, const std::vector<int32_t>& num_blocks);
 

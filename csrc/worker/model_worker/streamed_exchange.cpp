@@ -38,7 +38,9 @@ void publish(std::atomic<T>& word, T value) {
 }  // namespace
 
 size_t StreamedExchange::memory_bytes(const ModelGeometry& geometry, uint32_t num_lanes, size_t max_tokens) {
-  return size_t{num_lanes} * kFrames * frame_bytes(geometry.layers().front().rows, max_tokens);
+  size_t frame = 0;
+  for (const LayerGeometry& layer : geometry.layers()) frame = std::max(frame, frame_bytes(layer.rows, max_tokens));
+  return size_t{num_lanes} * kFrames * frame;
 }
 
 StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, size_t max_tokens,
@@ -52,11 +54,6 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
     throw std::invalid_argument("a stream takes replies of at most 16 attention workers, not of " +
                                 std::to_string(num_workers));
   }
-  for (const LayerGeometry& layer : client.partition().geometry().layers()) {
-    if (layer.cache != 0 || layer.group != 0 || layer.num_heads != client.partition().geometry().layers()[0].num_heads) {
-      throw std::invalid_argument("a stream takes models whose attention layers are all alike");
-    }
-  }
   workers_.resize(num_workers);
   lanes_.resize(num_lanes);
   for (Lane& lane : lanes_) lane.sent.resize(num_workers);
@@ -64,7 +61,7 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
   // Pages of its own, which a device can register: it reads the copies of replies too.
   std::vector<size_t> copies;
   for (uint32_t w = 0; num_workers > 1 && w < num_workers; ++w) {
-    copies.push_back(reply_bytes(rows(w), max_tokens));
+    copies.push_back(most_bytes(w, reply_bytes));
   }
   words_bytes_ = round_up(num_lanes * (sizeof(Words) + std::reduce(copies.begin(), copies.end())), 4096);
   void* map = mmap(nullptr, words_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -91,16 +88,29 @@ StreamedExchange::~StreamedExchange() {
   munmap(words_, words_bytes_);
 }
 
+uint32_t StreamedExchange::group_of(int32_t layer) const {
+  return static_cast<uint32_t>(client_.partition().geometry().layers()[static_cast<size_t>(layer)].group);
+}
+
+// Of the worker's largest layer.
+size_t StreamedExchange::most_bytes(uint32_t worker, size_t (*bytes)(const LayerRows&, size_t)) const {
+  size_t most = 0;
+  for (int32_t layer = 0; layer < client_.partition().geometry().num_layers(); ++layer) {
+    most = std::max(most, bytes(rows(worker, layer), max_tokens_));
+  }
+  return most;
+}
+
 void StreamedExchange::attach(uint32_t w) {
   Channel& channel = client_.link(w).channel();
-  const size_t frame = frame_bytes(rows(w), max_tokens_), bytes = lanes_.size() * kFrames * frame;
+  const size_t frame = most_bytes(w, frame_bytes), bytes = lanes_.size() * kFrames * frame;
   const size_t memory = channel.send_memory().size();
   if (bytes + kFrameAlignment > memory) {
     throw FrameTooLarge("frames of " + std::to_string(bytes) + " bytes do not fit the channel's ring of " +
                         std::to_string(memory) + " bytes; raise ring_bytes");
   }
   channel.set_aside(bytes);
-  workers_[w] = {memory - bytes, frame, std::nullopt};
+  workers_[w] = {memory - bytes, frame, std::nullopt, 0};
   for (Lane& lane : lanes_) lane.sent[w] = {};
 }
 
@@ -156,8 +166,10 @@ std::vector<AttentionClient::StepRows> StreamedExchange::begin_step(uint32_t lan
   lane.room_wanted = Clock::now();
   lane.slowest = {};
   lane.failure.reset();
-  lane.num_owed = 0;
-  for (size_t w = 0; w < workers_.size(); ++w) lane.num_owed += split(lane_id).part(w).num_rows > 0;
+  lane.num_owed.assign(client_.split(lane_id).groups.size(), 0);
+  for (uint32_t group = 0; group < lane.num_owed.size(); ++group) {
+    for (uint32_t w = 0; w < workers_.size(); ++w) lane.num_owed[group] += part(lane_id, w, group).num_rows > 0;
+  }
   lane.begun = true;
   for (uint32_t w = 0; w < workers_.size(); ++w) {
     if (workers_[w].held_by == lane_id) let_go(w);  // of a step that failed
@@ -177,7 +189,7 @@ std::optional<std::string> StreamedExchange::finish_step(uint32_t lane_id, doubl
   Entry entry(*this);
   const auto is_over = [&] {
     const int32_t layers = client_.partition().geometry().num_layers();
-    return !lane.begun || lane.failure || (lane.posted == layers && (lane.num_owed == 0 || lane.replied == layers));
+    return !lane.begun || lane.failure || (lane.posted == layers && lane.replied == layers);
   };
   while (!is_over()) {
     const auto layers = std::pair(lane.posted, lane.replied);
@@ -255,15 +267,24 @@ void StreamedExchange::post_layer(uint32_t lane_id) {
   header.posted_ns = static_cast<uint64_t>(Clock::now().time_since_epoch().count());
   const Deadline deadline = deadline_after(timeout_);
   for (uint32_t w = 0; w < workers_.size(); ++w) {
-    const WorkerStep& part = split(lane_id).part(w);
-    if (!part.takes_part()) continue;
-    header.payload_bytes = part.attend_layout(rows(w)).bytes;
+    const WorkerStep& part = part_of(lane_id, w, lane.posted);
+    if (!part.takes_part(rows(w, lane.posted))) continue;
+    header.payload_bytes = part.attend_layout(rows(w, lane.posted)).bytes;
     lane.sent[w][layer % kFrames] = client_.link(w).send_at(frame_at(lane_id, w, layer), header, deadline);
   }
-  if (lane.num_owed > 0 && lane.replied == lane.posted) lane.since = Clock::now();
+  if (lane.replied == lane.posted) lane.since = Clock::now();
   ++lane.posted;
   lane.room_wanted = Clock::now();
+  if (pass_unanswered(lane_id)) publish(words_[lane_id].replied, lane.replied);
   progress_.notify_all();
+}
+
+// Counts layers that were sent and that nobody answers as replied, once all before them are. Whether there were any.
+bool StreamedExchange::pass_unanswered(uint32_t lane_id) {
+  Lane& lane = lanes_[lane_id];
+  const int32_t before = lane.replied;
+  while (lane.replied < lane.posted && lane.num_owed[group_of(lane.replied)] == 0) ++lane.replied;
+  return lane.replied > before;
 }
 
 bool StreamedExchange::serve_lane(uint32_t lane_id) {
@@ -289,7 +310,7 @@ bool StreamedExchange::receive(uint32_t w) {
   Worker& worker = workers_[w];
   if (worker.held_by) {
     const uint32_t lane = *worker.held_by;
-    if (words_[lane].taken.load(std::memory_order_acquire) < lanes_[lane].replied && !lanes_[lane].failure) return false;
+    if (words_[lane].taken.load(std::memory_order_acquire) < worker.held_until && !lanes_[lane].failure) return false;
     let_go(w);
   }
   WorkerLink& link = client_.link(w);
@@ -301,23 +322,24 @@ bool StreamedExchange::receive(uint32_t w) {
       client_.is_current(*header)) {
     const uint32_t lane_id = header->lane;
     Lane& lane = lanes_[lane_id];
-    const WorkerStep& part = split(lane_id).part(w);
     if (header->type == FrameType::kError) {
       fail(lane_id, "the attention worker dropped a frame: " +
                         std::string(reinterpret_cast<const char*>(payload), header->payload_bytes));
     } else if (header->type != FrameType::kOutput || lane.replied >= lane.posted ||
                header->layer != static_cast<uint32_t>(lane.replied) ||
-               header->payload_bytes != part.output_layout(rows(w)).bytes) {
+               header->payload_bytes !=
+                   part_of(lane_id, w, lane.replied).output_layout(rows(w, lane.replied)).bytes) {
       fail(lane_id, "the attention worker's output does not fit the step");
     } else {
       lane.slowest = std::max(lane.slowest, std::chrono::nanoseconds(header->service_ns));
       if (workers_.size() == 1) {
         worker.held_by = lane_id;
+        worker.held_until = lane.replied + 1;
       } else {
         payload = static_cast<const std::byte*>(std::memcpy(lane.copies[w], payload, header->payload_bytes));
       }
       words_[lane_id].replies[w].store(reinterpret_cast<uint64_t>(payload), std::memory_order_relaxed);
-      if (++lane.num_replies == lane.num_owed) replied(lane_id);
+      if (++lane.num_replies == lane.num_owed[group_of(lane.replied)]) replied(lane_id);
     }
   }
   if (!worker.held_by) link.channel().release();
@@ -332,6 +354,7 @@ void StreamedExchange::replied(uint32_t lane_id) {
   lane.since = now;
   lane.num_replies = 0;
   ++lane.replied;
+  pass_unanswered(lane_id);
   // First: the stream does not wait for it where each layer is answered.
   while (free_one(lane_id)) {
   }
@@ -348,11 +371,11 @@ void StreamedExchange::look() {
     if (!lane.begun || lane.failure) continue;
     for (uint32_t w = 0; w < workers_.size(); ++w) {
       WorkerLink& link = client_.link(w);
-      const WorkerStep& part = split(lane_id).part(w);
-      if (part.num_rows > 0 && lane.replied < lane.posted && lane.since < oldest && !workers_[w].held_by) {
+      if (lane.replied < lane.posted && part_of(lane_id, w, lane.replied).num_rows > 0 && lane.since < oldest &&
+          !workers_[w].held_by) {
         link.set_failed();
         fail(lane_id, "the attention worker's output did not come in time");
-      } else if (part.takes_part() && link.failed() && !link.has_frame()) {
+      } else if (client_.split(lane_id).takes_part(w) && link.failed() && !link.has_frame()) {
         fail(lane_id, "the attention worker is gone");
       } else if (wants_room(lane) && lane.room_wanted < oldest && !has_room(lane, w)) {
         link.set_failed();

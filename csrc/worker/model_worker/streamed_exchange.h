@@ -7,6 +7,9 @@
 //
 // A frame of a layer is sent after those of the same layer of all steps that were announced before: what a step reads of
 // an earlier one, a prefix block that is still being filled say, is then there, in every layer.
+//
+// Layers differ in the bytes of their rows, and by their group in who gets and answers what of them. The places for frames
+// are as large as the largest layer's.
 #pragma once
 
 #include <array>
@@ -36,7 +39,7 @@ class StreamedExchange {
     alignas(128) std::atomic<int32_t> packed;   // by the device: their frames are written
     alignas(128) std::atomic<int32_t> taken;    // by the device: their replies were read
     alignas(128) std::atomic<int32_t> free;     // their frames may be written
-    alignas(128) std::atomic<int32_t> replied;  // their replies are there, see `replies`
+    alignas(128) std::atomic<int32_t> replied;  // their replies are there, see `replies`, or nobody owes one
     alignas(128) std::array<std::atomic<uint64_t>, 16> replies;  // by worker: the address of the reply's payload
   };
 
@@ -66,8 +69,10 @@ class StreamedExchange {
   // Opens the announced step: tells the attention workers, and lets the proxy serve its layers. A worker that is lost
   // fails the step, which finish_step() says. Throws as AttentionClient::begin_step().
   std::vector<AttentionClient::StepRows> begin_step(uint32_t lane, const StepView& step, Deadline deadline);
-  // What of the lane's step concerns a worker.
-  const WorkerStep& part(uint32_t lane, uint32_t worker) const { return split(lane).part(worker); }
+  // What of the lane's step concerns a worker in the layers of a group.
+  const WorkerStep& part(uint32_t lane, uint32_t worker, uint32_t group) const {
+    return client_.split(lane).groups.at(group).part(worker);
+  }
   // Waits until all layers of the step are sent and answered, or it failed: why, if it did. The stream may still read the
   // last reply; before the lane's next step begins it must have come to the end. A step that was only announced, and
   // does not begin, is over at once. Throws ChannelTimeout if a layer takes the device longer than `timeout` seconds.
@@ -87,13 +92,14 @@ class StreamedExchange {
     size_t frames_at = 0;  // in the send memory
     size_t frame_bytes = 0;
     std::optional<uint32_t> held_by;  // the lane whose reply, the channel's received frame, is being read
+    int32_t held_until = 0;           // the lane has taken so many layers
   };
   struct Lane {
     uint64_t ordinal = 0;  // of its step among all that were announced; 0: there is none
     bool begun = false;
     std::optional<std::string> failure;
     int32_t free = 0, posted = 0, replied = 0;  // layers
-    size_t num_owed = 0;                        // workers that answer a layer
+    std::vector<size_t> num_owed;               // by group: workers that answer a layer
     size_t num_replies = 0;                     // of these, for the oldest layer that is not replied
     Clock::time_point since;                    // that layer was sent
     Clock::time_point room_wanted;              // for the next layer's frames, at the latest
@@ -112,9 +118,14 @@ class StreamedExchange {
     std::unique_lock<std::mutex> lock;
   };
 
-  // Streams serve models whose layers are all alike.
-  const SplitGroup& split(uint32_t lane) const { return client_.split(lane).groups.front(); }
-  const LayerRows& rows(uint32_t worker) const { return client_.partition().heads(worker, 0).rows; }
+  uint32_t group_of(int32_t layer) const;
+  const WorkerStep& part_of(uint32_t lane, uint32_t worker, int32_t layer) const {
+    return part(lane, worker, group_of(layer));
+  }
+  const LayerRows& rows(uint32_t worker, int32_t layer) const {
+    return client_.partition().heads(worker, static_cast<uint32_t>(layer)).rows;
+  }
+  size_t most_bytes(uint32_t worker, size_t (*bytes)(const LayerRows&, size_t)) const;
   size_t frame_at(uint32_t lane, uint32_t worker, uint32_t layer) const;
   void attach(uint32_t worker);
   void run();
@@ -122,6 +133,7 @@ class StreamedExchange {
   bool serve_lane(uint32_t lane);
   bool receive(uint32_t worker);
   void replied(uint32_t lane);
+  bool pass_unanswered(uint32_t lane);
   void look();
   void post_layer(uint32_t lane);
   bool may_post(const Lane& lane) const;

@@ -11,7 +11,7 @@ from typing import Any, Self
 import msgspec
 
 from vllm_lamina._native import AttentionClient, Channel, ChannelError
-from vllm_lamina.attention_backend.streamed_layers import check_geometry, memory_bytes
+from vllm_lamina.attention_backend.streamed_layers import memory_bytes
 from vllm_lamina.config import TransportOption
 from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.kv_cache.partition import Partition, Pool, divide
@@ -102,11 +102,7 @@ class AttentionWorkers:
         ------
         WorkerRefused
             A worker serves another engine, or its pool is too small.
-        UnsupportedError
-            There are streams, and layers that they do not serve.
         """
-        if options.num_streams:
-            check_geometry(partition.geometry)
         self._partition, self._options = partition, options
         used = sum(self._configure(connection, index) for index, connection in enumerate(self._connections))
         channels = [connection.channel for connection in self._connections]

@@ -66,12 +66,14 @@ class Lane:
                 self.stop()
                 raise
 
-    def execute(self, step: ScheduledStep, requests: Mapping[str, PlannedRequest]) -> None:
+    def execute(
+        self, step: ScheduledStep, requests: Mapping[str, PlannedRequest], inputs_to_forget: Set[str]
+    ) -> None:
         """Begin a step, after all that were begun before in any lane. Its error, if any, is that of its `sample`."""
         # Here, not on the lane's thread: the order of the steps is the order in which they were scheduled.
         self._exchange.layers.announce(self.index)
         plan = StepPlan(requests, self.runner.order)
-        output = step.for_runner(self.to_forget)
+        output = step.for_runner(self.to_forget, inputs_to_forget)
         self.to_forget = set()
 
         def execute() -> Any:
@@ -195,6 +197,8 @@ class Lanes:
         self._last = self._lanes[0]
         self._lane_of: dict[str, Lane] = {}
         """The lane that ran a request's last step."""
+        self._inputs_to_forget: set[str] = set()
+        """Multimodal inputs that the next step of any lane forgets: encoder outputs are all lanes'."""
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -206,6 +210,7 @@ class Lanes:
         for name in over:
             if (last := self._lane_of.pop(name, None)) is not None:
                 last.to_forget.add(name)
+        self._inputs_to_forget.update(step.inputs_to_forget)
         if step.num_tokens == 0:
             return
         lane = self._last = self._lanes[step.lane]
@@ -217,7 +222,8 @@ class Lanes:
             self._make_places(lane, new, self._shared_places)
         for request in step.requests:
             self._lane_of[request.name] = lane
-        lane.execute(step, requests)
+        lane.execute(step, requests, self._inputs_to_forget)
+        self._inputs_to_forget = set()
 
     def _make_places(self, lane: Lane, new: Set[str], num_places: int) -> None:
         """Let the lane forget what is over in other lanes too, if its new requests need these names or places.

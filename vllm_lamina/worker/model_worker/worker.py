@@ -17,7 +17,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_lamina._native import AttentionClient, ChannelClosed, ChannelTimeout
-from vllm_lamina.attention_backend import LaminaAttentionBackend
+from vllm_lamina.attention_backend import LaminaAttentionBackend, LaminaLatentBackend
 from vllm_lamina.attention_backend.exchange import Exchange, Layers
 from vllm_lamina.attention_backend.host_layers import HostLayers
 from vllm_lamina.attention_backend.streamed_layers import StreamedLayers
@@ -31,6 +31,7 @@ from vllm_lamina.compat.kv_cache import (
     warm_up_on_cpu,
     without_tensors,
 )
+from vllm_lamina.compat.latent_attention import BACKENDS as LATENT_BACKENDS
 from vllm_lamina.compat.output_thread import output_thread_started, request_output_thread
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
@@ -49,6 +50,7 @@ from vllm_lamina.worker.model_worker.step_planner import KVGroups
 logger = init_logger("vllm.lamina")
 
 BACKEND = "vllm_lamina.attention_backend.LaminaAttentionBackend"
+LATENT_BACKEND = "vllm_lamina.attention_backend.LaminaLatentBackend"
 
 SPIN_US = 2000
 """How long a side polls before it sleeps, where its CPUs are its own: longer than the other side's part of a layer."""
@@ -69,6 +71,8 @@ class _LaminaWorker(Worker):
         device = device_for(vllm_config.device_config.device_type)
         self.exchange = Exchange(device, self.lamina_config.timeout).activate()
         override_attention_backend(device.backend_name, BACKEND)
+        for name in LATENT_BACKENDS:
+            override_attention_backend(name, LATENT_BACKEND)
         super().__init__(vllm_config, *args, **kwargs)
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +85,7 @@ class _LaminaWorker(Worker):
         """
         super().load_model(*args, **kwargs)
         with set_current_vllm_config(self.vllm_config):
-            settle_layers(self.vllm_config, LaminaAttentionBackend)
+            settle_layers(self.vllm_config, LaminaAttentionBackend, LaminaLatentBackend)
         if self.lamina_config.batches > 1:
             request_output_thread(self.vllm_config)
 
@@ -275,7 +279,8 @@ class _LaminaWorker(Worker):
             os.close(self._turn_log)
             self._turn_log = None
         self.exchange.deactivate()
-        restore_attention_backend(self.exchange.device.backend_name)
+        for name in (self.exchange.device.backend_name, *LATENT_BACKENDS):
+            restore_attention_backend(name)
         super().shutdown()
 
     def _warm_up(self) -> None:

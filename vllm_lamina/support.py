@@ -34,25 +34,12 @@ class LayerOptions:
 
 
 @dataclass(frozen=True)
-class StateOptions:
-    """What a model asks of a layer that keeps a state, on a device of vLLM's ``device_type``.
-
-    ``kind`` is the name of vLLM's backend for it; ``prefixes_are_cached`` says whether states are kept for other requests.
-    """
-
-    device_type: str
-    kind: str
-    prefixes_are_cached: bool
-
-
-@dataclass(frozen=True)
 class Refusal:
     """One unsupported feature, how it shows, and what a user can do about it.
 
     ``in_engine`` looks at the ``VllmConfig`` before anything starts, ``in_arguments`` at the ``EngineArgs`` before,
-    where vLLM would refuse them first with advice that does not help; ``in_layer`` and ``in_state`` are the authority
-    for what only the model's code knows. Each may be absent. ``fields`` are those of vLLM's objects that say it, see
-    `refuse_fields`.
+    where vLLM would refuse them first with advice that does not help; ``in_layer`` is the authority for what only the
+    model's code knows. Each may be absent. ``fields`` are those of vLLM's objects that say it, see `refuse_fields`.
     """
 
     feature: str
@@ -60,7 +47,6 @@ class Refusal:
     in_engine: Callable[[Any], bool] | None = None
     in_layer: Callable[[LayerOptions], bool] | None = None
     in_arguments: Callable[[Any], bool] | None = None
-    in_state: Callable[[StateOptions], bool] | None = None
     fields: frozenset[str] = frozenset()
 
 
@@ -183,9 +169,9 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda c: c.device_config.device_type == "cuda" and c.model_config.is_hybrid,
     ),
     Refusal(
-        "prefix caching with Mamba 2 on CPUs, where it ends vLLM too",
+        "prefix caching for hybrid models",
         "use --no-enable-prefix-caching",
-        in_state=lambda o: o.device_type == "cpu" and o.kind == "MAMBA2" and o.prefixes_are_cached,
+        lambda c: c.model_config.is_hybrid and c.cache_config.enable_prefix_caching,
     ),
     Refusal(
         "ReplaySSM, whose buffers two batches would share",
@@ -327,13 +313,6 @@ def check_layer(options: LayerOptions) -> None:
     for refusal in REFUSALS:
         if refusal.in_layer is not None and refusal.in_layer(options):
             raise UnsupportedError(_message(refusal, f"an attention layer with {options}"))
-
-
-def check_state(options: StateOptions) -> None:
-    """Refuse a layer that keeps a state and asks for what Lamina does not support. Raises as `check_layer`."""
-    for refusal in REFUSALS:
-        if refusal.in_state is not None and refusal.in_state(options):
-            raise UnsupportedError(_message(refusal, f"a layer with {options}"))
 
 
 def refuse_fields(said: Mapping[str, object], subject: str) -> NoReturn:

@@ -45,8 +45,6 @@ class ScheduledStep:
         LoRA adapters to load anew before the step; vLLM's own runner would in each step of their requests.
     blocks_to_zero, blocks_to_copy
         Ids of KV blocks, and pairs (source, destination) of them, before the step.
-    states_to_copy
-        Such pairs of blocks that hold states, which the step's model runner copies.
     inputs_to_forget
         Hashes of multimodal inputs whose encoder outputs are to be forgotten before the step.
     """
@@ -59,7 +57,6 @@ class ScheduledStep:
     adapters: Sequence[Any]
     blocks_to_zero: Sequence[int]
     blocks_to_copy: Sequence[Any]
-    states_to_copy: Sequence[Any]
     inputs_to_forget: Sequence[str]
     _output: Any
 
@@ -71,21 +68,17 @@ class ScheduledStep:
             free_encoder_mm_hashes=list(inputs_to_forget),
             preempted_req_ids=None,
             new_block_ids_to_zero=None,
-            kv_cache_block_copies=self.states_to_copy or None,
+            kv_cache_block_copies=None,
         )
 
 
-def read_step(output: Any, num_states: int = 0) -> ScheduledStep:
-    """Read a ``SchedulerOutput``; the adapters that it would have loaded in place are the reader's from now on.
-
-    The first ``num_states`` block ids are those of states; KV blocks are counted from there on.
-    """
+def read_step(output: Any) -> ScheduledStep:
+    """Read a ``SchedulerOutput``; the adapters that it would have loaded in place are the reader's from now on."""
     adapters = []
     for new in output.scheduled_new_reqs:
         if new.lora_request is not None and new.lora_request.load_inplace:
             adapters.append(new.lora_request)
             new.lora_request = msgspec.structs.replace(new.lora_request, load_inplace=False)
-    copies = output.kv_cache_block_copies or ()
     return ScheduledStep(
         lane=lane_of(output) if output.total_num_scheduled_tokens else 0,
         num_tokens=output.total_num_scheduled_tokens,
@@ -93,9 +86,8 @@ def read_step(output: Any, num_states: int = 0) -> ScheduledStep:
         finished=output.finished_req_ids,
         preempted=output.preempted_req_ids or frozenset(),
         adapters=adapters,
-        blocks_to_zero=[block - num_states for block in output.new_block_ids_to_zero or ()],
-        blocks_to_copy=[(a - num_states, b - num_states) for a, b in copies if a >= num_states],
-        states_to_copy=[pair for pair in copies if pair[0] < num_states],
+        blocks_to_zero=output.new_block_ids_to_zero or (),
+        blocks_to_copy=output.kv_cache_block_copies or (),
         inputs_to_forget=output.free_encoder_mm_hashes,
         _output=output,
     )

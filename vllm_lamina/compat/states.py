@@ -1,26 +1,24 @@
-"""What layers keep of a request beside its KV: the states of Mamba, gated delta nets and short convolutions, which stay on
-the model worker.
+"""What layers keep of a request beside its KV: states of Mamba, gated delta nets and short convolutions.
 
-vLLM hands out blocks for states and for KV from one pool of ids. Here the first ids are those of states: the model worker
-holds so many blocks, and the attention workers hold the others. There are as many as the requests that may run at a time
-can need, whatever the attention workers hold, and the scheduler gives them to states alone (`compat.kv_blocks`).
+They stay on the model worker, in blocks of their own: as many as the requests that may run at a time need, whatever the
+attention workers hold.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_manager import KVCacheManager
+from vllm.v1.core.single_type_kv_cache_manager import MambaManager
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheTensor, MambaSpec, UniformTypeKVCacheSpecs
 
 ALIGNMENT = 64
 """Of a layer's state, in bytes: a line of the processor's cache."""
-
-KEPT_PREFIXES = 2
-"""Cached states per request that may run, where prefixes are cached."""
 
 
 def is_state(spec: Any) -> bool:
@@ -37,32 +35,29 @@ class States:
     Attributes
     ----------
     num_blocks
-        Blocks that hold them, vLLM's null block included; 0 where the model has no states.
+        Blocks that hold them, vLLM's null block included, which is nobody's; 0 where the model has no states.
     layers
-        Names of the layers that keep one, by group of layers with one block per state.
+        Names of the layers that keep one, by group of layers with one block for each request.
     layer_bytes
         Bytes of one layer in one block.
     """
 
-    num_blocks: int
+    num_blocks: int = 0
     layers: Sequence[Sequence[str]] = ()
     layer_bytes: int = 0
 
     @classmethod
     def of(cls, config: VllmConfig, groups: Sequence[KVCacheGroupSpec]) -> States:
         """Those of a model with these groups, for as many requests as may run at a time."""
-        per_request, layers, layer_bytes = 0, [], 0
-        for group in groups:
-            if not is_state(group.kv_cache_spec):
-                continue
-            specs = _specs(group)
-            per_request += max(map(_blocks_per_request, specs))
-            layers.append(group.layer_names)
-            layer_bytes = max(layer_bytes, *(spec.state_content_size_bytes for spec in specs))
-        if not layers:
-            return cls(0)
-        num_blocks = 1 + config.scheduler_config.max_num_seqs * per_request
-        return cls(num_blocks, layers, -(-layer_bytes // ALIGNMENT) * ALIGNMENT)
+        kept = [group for group in groups if is_state(group.kv_cache_spec)]
+        if not kept:
+            return cls()
+        largest = max(spec.state_content_size_bytes for group in kept for spec in _specs(group))
+        return cls(
+            num_blocks=1 + config.scheduler_config.max_num_seqs * len(kept),
+            layers=[group.layer_names for group in kept],
+            layer_bytes=-(-largest // ALIGNMENT) * ALIGNMENT,
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -88,14 +83,42 @@ class States:
         return dataclasses.replace(kv_cache_config, num_blocks=self.num_blocks, kv_cache_tensors=tensors)
 
 
-def _specs(group: KVCacheGroupSpec) -> list[MambaSpec]:
+def keep_apart(manager: KVCacheManager, num_blocks: int) -> None:
+    """Let groups of states take blocks of a pool of so many, and the others alone those of the manager's.
+
+    No block may have been handed out yet. vLLM frees a block to the pool that it came from. It compares what a request
+    needs with the manager's pool: a need of states counts there for nothing, or for more than there is.
+    """
+    coordinator: Any = manager.coordinator
+    groups = [group for group in coordinator.single_type_managers if isinstance(group, MambaManager)]
+    if not groups:
+        return
+    pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=manager.block_pool.hash_block_size)
+    num_needed = 0
+
+    def noted(count: Callable[..., int]) -> Callable[..., int]:
+        def counted(*args: Any, **kwargs: Any) -> int:
+            nonlocal num_needed
+            num_needed += count(*args, **kwargs)
+            return 0
+
+        return counted
+
+    for group in groups:
+        group.block_pool, group._null_block = pool, pool.null_block
+        group.get_num_blocks_to_allocate = noted(group.get_num_blocks_to_allocate)
+    count_all = coordinator.get_num_blocks_to_allocate
+
+    def kv_blocks_to_allocate(*args: Any, **kwargs: Any) -> int:
+        nonlocal num_needed
+        num_needed = 0
+        num_kv_blocks: int = count_all(*args, **kwargs)
+        is_short = num_needed > pool.get_num_free_blocks()
+        return manager.block_pool.num_gpu_blocks + 1 if is_short else num_kv_blocks
+
+    coordinator.get_num_blocks_to_allocate = kv_blocks_to_allocate
+
+
+def _specs(group: KVCacheGroupSpec) -> Sequence[MambaSpec]:
     spec: Any = group.kv_cache_spec
     return list(spec.kv_cache_specs.values()) if isinstance(spec, UniformTypeKVCacheSpecs) else [spec]
-
-
-def _blocks_per_request(spec: MambaSpec) -> int:
-    """The most that a group holds for a request, and those that it may leave in the prefix cache."""
-    if spec.mamba_cache_mode == "none":
-        return 1
-    # The state that a step begins with, the one that it leaves, and one within a chunk.
-    return 2 + spec.num_prefill_checkpoint_blocks + KEPT_PREFIXES

@@ -22,7 +22,7 @@ from vllm_lamina.compat.ranks import any_rank
 from vllm_lamina.compat.scheduled import ScheduledStep, keep_grammar
 from vllm_lamina.compat.threads import set_num_threads
 from vllm_lamina.compat.workspaces import grow_workspaces
-from vllm_lamina.worker.model_worker.step_planner import KVGroups, StepPlanner
+from vllm_lamina.worker.model_worker.step_planner import StepPlanner
 
 if TYPE_CHECKING:
     from vllm_lamina._native import AttentionClient
@@ -184,14 +184,14 @@ class Lanes:
         runners: Sequence[LaneRunner],
         exchange: Exchange,
         client: AttentionClient,
-        groups: KVGroups,
+        kv_groups: Sequence[int],
         answers: bool,
     ) -> None:
         self._lanes = [
             Lane(index, runner, exchange, client, has_thread=len(runners) > 1)
             for index, runner in enumerate(runners)
         ]
-        self._planner = StepPlanner(groups)
+        self._planner = StepPlanner(kv_groups)
         self._answers = answers
         self._shared_places = runners[0].shared_places
         self._last = self._lanes[0]

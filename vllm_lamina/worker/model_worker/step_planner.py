@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -12,25 +11,19 @@ from vllm_lamina.attention_backend.step import PlannedRequest
 from vllm_lamina.compat.scheduled import ScheduledStep
 
 
-@dataclass(frozen=True)
-class KVGroups:
-    """The part of vLLM's groups and block ids that is the attention workers': the rest holds states.
-
-    ``numbers`` are those of the groups whose layers have k and v; ``first_block`` is their first block's id.
-    """
-
-    numbers: tuple[int, ...]
-    first_block: int
-
-
 class StepPlanner:
-    """The requests' blocks as of the step planned last, for each group of layers that has k and v.
+    """The requests' blocks as of the step planned last, by vLLM's block ids, for each group of layers that keeps KV.
 
     Steps are planned in the order in which they were scheduled, for all lanes.
+
+    Parameters
+    ----------
+    kv_groups
+        Numbers of these groups, of all of vLLM's: the others keep states.
     """
 
-    def __init__(self, groups: KVGroups) -> None:
-        self._groups = groups
+    def __init__(self, kv_groups: Sequence[int]) -> None:
+        self._kv_groups = kv_groups
         self._block_ids: dict[str, tuple[npt.NDArray[np.int32], ...]] = {}
 
     def plan(self, step: ScheduledStep) -> dict[str, PlannedRequest]:
@@ -39,7 +32,8 @@ class StepPlanner:
             self._block_ids.pop(name, None)
         planned = {}
         for request in step.requests:
-            ids = self._kv_blocks(request.block_ids)
+            by_group = request.block_ids
+            ids = tuple(np.array(by_group[n], np.int32) for n in self._kv_groups) if by_group else ()
             if request.has_new_blocks:
                 self._block_ids[request.name] = ids
             elif ids:
@@ -50,8 +44,3 @@ class StepPlanner:
             block_ids = self._block_ids[request.name]
             planned[request.name] = PlannedRequest(request.context_len, request.query_len, block_ids)
         return planned
-
-    def _kv_blocks(self, block_ids: Sequence[Sequence[int]]) -> tuple[npt.NDArray[np.int32], ...]:
-        """Of vLLM's ids by group those that are sent; nothing is read of its null block, which may come out below 0."""
-        first = self._groups.first_block
-        return tuple(np.array(block_ids[n], np.int32) - first for n in self._groups.numbers if block_ids)

@@ -1,6 +1,4 @@
-"""vLLM's worker without a KV cache of its own: the KV blocks it reports are those of the attention workers, but for the
-blocks of states, which it keeps.
-"""
+"""vLLM's worker without a KV cache of its own: the KV blocks it reports are those of the attention workers."""
 
 from __future__ import annotations
 
@@ -40,12 +38,11 @@ from vllm_lamina.compat.states import States
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.device.base import Chunks, Streams
-from vllm_lamina.errors import ConfigError, LaminaError, UnsupportedError
+from vllm_lamina.errors import LaminaError, UnsupportedError
 from vllm_lamina.kv_cache.partition import Partition
 from vllm_lamina.units import format_bytes
 from vllm_lamina.worker.model_worker.attention_workers import AttentionWorkers, ChannelOptions
 from vllm_lamina.worker.model_worker.lanes import Lanes
-from vllm_lamina.worker.model_worker.step_planner import KVGroups
 
 logger = init_logger("vllm.lamina")
 
@@ -62,7 +59,7 @@ class _LaminaWorker(Worker):
     _attention_workers: AttentionWorkers | None = None
     _partition: Partition | None = None
     _lanes: Lanes | None = None
-    _states = States(0)
+    _states = States()
     _turn_log: int | None = None
     _warms_up = False
 
@@ -122,34 +119,22 @@ class _LaminaWorker(Worker):
         return self._states.num_bytes
 
     def determine_available_memory(self) -> int:
-        """Bytes of KV cache as vLLM counts them that the attention workers' pools hold, and of the states' blocks."""
+        """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
         self._warm_up()
         groups = groups_of(self.vllm_config, self.get_kv_cache_spec())
         _, partition = self._divide(groups)
         if not fits_length_to_pool(self.model_config):
-            self._check_holds_one_request(partition)
-        return counted_bytes(groups, self._states.num_blocks + partition.num_blocks)
+            sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
+            partition.check_holds_one_request(
+                self.model_config.max_model_len, sharing, self.vllm_config.max_in_flight_tokens
+            )
+        return counted_bytes(groups, partition.num_blocks)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Let the attention workers allocate their pools; the model worker's layers have states, and empty KV caches.
-
-        Raises
-        ------
-        ConfigError
-            The blocks that vLLM was told to have are too few, or a request of the longest kind does not fit the pools.
-        """
-        states, num_blocks = self._states, kv_cache_config.num_blocks
-        if num_blocks <= states.num_blocks > 0:
-            raise ConfigError(
-                f"{states.num_blocks} blocks are for the states of --max-num-seqs "
-                f"{self.scheduler_config.max_num_seqs} requests, and --num-gpu-blocks-override {num_blocks} leaves none "
-                "for KV: raise it, or lower --max-num-seqs"
-            )
+        """Let the attention workers allocate their pools; layers of the model worker have states, and no KV."""
+        num_blocks = kv_cache_config.num_blocks
         layer_names, partition = self._divide(kv_cache_config.kv_cache_groups)
-        self._partition = partition = partition.limited_to(num_blocks - states.num_blocks)
-        if states.num_blocks:
-            # vLLM took the blocks of states for ones that hold tokens.
-            self._check_holds_one_request(partition)
+        self._partition = partition = partition.limited_to(num_blocks)
         streams = self.exchange.device.streams()
         options = ChannelOptions(
             max_tokens=self.scheduler_config.max_num_batched_tokens,
@@ -167,14 +152,14 @@ class _LaminaWorker(Worker):
         self.attention_workers.replace_channel = layers.replace_channel
         self.exchange.open(layers, layer_names, partition.geometry)
         kv_cache_config = without_tensors(kv_cache_config, self.vllm_config)
-        groups = KVGroups(kv_groups(kv_cache_config.kv_cache_groups), states.num_blocks)
         expect_no_kv(self.model_runner)
-        super().initialize_from_config(states.added_to(kv_cache_config))
-        self.cache_config.num_gpu_blocks = num_blocks
+        super().initialize_from_config(self._states.added_to(kv_cache_config))
+        self.cache_config.num_gpu_blocks = num_blocks  # not those of states
         runners = lane_runners(
             self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config
         )
-        self._lanes = Lanes(runners, self.exchange, client, groups, answers=self.rank == 0)
+        kept = kv_groups(kv_cache_config.kv_cache_groups)
+        self._lanes = Lanes(runners, self.exchange, client, kept, answers=self.rank == 0)
         workers = len(partition.shares)
         divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
         logger.info(
@@ -186,7 +171,7 @@ class _LaminaWorker(Worker):
             partition.num_blocks,
             partition.num_tokens(self.model_config.max_model_len, self.vllm_config.max_in_flight_tokens),
             format_bytes(allocated_bytes(self.model_runner)),
-            f", {states.num_blocks} blocks of states" if states.num_blocks else "",
+            f": states of {self.scheduler_config.max_num_seqs} requests" if self._states.num_blocks else "",
         )
 
     def compile_or_warm_up_model(self) -> Any:
@@ -210,14 +195,14 @@ class _LaminaWorker(Worker):
         return partition.kind, partition.blocks_per_worker
 
     def state_blocks(self) -> int:
-        """How many blocks, the first of vLLM's, hold states on the model worker."""
+        """How many blocks hold states on the model worker."""
         return self._states.num_blocks
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""
         if self._warms_up:
             return super().execute_model(scheduler_output)
-        step = read_step(scheduler_output, self._states.num_blocks)
+        step = read_step(scheduler_output)
         with contextlib.suppress(ChannelClosed, ChannelTimeout):  # of a lost worker: the step will show it
             if step.blocks_to_zero:
                 ids = np.asarray(step.blocks_to_zero, np.int32)
@@ -295,12 +280,6 @@ class _LaminaWorker(Worker):
             return HostLayers(client, timeout, ranks_wait)
         return StreamedLayers(
             client, streams, partition, options.num_streams, options.max_tokens, options.spin_us, timeout
-        )
-
-    def _check_holds_one_request(self, partition: Partition) -> None:
-        sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
-        partition.check_holds_one_request(
-            self.model_config.max_model_len, sharing, self.vllm_config.max_in_flight_tokens
         )
 
     def _divide(self, groups: Sequence[Any]) -> tuple[Sequence[str], Partition]:

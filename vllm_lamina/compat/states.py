@@ -7,7 +7,7 @@ attention workers hold.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,13 @@ from vllm.config import VllmConfig
 from vllm.v1.core.block_pool import BlockPool
 from vllm.v1.core.kv_cache_manager import KVCacheManager
 from vllm.v1.core.single_type_kv_cache_manager import MambaManager
-from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheTensor, MambaSpec, UniformTypeKVCacheSpecs
+from vllm.v1.kv_cache_interface import (
+    KVCacheGroupSpec,
+    KVCacheSpec,
+    KVCacheTensor,
+    MambaSpec,
+    UniformTypeKVCacheSpecs,
+)
 
 ALIGNMENT = 64
 """Of a layer's state, in bytes: a line of the processor's cache."""
@@ -26,6 +32,12 @@ def is_state(spec: Any) -> bool:
     if isinstance(spec, UniformTypeKVCacheSpecs):
         return all(map(is_state, spec.kv_cache_specs.values()))
     return isinstance(spec, MambaSpec)
+
+
+def expected_bytes(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> int:
+    """Bytes of the states of as many requests as may run at a time, by the layers' specs."""
+    per_request = sum(spec.state_content_size_bytes for spec in specs.values() if isinstance(spec, MambaSpec))
+    return config.scheduler_config.max_num_seqs * int(per_request)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from vllm_lamina.compat.output_thread import output_thread_started, request_outp
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
-from vllm_lamina.compat.states import States
+from vllm_lamina.compat.states import States, expected_bytes
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.device.base import Chunks, Streams
@@ -113,10 +113,8 @@ class _LaminaWorker(Worker):
         return self._lanes
 
     def state_bytes(self) -> int:
-        """Bytes of states that this model worker will allocate."""
-        groups = groups_of(self.vllm_config, self.get_kv_cache_spec())
-        self._states = States.of(self.vllm_config, groups)
-        return self._states.num_bytes
+        """Bytes that this model worker will allocate for states, about: vLLM has not grouped the layers yet."""
+        return expected_bytes(self.vllm_config, self.get_kv_cache_spec())
 
     def determine_available_memory(self) -> int:
         """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
@@ -133,6 +131,7 @@ class _LaminaWorker(Worker):
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Let the attention workers allocate their pools; layers of the model worker have states, and no KV."""
         num_blocks = kv_cache_config.num_blocks
+        self._states = States.of(self.vllm_config, kv_cache_config.kv_cache_groups)
         layer_names, partition = self._divide(kv_cache_config.kv_cache_groups)
         self._partition = partition = partition.limited_to(num_blocks)
         streams = self.exchange.device.streams()

@@ -126,6 +126,26 @@ def test_embedded_worker(scene: Scene, stock: JobResult, batches: int, kind: sig
     assert scene.log.count("attention workers complete again") >= 2
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("batches", "runner"), [(2, runners.DEFAULT), (1, runners.DEFAULT), (2, runners.V2)])
+def test_embedded_worker_of_a_hybrid_model(
+    scene: Scene, engines: Engines, model_zoo: ModelZoo, batches: int, runner: str
+) -> None:
+    """Its steps move states on in place, on the model worker, which has not failed."""
+    engine = {"enable_prefix_caching": False, "max_num_batched_tokens": 208, "max_model_len": 1024}
+    few = [Phase("few", requests((1, 33, 129, 300, 600), max_tokens=40))]
+    job = Job(model_zoo("falcon_h1"), few, engine, runner=runner)
+    stock = engines.run(job)
+
+    def lose() -> None:
+        pid, address = embedded_worker()
+        wait_for_steps(address, 12)
+        os.kill(pid, signal.SIGKILL)
+
+    assert_same(stock, scene.run(lose, job, lamina_batches=batches))
+    assert "attention workers complete again" in scene.log
+
+
 def test_embedded_worker_with_the_v2_runner(scene: Scene, engines: Engines, job: Job) -> None:
     """It keeps the requests' states in one place for both lanes: what failed stands there where it stood."""
     seeded = Request(prompt(600, seed=3), sampled(12, seed=5))

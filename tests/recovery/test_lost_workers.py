@@ -126,26 +126,6 @@ def test_embedded_worker(scene: Scene, stock: JobResult, batches: int, kind: sig
     assert scene.log.count("attention workers complete again") >= 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("batches", "runner"), [(2, runners.DEFAULT), (1, runners.DEFAULT), (2, runners.V2)])
-def test_embedded_worker_of_a_hybrid_model(
-    scene: Scene, engines: Engines, model_zoo: ModelZoo, batches: int, runner: str
-) -> None:
-    """Its steps move states on in place, on the model worker, which has not failed."""
-    engine = {"enable_prefix_caching": False, "max_num_batched_tokens": 208, "max_model_len": 1024}
-    few = [Phase("few", requests((1, 33, 129, 300, 600), max_tokens=40))]
-    job = Job(model_zoo("falcon_h1"), few, engine, runner=runner)
-    stock = engines.run(job)
-
-    def lose() -> None:
-        pid, address = embedded_worker()
-        wait_for_steps(address, 12)
-        os.kill(pid, signal.SIGKILL)
-
-    assert_same(stock, scene.run(lose, job, lamina_batches=batches))
-    assert "attention workers complete again" in scene.log
-
-
 def test_embedded_worker_with_the_v2_runner(scene: Scene, engines: Engines, job: Job) -> None:
     """It keeps the requests' states in one place for both lanes: what failed stands there where it stood."""
     seeded = Request(prompt(600, seed=3), sampled(12, seed=5))
@@ -265,6 +245,32 @@ def test_goes_on_without(scene: Scene, engines: Engines, long_job: Job, partitio
     assert log.index("going on without") < log.index("attention workers complete again")
     if partition == "request":
         assert "12 of 12 running requests are recomputed" not in log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("batches", "runner"), [(2, runners.DEFAULT), (1, runners.DEFAULT), (2, runners.V2)])
+def test_states_are_computed_anew_with_their_kv(
+    scene: Scene, engines: Engines, model_zoo: ModelZoo, batches: int, runner: str
+) -> None:
+    """Also of requests that have lost no KV: a step that failed has moved the states of all its requests on."""
+    engine = {"enable_prefix_caching": False, "max_num_batched_tokens": 208}
+    few = [Phase("few", requests((1, 33, 129, 300, 600), max_tokens=40))]
+    job = Job(model_zoo("falcon_h1"), few, engine, runner=runner)
+    stock = engines.run(job)
+    workers, spare = [scene.start(), scene.start()], scene.start()
+
+    def lose() -> None:
+        wait_for_steps(workers[1].address, 12)
+        scene.kill(workers[1])
+
+    options = {
+        "lamina_workers": scene.addresses(*workers),
+        "lamina_spares": spare.address,
+        "lamina_partition": "request",
+        "lamina_batches": batches,
+    }
+    assert_same(stock, scene.run(lose, job, **options))
+    assert f"{spare.address} takes the place of {workers[1].address}" in scene.log
 
 
 def test_nobody_takes_its_place(scene: Scene) -> None:

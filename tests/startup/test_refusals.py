@@ -50,7 +50,12 @@ def without_lamina(name: str) -> Case:
 # Each of the models that Lamina does not run.
 MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
-    "hybrid": without_lamina("hybrid models"),
+    "hybrid": Case(
+        {},
+        feature("prefix caching for hybrid models", "--no-enable-prefix-caching"),
+        {"enable_prefix_caching": False},
+    ),
+    "attention_free": without_lamina("attention-free models"),
     "head_size": without_lamina("head sizes other than"),
     "sparse": without_lamina("sparse attention by an indexer"),
     "latent_size": without_lamina("latent rows .* of other sizes"),

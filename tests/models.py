@@ -379,6 +379,41 @@ HYBRID: dict[str, ModelSpec] = {
     ),
 }
 
+
+def _delta_net(**config: Any) -> dict[str, Any]:
+    """Three layers with a gated delta net and one with attention, dense; vLLM's operators for CPUs want these heads."""
+    return (
+        _decoder(
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            layer_types=["linear_attention"] * 3 + ["full_attention"],
+        )
+        | config
+    )
+
+
+# Three groups of states and one of full attention: on a CPU in bfloat16 alone.
+DELTA_NET: dict[str, ModelSpec] = {
+    "qwen3_next": ModelSpec(
+        "Qwen3NextConfig",
+        _delta_net(
+            # vLLM wants a layer with experts; all of them, for which rounding cannot choose others.
+            mlp_only_layers=[0, 1, 2],
+            num_experts=4,
+            num_experts_per_tok=4,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
+        ),
+    ),
+    "qwen3_5": ModelSpec("Qwen3_5TextConfig", _delta_net()),
+}
+
 # Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
 UNSUPPORTED: dict[str, ModelSpec] = {
     "prefix_lm": ModelSpec(
@@ -566,5 +601,5 @@ class ModelZoo:
             if name in multimodal_models.MULTIMODAL:
                 multimodal_models.create(name, directory)
             else:
-                create_model((SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | UNSUPPORTED)[name], directory)
+                create_model((SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | DELTA_NET | UNSUPPORTED)[name], directory)
         return str(directory)

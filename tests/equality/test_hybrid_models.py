@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import runners
-from comparison import assert_same
+from comparison import Rounding, assert_close_to, assert_same
 from engines import Engines
 from jobs import Job, Phase
-from models import HYBRID, PLAIN_ROTARY, ModelZoo
+from models import DELTA_NET, HYBRID, PLAIN_ROTARY, ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
 ENGINE = {
@@ -63,3 +64,15 @@ def test_hybrid_family_on_v2(engines: Engines, model_zoo: ModelZoo, family: str)
     few = [Phase("all", requests((1, 40, 300), max_tokens=8))]
     stock, lamina = engines.pair(Job(model_zoo(family), few, ENGINE, runner=runners.V2))
     assert_same(stock, lamina)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["two lanes", "one lane"])
+@pytest.mark.parametrize("family", DELTA_NET)
+def test_gated_delta_net(engines: Engines, model_zoo: ModelZoo, family: str, way: str) -> None:
+    if family == "qwen3_5" and find_spec("torchvision") is None:
+        pytest.skip("vLLM's module of it needs torchvision: docs/testing.md")
+    engine = ENGINE | {"dtype": "bfloat16"}
+    job = Job(model_zoo(family), phases(), engine)
+    lamina = replace(job, executor="lamina", engine=engine | WAYS[way][0])
+    assert_close_to(engines.run(job), engines.run(lamina), Rounding(logprob_tolerance=0.2, margin=0.2))

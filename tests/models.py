@@ -601,5 +601,8 @@ class ModelZoo:
             if name in multimodal_models.MULTIMODAL:
                 multimodal_models.create(name, directory)
             else:
-                create_model((SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | DELTA_NET | UNSUPPORTED)[name], directory)
+                create_model(
+                    (SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | DELTA_NET | UNSUPPORTED)[name],
+                    directory,
+                )
         return str(directory)

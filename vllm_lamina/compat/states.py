@@ -37,7 +37,7 @@ def is_state(spec: Any) -> bool:
 def expected_bytes(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> int:
     """Bytes of the states of as many requests as may run at a time, by the layers' specs."""
     per_request = sum(spec.state_content_size_bytes for spec in specs.values() if isinstance(spec, MambaSpec))
-    return config.scheduler_config.max_num_seqs * int(per_request)
+    return int(config.scheduler_config.max_num_seqs * per_request)
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,16 @@ STEP_METHODS = ("execute_model", "sample_tokens")
 """The model worker's methods that a step consists of."""
 
 
+def check_states_fit(state_bytes: int, max_num_seqs: int) -> None:
+    """States that the model workers will hold must fit the memory that their model leaves. Raises ConfigError."""
+    free = available_memory()
+    if state_bytes > free:
+        raise ConfigError(
+            f"the states of --max-num-seqs {max_num_seqs} requests take {format_bytes(state_bytes)} beside the model, "
+            f"and {format_bytes(free)} are free: choose a smaller --max-num-seqs"
+        )
+
+
 class _LaminaExecutor(Executor):
     """Starts the attention workers with the model workers, and ends them with the engine."""
 
@@ -67,7 +77,7 @@ class _LaminaExecutor(Executor):
         with self._ending_on_failure():
             self._init_model_workers(self.placement)
             state_bytes = sum(self.collective_rpc("state_bytes"))
-            self._check_fits(state_bytes)
+            check_states_fit(state_bytes, self.scheduler_config.max_num_seqs)
             addresses = source.start(self.placement, state_bytes)
             self._tell_attention_workers(addresses)
             self.collective_rpc("attach_attention_workers", args=(addresses, self.placement.shared))
@@ -132,16 +142,6 @@ class _LaminaExecutor(Executor):
             assert self._recovery is not None
             self._recovery.goes_on_without_some = placement is not None
             facts_of(self.vllm_config).recovery = self._recovery
-
-    def _check_fits(self, state_bytes: int) -> None:
-        """The states that the model workers will keep must fit the memory that their model leaves."""
-        free = available_memory()
-        if state_bytes > free:
-            raise ConfigError(
-                f"the states of --max-num-seqs {self.scheduler_config.max_num_seqs} requests take "
-                f"{format_bytes(state_bytes)} beside the model, and {format_bytes(free)} are free: choose a smaller "
-                "--max-num-seqs"
-            )
 
     def _tell_attention_workers(self, addresses: Sequence[Sequence[str]]) -> None:
         facts_of(self.vllm_config).attention_workers = addresses

@@ -146,10 +146,17 @@ class EmbeddedSource(AttentionWorkerSource):
         return worker
 
     def _memory_bytes(self, state_bytes: int) -> int:
-        if self.options.memory != AUTO:
-            return parse_bytes(self.options.memory)
         free = available_memory() - state_bytes
-        return self._kv_cache_memory_bytes or int(SHARE_OF_FREE_MEMORY * free)
+        asked = self._kv_cache_memory_bytes
+        if self.options.memory != AUTO:
+            asked = parse_bytes(self.options.memory)
+        if asked and state_bytes and asked > free:
+            raise ConfigError(
+                f"lamina option 'memory': {format_bytes(asked)} and the {format_bytes(state_bytes)} of the states of "
+                f"--max-num-seqs requests are more than the {format_bytes(free + state_bytes)} that are free: choose "
+                "less memory, or fewer requests"
+            )
+        return asked or int(SHARE_OF_FREE_MEMORY * free)
 
 
 def _check_this_host_has(pool_bytes: int) -> None:

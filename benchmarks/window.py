@@ -87,7 +87,7 @@ def measure(context: int, batch: int, steps: int, cpus: list[int]) -> list[Row]:
     worker = EmbeddedAttentionWorker.start((last + 2) * model.block_bytes() + (64 << 20), cpus[1:])
     try:
         with AttentionWorkerConnection.connect(worker.address) as connection:
-            connection.configure(model, batch, spin_us=2000, worker_spin_us=2000)
+            connection.configure(model, last + 1, spin_us=2000, worker_spin_us=2000)
             exchange = Exchange(device_for("cpu"), TIMEOUT).activate()
             client = AttentionClient(
                 [connection.channel], Partition.by_heads(model.to_native(), [[NUM_KV_HEADS]])

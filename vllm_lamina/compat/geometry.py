@@ -24,9 +24,9 @@ from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
 
-NAME = "vllm.v1.core.kv_cache_planning"
-"""Where vLLM plans its KV cache since 0.33; before, it did so in `vllm.v1.core.kv_cache_utils`."""
-PLANNING = import_module(NAME if find_spec(NAME) else "vllm.v1.core.kv_cache_utils")
+# Since 0.33 vLLM plans its KV cache in a module of its own.
+_PLANNING = "vllm.v1.core.kv_cache_planning"
+_planning = import_module(_PLANNING if find_spec(_PLANNING) else "vllm.v1.core.kv_cache_utils")
 
 
 def geometry_of(config: VllmConfig) -> Geometry | None:
@@ -73,7 +73,7 @@ def _layers_are_alike(model: Any) -> bool:
 
 def groups_of(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Sequence[KVCacheGroupSpec]:
     """The KV cache groups that vLLM's engine will make of the layers' specs."""
-    groups: Sequence[KVCacheGroupSpec] = PLANNING.get_kv_cache_groups(config, dict(specs))
+    groups: Sequence[KVCacheGroupSpec] = _planning.get_kv_cache_groups(config, dict(specs))
     return groups
 
 

@@ -303,6 +303,130 @@ TOLERANCES = {"gemma3n": 5e-4, "gemma4": 2e-4}
 """Of log-probabilities where norms of large weights, which such a random model needs, enlarge what is rounded: in a
 text of 300 tokens gemma4's are 1.1e-4 from float64's in stock vLLM, and 0.7e-4 with Lamina."""
 
+
+def _mamba(**config: Any) -> dict[str, Any]:
+    """Fields that models with Mamba 2 share: one group of states, as two differ from transformers in stock vLLM."""
+    return (
+        _decoder(
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            mamba_n_heads=8,
+            mamba_d_head=64,
+            mamba_d_ssm=512,
+            mamba_n_groups=1,
+            mamba_d_state=32,
+            mamba_d_conv=4,
+            mamba_expand=2,
+            mamba_chunk_size=64,
+        )
+        | config
+    )
+
+
+# Models with layers that keep a state: vLLM's groups are of states (M) and of full attention (F).
+HYBRID: dict[str, ModelSpec] = {
+    # M(2) and F(2); short convolutions.
+    "lfm2": ModelSpec(
+        "Lfm2Config",
+        _decoder(
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            conv_L_cache=3,
+            conv_bias=False,
+            # vLLM reads two fields that transformers' class lacks.
+            conv_dim=256,
+            block_dim=256,
+            layer_types=["conv", "full_attention"] * 2,
+        ),
+    ),
+    # F(3) and M(3): each layer has both.
+    "falcon_h1": ModelSpec("FalconH1Config", _mamba()),
+    # M(2) and F(2), and layers of neither kind.
+    "nemotron_h": ModelSpec(
+        "NemotronHConfig",
+        _decoder(
+            num_hidden_layers=6,
+            layers_block_type=["mamba", "mlp", "attention"] * 2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            mamba_num_heads=8,
+            mamba_head_dim=64,
+            n_groups=1,
+            ssm_state_size=32,
+            conv_kernel=4,
+            expand=2,
+            chunk_size=64,
+        ),
+    ),
+    "granitemoehybrid": ModelSpec(
+        "GraniteMoeHybridConfig",
+        _mamba(
+            num_hidden_layers=4,
+            layer_types=["mamba", "attention"] * 2,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            shared_intermediate_size=256,
+            position_embedding_type="rope",
+        ),
+    ),
+    # F(2) and M in two groups of two: attention layers of one set of weights.
+    "zamba2": ModelSpec(
+        "Zamba2Config",
+        _decoder(
+            num_hidden_layers=4,
+            layers_block_type=["mamba", "hybrid"] * 2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            mamba_d_state=32,
+            mamba_d_conv=4,
+            mamba_expand=2,
+            mamba_ngroups=1,
+            n_mamba_heads=8,
+            chunk_size=64,
+            num_mem_blocks=1,
+            use_mem_rope=True,
+        ),
+    ),
+}
+
+
+def _delta_net(**config: Any) -> dict[str, Any]:
+    """Three layers with a gated delta net and one with attention, dense; vLLM's operators for CPUs want these heads."""
+    return (
+        _decoder(
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=64,
+            linear_num_key_heads=2,
+            linear_num_value_heads=4,
+            linear_key_head_dim=128,
+            linear_value_head_dim=128,
+            layer_types=["linear_attention"] * 3 + ["full_attention"],
+        )
+        | config
+    )
+
+
+# Three groups of states and one of full attention: on a CPU in bfloat16 alone.
+DELTA_NET: dict[str, ModelSpec] = {
+    "qwen3_next": ModelSpec(
+        "Qwen3NextConfig",
+        _delta_net(
+            # vLLM wants a layer with experts; all of them, for which rounding cannot choose others.
+            mlp_only_layers=[0, 1, 2],
+            num_experts=4,
+            num_experts_per_tok=4,
+            moe_intermediate_size=64,
+            shared_expert_intermediate_size=64,
+        ),
+    ),
+    "qwen3_5": ModelSpec("Qwen3_5TextConfig", _delta_net()),
+}
+
 # Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
 UNSUPPORTED: dict[str, ModelSpec] = {
     "prefix_lm": ModelSpec(
@@ -325,6 +449,10 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             num_key_value_heads=2,
             layer_types=["conv", "full_attention"],
         ),
+    ),
+    "attention_free": ModelSpec(
+        "Mamba2Config",
+        {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 64, "n_groups": 1},
     ),
     "head_size": ModelSpec(
         "LlamaConfig",
@@ -486,5 +614,8 @@ class ModelZoo:
             if name in multimodal_models.MULTIMODAL:
                 multimodal_models.create(name, directory)
             else:
-                create_model((SUPPORTED | OTHERS | LAYERED | LATENT | UNSUPPORTED)[name], directory)
+                create_model(
+                    (SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | DELTA_NET | UNSUPPORTED)[name],
+                    directory,
+                )
         return str(directory)

@@ -159,9 +159,24 @@ REFUSALS: tuple[Refusal, ...] = (
         lambda o: bool(o.latent_size) and any(s not in LATENT_SIZES for s in (o.head_size, o.latent_size)),
     ),
     Refusal(
-        "hybrid models (Mamba, linear or convolution state beside attention) and attention-free models",
+        "attention-free models (Mamba and other states alone)",
+        "run it without --executor lamina: there is no attention to move",
+        lambda c: c.model_config.is_attention_free,
+    ),
+    Refusal(
+        "hybrid models (Mamba, linear or convolution state beside attention) on GPUs",
         WITHOUT_LAMINA,
-        lambda c: c.model_config.is_hybrid or c.model_config.is_attention_free,
+        lambda c: c.device_config.device_type == "cuda" and c.model_config.is_hybrid,
+    ),
+    Refusal(
+        "prefix caching for hybrid models",
+        "use --no-enable-prefix-caching",
+        lambda c: c.model_config.is_hybrid and c.cache_config.enable_prefix_caching,
+    ),
+    Refusal(
+        "ReplaySSM, whose buffers two batches would share",
+        "remove --use-replayssm",
+        lambda c: c.cache_config.use_replayssm,
     ),
     Refusal(
         "attention that is not causal (prefix language models)",

@@ -141,7 +141,7 @@ def test_groups_have_their_own_blocks_and_context() -> None:
 
 
 def test_blocks_are_kept_from_step_to_step() -> None:
-    planner = StepPlanner()
+    planner = StepPlanner([0, 1])
 
     def step(*requests: ScheduledRequest, finished: tuple[str, ...] = ()) -> dict[str, list[list[int]]]:
         scheduled = ScheduledStep(0, 1, requests, set(finished), set(), (), (), (), (), None)

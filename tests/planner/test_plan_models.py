@@ -212,6 +212,8 @@ def test_deepseek_v3_has_671_billion_parameters() -> None:
 def test_other_architectures_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="sparse attention by an indexer"):
         model_from_config({**DENSE, "index_topk": 2048}, "deepseek")
+    with pytest.raises(UnsupportedError, match=r"layers that keep a state \(hybrid_override_pattern\)"):
+        model_from_config({**DENSE, "hybrid_override_pattern": "M*"}, "nemotron")
     with pytest.raises(ConfigError, match="no 'num_hidden_layers'"):
         model_from_config({"hidden_size": 64}, "unknown")
 

@@ -194,6 +194,32 @@ def test_goes_on_without(scene: Scene, engines: Engines, long_job: Job, partitio
         assert "12 of 12 running requests are recomputed" not in log
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("batches", "runner"), [(2, runners.DEFAULT), (1, runners.DEFAULT), (2, runners.V2)])
+def test_states_are_computed_anew_with_their_kv(
+    scene: Scene, engines: Engines, model_zoo: ModelZoo, batches: int, runner: str
+) -> None:
+    """Also of requests that have lost no KV: a step that failed has moved the states of all its requests on."""
+    engine = {"enable_prefix_caching": False, "max_num_batched_tokens": 208}
+    few = [Phase("few", requests((1, 33, 129, 300, 600), max_tokens=40))]
+    job = Job(model_zoo("falcon_h1"), few, engine, runner=runner)
+    stock = engines.run(job)
+    workers, spare = [scene.start(), scene.start()], scene.start()
+
+    def lose() -> None:
+        wait_for_steps(workers[1].address, 12)
+        scene.kill(workers[1])
+
+    options = {
+        "lamina_workers": scene.addresses(*workers),
+        "lamina_spares": spare.address,
+        "lamina_partition": "request",
+        "lamina_batches": batches,
+    }
+    assert_same(stock, scene.run(lose, job, **options))
+    assert f"{spare.address} takes the place of {workers[1].address}" in scene.log
+
+
 def test_nobody_takes_its_place(scene: Scene) -> None:
     worker = scene.start()
 

@@ -12,6 +12,7 @@ from worker_processes import free_port, worker_process
 from vllm_lamina.config import LaminaConfig
 from vllm_lamina.errors import ConfigError
 from vllm_lamina.executor.cpus import CpuPlacement
+from vllm_lamina.executor.executors import check_states_fit
 from vllm_lamina.executor.sources.embedded import EmbeddedSource
 from vllm_lamina.executor.sources.named import NamedSource
 from vllm_lamina.kv_cache.geometry import Geometry
@@ -59,6 +60,14 @@ def test_the_pool_of_embedded_workers(
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
     with pytest.raises(ConfigError, match="1000 TiB is more than this host has"):
         EmbeddedSource(LaminaConfig(memory="1000TiB"), 1).check(GEOMETRY, 1024)
+    with pytest.raises(
+        ConfigError, match=r"256 MiB and the 1000 TiB of the states .* choose less memory, or fewer"
+    ):
+        EmbeddedSource(LaminaConfig(memory="256MiB"), 2).start(TWO_RANKS, state_bytes=1000 << 40)
+    with pytest.raises(
+        ConfigError, match="states of --max-num-seqs 7 requests take 1000 TiB beside the model"
+    ):
+        check_states_fit(1000 << 40, 7)
     source = EmbeddedSource(LaminaConfig(), 1, kv_cache_memory_bytes=48 * MIB)
     assert source.check(GEOMETRY, 1024) == []
     try:

@@ -50,7 +50,12 @@ def without_lamina(name: str) -> Case:
 # Each of the models that Lamina does not run.
 MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
-    "hybrid": without_lamina("hybrid models"),
+    "hybrid": Case(
+        {},
+        feature("prefix caching for hybrid models", "--no-enable-prefix-caching"),
+        {"enable_prefix_caching": False},
+    ),
+    "attention_free": without_lamina("attention-free models"),
     "head_size": without_lamina("head sizes other than"),
     "sparse": without_lamina("sparse attention by an indexer"),
     "latent_size": without_lamina("latent rows .* of other sizes"),
@@ -61,6 +66,8 @@ MODELS = {
 LAMINA = {"executor": "lamina", "enforce_eager": True, "lamina_memory": "64MiB"}
 QUANTISED = "quantised_kv_cache"
 """The model called llama, whose checkpoint declares an FP8 KV cache."""
+MAMBA = "nemotron_h"
+"""A model that is served, of the zoo."""
 KV_DTYPE = r"--dtype bfloat16 --kv-cache-dtype bfloat16, or both float16"
 
 
@@ -102,6 +109,11 @@ FEATURES = {
         {"attention_config": {"use_non_causal": True}},
         feature("attention that is not causal", "without --executor lamina"),
         WITHOUT_LAMINA,
+    ),
+    "ReplaySSM": Case(
+        {"model": MAMBA, "use_replayssm": True, "enable_prefix_caching": False},
+        feature("ReplaySSM", "remove --use-replayssm"),
+        {"use_replayssm": None},
     ),
     "speculative": Case(
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
@@ -272,6 +284,7 @@ NOT_HERE = (
     "multimodal inputs on GPUs",
     "a limit of prefill chunks for models whose images see their own tokens whole",
     "two batches in flight with tensor parallelism on GPUs",
+    "hybrid models (Mamba, linear or convolution state beside attention) on GPUs",
 )
 
 OTHER_KV_DTYPE = "a KV cache dtype other than the model's"
@@ -315,7 +328,7 @@ def outcomes(
     directory = tmp_path_factory.mktemp("refusals")
     file = directory / FILE
     file.write_text("executor: lamina\nlamina-memroy: 1GiB\n")
-    models = {QUANTISED: quantised(Path(model_zoo("llama")), directory / QUANTISED)}
+    models = {MAMBA: model_zoo(MAMBA), QUANTISED: quantised(Path(model_zoo("llama")), directory / QUANTISED)}
     llama = {"model": model_zoo("llama"), "dtype": "float32", "max_model_len": 512}
 
     def arguments(*parts: dict[str, Any]) -> dict[str, Any]:

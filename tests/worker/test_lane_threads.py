@@ -48,7 +48,7 @@ def test_each_lane_captures_on_its_thread() -> None:
     """There is what vLLM keeps for a thread: the mapping of adapters, the workspace, the current stream."""
     assert not workspace.is_workspace_manager_initialized()
     runners = [Runner(), Runner(), Runner()]
-    lanes = Lanes(cast(Any, runners), cast(Any, Exchange()), cast(Any, None), answers=True)
+    lanes = Lanes(cast(Any, runners), cast(Any, Exchange()), cast(Any, None), [0], answers=True)
     try:
         assert lanes.warm_up(lambda: threading.current_thread().name) == "lamina-lane-0"
     finally:

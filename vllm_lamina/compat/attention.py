@@ -93,7 +93,7 @@ _METADATA_DEFAULTS = tuple(
 
 def settle_layers(config: VllmConfig, backend: type, latent_backend: type) -> None:
     """Tell the layers' implementations what vLLM tells the layers alone, and refuse a loaded model in which one attends
-    otherwise than ``backend`` does, or with a latent cache ``latent_backend``.
+    otherwise than ``backend`` does, or with a latent cache ``latent_backend``. Layers that keep a state are vLLM's own.
 
     Raises
     ------
@@ -102,35 +102,39 @@ def settle_layers(config: VllmConfig, backend: type, latent_backend: type) -> No
     """
     # The attention backend imports this module, and they import their backends.
     from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-    for name, layer in config.compilation_config.static_forward_context.items():
-        if isinstance(layer, AttentionLayerBase):
-            said = _said_by_spec(layer.get_kv_cache_spec(config))
-            if type(layer) is ChunkedLocalAttention:
-                # vLLM's own makes a backend that turns chunks into requests; ours knows chunks.
-                layer.attn_backend = backend
-            if type(layer) is MLAAttention:
-                said |= _said_by_layer(layer, latent_backend, LATENT_LAYER_ATTRIBUTES)
-            elif type(layer) in (Attention, ChunkedLocalAttention):
-                said |= _said_by_layer(layer, backend, LAYER_ATTRIBUTES)
-            else:
-                said["class"] = type(layer).__name__
-            if said:
-                refuse_fields(said, f"the attention layer {name}")
-            if type(layer) is MLAAttention:
-                hand_over(layer)
-            else:
-                layer.impl.complete(layer.head_size_v, getattr(layer, "attention_chunk_size", 0))
+    for name, layer in _attention_layers(config):
+        said = _said_by_spec(layer.get_kv_cache_spec(config))
+        if type(layer) is ChunkedLocalAttention:
+            # vLLM's own makes a backend that turns chunks into requests; ours knows chunks.
+            layer.attn_backend = backend
+        if type(layer) is MLAAttention:
+            said |= _said_by_layer(layer, latent_backend, LATENT_LAYER_ATTRIBUTES)
+        elif type(layer) in (Attention, ChunkedLocalAttention):
+            said |= _said_by_layer(layer, backend, LAYER_ATTRIBUTES)
+        else:
+            said["class"] = type(layer).__name__
+        if said:
+            refuse_fields(said, f"the attention layer {name}")
+        if type(layer) is MLAAttention:
+            hand_over(layer)
+        else:
+            layer.impl.complete(layer.head_size_v, getattr(layer, "attention_chunk_size", 0))
 
 
 def implementations(config: VllmConfig) -> Iterator[Any]:
     """What attends in a loaded model's layers, one after the other."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    return (layer.impl for _, layer in _attention_layers(config))
 
-    for layer in config.compilation_config.static_forward_context.values():
-        if isinstance(layer, AttentionLayerBase):
-            yield layer.impl
+
+def _attention_layers(config: VllmConfig) -> Iterator[tuple[str, Any]]:
+    """A loaded model's attention layers with their names, but for those that keep a state in place of KV."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
+
+    for name, layer in config.compilation_config.static_forward_context.items():
+        if isinstance(layer, AttentionLayerBase) and not isinstance(layer, MambaBase):
+            yield name, layer
 
 
 def check_spec(name: str, spec: Any) -> None:

@@ -114,6 +114,8 @@ class EngineFacts:
         without an executor.
     block_placement
         The partition and the number of KV blocks of each attention worker; None where all hold a part of every block.
+    state_blocks
+        Blocks of states that each model worker holds; 0 where the model has no states.
     attention_workers
         Addresses of each rank's attention workers, now: they change.
     """
@@ -123,6 +125,7 @@ class EngineFacts:
     recovery: Any = None
     finish_steps: Any = None
     block_placement: tuple[str, list[int]] | None = None
+    state_blocks: int = 0
     attention_workers: Sequence[Sequence[str]] = ()
 
 

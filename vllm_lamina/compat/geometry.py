@@ -19,6 +19,7 @@ from vllm.v1.kv_cache_interface import (
 
 from vllm_lamina.compat.attention import check_spec
 from vllm_lamina.compat.latent_attention import latent_size
+from vllm_lamina.compat.states import is_state
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
 from vllm_lamina.support import WITHOUT_LAMINA
@@ -60,7 +61,8 @@ def _layers_are_alike(model: Any) -> bool:
         "hybrid_layer_pattern",
     )
     return (
-        len(kinds) <= 1
+        not model.is_hybrid
+        and len(kinds) <= 1
         and "sliding_attention" not in kinds
         and model.get_sliding_window() is None
         and not any(getattr(text, name, None) for name in told)
@@ -73,6 +75,11 @@ def groups_of(config: VllmConfig, specs: Mapping[str, KVCacheSpec]) -> Sequence[
     """The KV cache groups that vLLM's engine will make of the layers' specs."""
     groups: Sequence[KVCacheGroupSpec] = _planning.get_kv_cache_groups(config, dict(specs))
     return groups
+
+
+def kv_groups(groups: Sequence[KVCacheGroupSpec]) -> tuple[int, ...]:
+    """Those of the groups, by their number, whose layers keep k and v: the others keep states."""
+    return tuple(number for number, group in enumerate(groups) if not is_state(group.kv_cache_spec))
 
 
 def counted_bytes(groups: Sequence[KVCacheGroupSpec], num_blocks: int) -> int:
@@ -102,7 +109,7 @@ def geometry_of_layers(
     """
     places = {
         name: (number, position, spec_of(group, name))
-        for number, group in enumerate(groups)
+        for number, group in enumerate(groups[index] for index in kv_groups(groups))
         for position, name in enumerate(group.layer_names)
     }
     names: list[str] = []

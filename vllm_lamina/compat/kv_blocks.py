@@ -12,6 +12,8 @@ from vllm.v1.core.kv_cache_utils import FreeKVCacheBlockQueue, KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.request import Request
 
+from vllm_lamina.compat.states import is_state
+
 Span = tuple[int, int, list[tuple[int, int]]]
 """Tokens [begin, end) of a request, and the blocks that hold them: the first token that each can hold, and its id.
 
@@ -47,7 +49,9 @@ def queue_of(blocks: Iterable[KVCacheBlock]) -> FreeKVCacheBlockQueue:
 
 
 class KVBlocks:
-    """The blocks of a ``KVCacheManager``: one pool, of which each group of layers holds some for a request.
+    """The KV blocks of a ``KVCacheManager``: one pool, of which each group of layers holds some for a request.
+
+    Groups of layers that keep states have blocks of another pool, see `states.keep_apart`: none of these counts here.
 
     A group may hold tokens for a time only: behind a window, or before a chunk, vLLM's null block is in the place of
     what it has given back, and is nobody's.
@@ -58,13 +62,17 @@ class KVBlocks:
         Every block that requests can get, by id: all but vLLM's null block.
     ids
         The ids of all blocks.
+    has_states
+        The model keeps states beside its KV.
     """
 
     def __init__(self, manager: KVCacheManager) -> None:
         self.usable = [block for block in manager.block_pool.blocks if not block.is_null]
         self.ids = range(len(manager.block_pool.blocks))
         self._manager = manager
-        self._groups = manager.coordinator.single_type_managers
+        groups = manager.coordinator.single_type_managers
+        self._groups = [group for group in groups if not is_state(group.kv_cache_spec)]
+        self.has_states = len(self._groups) < len(groups)
         self._block_sizes = [group.block_size for group in self._groups]
         self._most_held = [group.max_admission_blocks_per_request or sys.maxsize for group in self._groups]
         """By group: the most blocks that it holds for a request, of whatever length."""

@@ -28,14 +28,18 @@ def without_tensors(kv_cache_config: Any, vllm_config: VllmConfig) -> Any:
     return dataclasses.replace(kv_cache_config, kv_cache_tensors=[], kv_cache_groups=groups)
 
 
-def forget_shared_layers(model_runner: Any) -> None:
-    """The same for what the V1 model runner has found out already."""
+def expect_no_kv(model_runner: Any) -> None:
+    """Let a model runner look for no KV: not for that of shared layers, which V1 has found out already, and not for
+    blocks that it might zero.
+    """
     model_runner.shared_kv_cache_layers = {}
+    model_runner._init_kv_zero_meta = lambda: None
 
 
 def allocated_bytes(model_runner: Any) -> int:
-    """Bytes of KV cache that a model runner holds itself."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in model_runner.kv_caches)
+    """Bytes of KV cache and states that a model runner holds itself."""
+    storages = (tensor.untyped_storage() for tensor in model_runner.kv_caches)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def fits_length_to_pool(model_config: Any) -> bool:

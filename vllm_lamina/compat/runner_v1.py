@@ -64,4 +64,5 @@ def further_runner(first: Any, config: VllmConfig, kv_cache_config: KVCacheConfi
     if config.lora_config is not None:
         share_adapters(first, runner)
     runner.initialize_kv_cache(kv_cache_config)
+    runner.kv_caches = first.kv_caches  # states, which the layers have
     return runner

@@ -19,6 +19,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_lamina.compat.config import facts_of, lanes_share_requests
 from vllm_lamina.compat.kv_blocks import KVBlocks, Span
 from vllm_lamina.compat.stat_loggers import attach_stats
+from vllm_lamina.compat.states import keep_apart
 from vllm_lamina.compat.step_lane import mark_lane
 from vllm_lamina.config import LaminaConfig
 
@@ -72,10 +73,11 @@ class SchedulerPort(Scheduler):
         self.num_batches: int = self.vllm_config.max_concurrent_batches
         # Another batch's step may still write a finished request's blocks: vLLM then frees them when it is over.
         self.defer_block_free = self.num_batches > 1
+        self.engine_facts = facts_of(self.vllm_config)
+        keep_apart(self.kv_cache_manager, self.engine_facts.state_blocks)
         self.kv_blocks = KVBlocks(self.kv_cache_manager)
         self.kv_blocks.share(self._reserved_from, self._preempt_in_other_lane)
         self.requests_may_move = lanes_share_requests(self.vllm_config)
-        self.engine_facts = facts_of(self.vllm_config)
         self.lamina_config = LaminaConfig.from_additional_config(self.vllm_config.additional_config)
         self._admission: Admission
         self._admits = True

@@ -30,12 +30,24 @@ from vllm_lamina.executor.preflight import settle
 from vllm_lamina.executor.recovery import Recovery
 from vllm_lamina.executor.sources import source_for
 from vllm_lamina.executor.sources.base import AttentionWorkerSource
+from vllm_lamina.host import available_memory
 from vllm_lamina.support import check_engine_config
+from vllm_lamina.units import format_bytes
 
 logger = init_logger("vllm.lamina")
 
 STEP_METHODS = ("execute_model", "sample_tokens")
 """The model worker's methods that a step consists of."""
+
+
+def check_states_fit(state_bytes: int, max_num_seqs: int) -> None:
+    """States that the model workers will hold must fit the memory that their model leaves. Raises ConfigError."""
+    free = available_memory()
+    if state_bytes > free:
+        raise ConfigError(
+            f"the states of --max-num-seqs {max_num_seqs} requests take {format_bytes(state_bytes)} beside the model, "
+            f"and {format_bytes(free)} are free: choose a smaller --max-num-seqs"
+        )
 
 
 class _LaminaExecutor(Executor):
@@ -64,7 +76,9 @@ class _LaminaExecutor(Executor):
         with_batches_in_flight(self.vllm_config, self.lamina_config.batches)
         with self._ending_on_failure():
             self._init_model_workers(self.placement)
-            addresses = source.start(self.placement)
+            state_bytes = sum(self.collective_rpc("state_bytes"))
+            check_states_fit(state_bytes, self.scheduler_config.max_num_seqs)
+            addresses = source.start(self.placement, state_bytes)
             self._tell_attention_workers(addresses)
             self.collective_rpc("attach_attention_workers", args=(addresses, self.placement.shared))
             self._recovery = Recovery(
@@ -123,6 +137,7 @@ class _LaminaExecutor(Executor):
                     "--memory, or choose --lamina-partition head"
                 )
             facts_of(self.vllm_config).block_placement = placement
+            facts_of(self.vllm_config).state_blocks = self.collective_rpc("state_blocks")[0]
             facts_of(self.vllm_config).finish_steps = self._finish_steps
             assert self._recovery is not None
             self._recovery.goes_on_without_some = placement is not None

@@ -36,6 +36,18 @@ _LEFT_OUT: dict[str, dict[str, Any]] = {
     "gpt_oss": {"sliding_window_pattern": 2},
 }
 
+_OF_STATES = (
+    "layers_block_type",
+    "hybrid_override_pattern",
+    "full_attn_idxs",
+    "full_attention_interval",
+    "mamba_d_state",
+    "ssm_state_size",
+    "linear_num_value_heads",
+    "conv_L_cache",
+)
+"""What configurations of hybrid models say of layers that keep a state, some of them alone."""
+
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -56,6 +68,10 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
         raise UnsupportedError(
             f"{name} uses sparse attention by an indexer (index_topk), which Lamina does not move and the planner does "
             "not describe; serve it without Lamina"
+        )
+    if (key := next((key for key in _OF_STATES if config.get(key) is not None), None)) is not None:
+        raise UnsupportedError(
+            f"{name} has layers that keep a state ({key}), whose weights and time the planner does not describe"
         )
     size = partial(_size, config, name)
     hidden, layers = size("hidden_size"), size("num_hidden_layers")

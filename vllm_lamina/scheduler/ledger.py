@@ -21,6 +21,8 @@ class StepLedger:
         """Of each step in flight and each request what it writes."""
         self._unwritten: dict[int, int] = {}
         """Blocks that lack something since the last `clear`, and the first slot of each that is not written."""
+        self.lost: set[str] = set()
+        """Requests whose part of a step was lost since the last `clear`."""
         self.failed = False
         """A step has failed since the last `clear`."""
 
@@ -63,6 +65,7 @@ class StepLedger:
             for first_token, block in blocks:
                 # An earlier step's slot comes first.
                 self._unwritten.setdefault(block, max(0, begin - first_token))
+        self.lost.update(lost)
         return lost
 
     def relies_on_unwritten(self, held: Span) -> bool:
@@ -77,4 +80,5 @@ class StepLedger:
     def clear(self) -> None:
         """Nobody relies on what was unwritten any more, nor can hit it."""
         self._unwritten.clear()
+        self.lost.clear()
         self.failed = False

@@ -29,7 +29,8 @@ class LaminaScheduler(SchedulerPort):
     Requests outlive the attention workers that hold their KV blocks. A step that failed is taken back: its requests
     stand where they stood before it. When no step is in flight, the executor gets the lost workers back or replaced.
     Requests that held blocks of a lost worker, or rely on what was not written, are then preempted, so that vLLM
-    recomputes them from their tokens; those blocks leave the prefix cache. The other requests go on.
+    recomputes them from their tokens, and so are those whose states a failed step may have moved on; those blocks leave
+    the prefix cache. The other requests go on.
 
     While a worker is down there are fewer blocks. A request of more tokens than they hold waits for the worker as long
     as a recovery may take, and then ends with an error.
@@ -133,7 +134,12 @@ class LaminaScheduler(SchedulerPort):
         victims: dict[str, int] = {}
         for name in running:
             _, num_computed, _ = held = self.computed(name)
-            if self.ledger.relies_on_unwritten(held) or not lost_blocks.isdisjoint(self.kv_blocks.of(name)):
+            # A step moves its states on in place, layer by layer: nobody knows where one that failed has left them.
+            if (
+                (self.kv_blocks.has_states and name in self.ledger.lost)
+                or self.ledger.relies_on_unwritten(held)
+                or not lost_blocks.isdisjoint(self.kv_blocks.of(name))
+            ):
                 victims[name] = num_computed
         self.preempt(victims)
         self.kv_blocks.forget_cached(lost_blocks | self.ledger.unwritten)

@@ -47,13 +47,15 @@ class AttentionWorkerSource(abc.ABC):
         """
 
     @abc.abstractmethod
-    def start(self, placement: CpuPlacement) -> Addresses:
+    def start(self, placement: CpuPlacement, state_bytes: int = 0) -> Addresses:
         """Start the attention workers, or find them, once the model is loaded.
 
         Parameters
         ----------
         placement
             CPUs of this host, for attention workers that run here.
+        state_bytes
+            Memory of this host that the model workers will still take, for states.
 
         Raises
         ------

@@ -99,7 +99,7 @@ class EmbeddedSource(AttentionWorkerSource):
         )
         return [partition] * self.num_ranks
 
-    def start(self, placement: CpuPlacement) -> Addresses:
+    def start(self, placement: CpuPlacement, state_bytes: int = 0) -> Addresses:
         """Start an attention worker for each rank."""
         if placement.shared:
             logger.warning(
@@ -114,7 +114,7 @@ class EmbeddedSource(AttentionWorkerSource):
                 format_cpus(itertools.chain(*placement.shared_cores)),
             )
         self._cpus = placement.worker_cpus
-        self._pool_bytes = self._memory_bytes() // self.num_ranks
+        self._pool_bytes = self._memory_bytes(state_bytes) // self.num_ranks
         for rank in range(self.num_ranks):
             self._workers.append(self._start_worker(rank))
         return [(worker.address,) for worker in self._workers]
@@ -145,10 +145,18 @@ class EmbeddedSource(AttentionWorkerSource):
         )
         return worker
 
-    def _memory_bytes(self) -> int:
+    def _memory_bytes(self, state_bytes: int) -> int:
+        free = available_memory() - state_bytes
+        asked = self._kv_cache_memory_bytes
         if self.options.memory != AUTO:
-            return parse_bytes(self.options.memory)
-        return self._kv_cache_memory_bytes or int(SHARE_OF_FREE_MEMORY * available_memory())
+            asked = parse_bytes(self.options.memory)
+        if asked and state_bytes and asked > free:
+            raise ConfigError(
+                f"lamina option 'memory': {format_bytes(asked)} and the {format_bytes(state_bytes)} of the states of "
+                f"--max-num-seqs requests are more than the {format_bytes(free + state_bytes)} that are free: choose "
+                "less memory, or fewer requests"
+            )
+        return asked or int(SHARE_OF_FREE_MEMORY * free)
 
 
 def _check_this_host_has(pool_bytes: int) -> None:

@@ -19,7 +19,7 @@ class NamedSource(AttentionWorkerSource):
         addresses = by_rank(self.options.worker_addresses, self.num_ranks, "--lamina-workers")
         return self._check_running(addresses, geometry, max_model_len)
 
-    def start(self, placement: CpuPlacement) -> Addresses:
+    def start(self, placement: CpuPlacement, state_bytes: int = 0) -> Addresses:
         """Their addresses."""
         return by_rank(self.options.worker_addresses, self.num_ranks, "--lamina-workers")
 

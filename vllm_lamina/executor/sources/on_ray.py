@@ -51,7 +51,7 @@ class RaySource(NamedSource):
         """Bring the deployment up; it stays for its idle time, in which the engine joins it."""
         return self._check_running(self._bring_up(), geometry, max_model_len)
 
-    def start(self, placement: CpuPlacement) -> Addresses:
+    def start(self, placement: CpuPlacement, state_bytes: int = 0) -> Addresses:
         """Bring it up again: while a very large model was loaded its idle time may have passed."""
         self._addresses = self._bring_up()
         return self._addresses

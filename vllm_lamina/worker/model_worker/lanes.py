@@ -180,13 +180,18 @@ class Lanes:
     """
 
     def __init__(
-        self, runners: Sequence[LaneRunner], exchange: Exchange, client: AttentionClient, answers: bool
+        self,
+        runners: Sequence[LaneRunner],
+        exchange: Exchange,
+        client: AttentionClient,
+        kv_groups: Sequence[int],
+        answers: bool,
     ) -> None:
         self._lanes = [
             Lane(index, runner, exchange, client, has_thread=len(runners) > 1)
             for index, runner in enumerate(runners)
         ]
-        self._planner = StepPlanner()
+        self._planner = StepPlanner(kv_groups)
         self._answers = answers
         self._shared_places = runners[0].shared_places
         self._last = self._lanes[0]

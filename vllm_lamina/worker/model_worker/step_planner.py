@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 
@@ -10,12 +12,18 @@ from vllm_lamina.compat.scheduled import ScheduledStep
 
 
 class StepPlanner:
-    """The requests' blocks as of the step planned last, by vLLM's block ids, for each group of layers.
+    """The requests' blocks as of the step planned last, by vLLM's block ids, for each group of layers that keeps KV.
 
     Steps are planned in the order in which they were scheduled, for all lanes.
+
+    Parameters
+    ----------
+    kv_groups
+        Numbers of these groups, of all of vLLM's: the others keep states.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kv_groups: Sequence[int]) -> None:
+        self._kv_groups = kv_groups
         self._block_ids: dict[str, tuple[npt.NDArray[np.int32], ...]] = {}
 
     def plan(self, step: ScheduledStep) -> dict[str, PlannedRequest]:
@@ -24,7 +32,8 @@ class StepPlanner:
             self._block_ids.pop(name, None)
         planned = {}
         for request in step.requests:
-            ids = tuple(np.array(ids, np.int32) for ids in request.block_ids)
+            by_group = request.block_ids
+            ids = tuple(np.array(by_group[n], np.int32) for n in self._kv_groups) if by_group else ()
             if request.has_new_blocks:
                 self._block_ids[request.name] = ids
             elif ids:

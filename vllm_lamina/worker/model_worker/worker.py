@@ -25,11 +25,11 @@ from vllm_lamina.compat.backends import (
     override_attention_backend,
     restore_attention_backend,
 )
-from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, groups_of
+from vllm_lamina.compat.geometry import counted_bytes, geometry_of_layers, groups_of, kv_groups
 from vllm_lamina.compat.kv_cache import (
     allocated_bytes,
+    expect_no_kv,
     fits_length_to_pool,
-    forget_shared_layers,
     warm_up_on_cpu,
     without_tensors,
 )
@@ -38,6 +38,7 @@ from vllm_lamina.compat.output_thread import output_thread_started, request_outp
 from vllm_lamina.compat.outputs import NOTHING_TO_DO, LaterOutput
 from vllm_lamina.compat.runner import lane_runners
 from vllm_lamina.compat.scheduled import read_step
+from vllm_lamina.compat.states import States, expected_bytes
 from vllm_lamina.config import HEAD, LaminaConfig
 from vllm_lamina.device import device_for
 from vllm_lamina.device.base import Chunks, Streams
@@ -62,6 +63,7 @@ class _LaminaWorker(Worker):
     _attention_workers: AttentionWorkers | None = None
     _partition: Partition | None = None
     _lanes: Lanes | None = None
+    _states = States()
     _turn_log: int | None = None
     _warms_up = False
 
@@ -115,6 +117,10 @@ class _LaminaWorker(Worker):
             raise LaminaError("The model worker has no KV cache yet.")
         return self._lanes
 
+    def state_bytes(self) -> int:
+        """Bytes that this model worker will allocate for states, about: vLLM has not grouped the layers yet."""
+        return expected_bytes(self.vllm_config, self.get_kv_cache_spec())
+
     def determine_available_memory(self) -> int:
         """Bytes of KV cache as vLLM counts them that the attention workers' pools hold."""
         self._warm_up()
@@ -128,9 +134,11 @@ class _LaminaWorker(Worker):
         return counted_bytes(groups, partition.num_blocks)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
-        """Let the attention workers allocate their pools; the model worker's layers keep empty KV caches."""
+        """Let the attention workers allocate their pools; layers of the model worker have states, and no KV."""
+        num_blocks = kv_cache_config.num_blocks
+        self._states = States.of(self.vllm_config, kv_cache_config.kv_cache_groups)
         layer_names, partition = self._divide(kv_cache_config.kv_cache_groups)
-        self._partition = partition = partition.limited_to(kv_cache_config.num_blocks)
+        self._partition = partition = partition.limited_to(num_blocks)
         streams = self.exchange.device.streams()
         options = ChannelOptions(
             max_tokens=self.scheduler_config.max_num_batched_tokens,
@@ -148,16 +156,18 @@ class _LaminaWorker(Worker):
         self.attention_workers.replace_channel = layers.replace_channel
         self.exchange.open(layers, layer_names, partition.geometry)
         kv_cache_config = without_tensors(kv_cache_config, self.vllm_config)
-        forget_shared_layers(self.model_runner)
-        super().initialize_from_config(kv_cache_config)
+        expect_no_kv(self.model_runner)
+        super().initialize_from_config(self._states.added_to(kv_cache_config))
+        self.cache_config.num_gpu_blocks = num_blocks  # not those of states
         runners = lane_runners(
             self.model_runner, self.lamina_config.batches, self.vllm_config, kv_cache_config
         )
-        self._lanes = Lanes(runners, self.exchange, client, answers=self.rank == 0)
+        kept = kv_groups(kv_cache_config.kv_cache_groups)
+        self._lanes = Lanes(runners, self.exchange, client, kept, answers=self.rank == 0)
         workers = len(partition.shares)
         divided = f", divided by {partition.kind} ({partition.reason})" if workers > 1 else ""
         logger.info(
-            "Lamina: KV cache of %s on %d attention worker%s%s: %d blocks, %d tokens; %s on the model worker.",
+            "Lamina: KV cache of %s on %d attention worker%s%s: %d blocks, %d tokens; %s on the model worker%s.",
             format_bytes(used),
             workers,
             "s" if workers > 1 else "",
@@ -165,6 +175,7 @@ class _LaminaWorker(Worker):
             partition.num_blocks,
             partition.num_tokens(self.model_config.max_model_len, self.vllm_config.max_in_flight_tokens),
             format_bytes(allocated_bytes(self.model_runner)),
+            f": states of {self.scheduler_config.max_num_seqs} requests" if self._states.num_blocks else "",
         )
 
     def compile_or_warm_up_model(self) -> Any:
@@ -186,6 +197,10 @@ class _LaminaWorker(Worker):
         if partition is None or partition.kind == HEAD:
             return None
         return partition.kind, partition.blocks_per_worker
+
+    def state_blocks(self) -> int:
+        """How many blocks hold states on the model worker."""
+        return self._states.num_blocks
 
     def execute_model(self, scheduler_output: Any) -> Any:
         """Run the step; blocks that it zeroes or copies are zeroed and copied on the attention workers."""

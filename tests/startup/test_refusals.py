@@ -61,6 +61,8 @@ MODELS = {
 LAMINA = {"executor": "lamina", "enforce_eager": True, "lamina_memory": "64MiB"}
 QUANTISED = "quantised_kv_cache"
 """The model called llama, whose checkpoint declares an FP8 KV cache."""
+INPUTS = "qwen2_audio"
+"""A multimodal model."""
 KV_DTYPE = r"--dtype bfloat16 --kv-cache-dtype bfloat16, or both float16"
 
 
@@ -127,6 +129,18 @@ FEATURES = {
         {"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}},
         feature("encoders apart from the decoder", "remove --ec-transfer-config, --ec-manager-config"),
         {"ec_manager_config": None},
+    ),
+    "chunks of whole inputs": Case(
+        {
+            "model": INPUTS,
+            "hf_overrides": {"is_mm_prefix_lm": True},
+            "long_prefill_token_threshold": 64,
+        },
+        feature(
+            "a limit of prefill chunks for models whose images see their own tokens whole",
+            "remove --long-prefill-token-threshold",
+        ),
+        {"long_prefill_token_threshold": None},
     ),
     "pipeline": Case(
         {"pipeline_parallel_size": 2},
@@ -268,9 +282,7 @@ NOT_HERE = (
     "other attention options of the model",
     "multi-head latent attention (MLA) on GPUs",
     "vLLM's V1 model runner on GPUs",
-    # Of multimodal models, see equality/test_multimodal.py.
     "multimodal inputs on GPUs",
-    "a limit of prefill chunks for models whose images see their own tokens whole",
     "two batches in flight with tensor parallelism on GPUs",
 )
 
@@ -315,7 +327,10 @@ def outcomes(
     directory = tmp_path_factory.mktemp("refusals")
     file = directory / FILE
     file.write_text("executor: lamina\nlamina-memroy: 1GiB\n")
-    models = {QUANTISED: quantised(Path(model_zoo("llama")), directory / QUANTISED)}
+    models = {
+        QUANTISED: quantised(Path(model_zoo("llama")), directory / QUANTISED),
+        INPUTS: model_zoo(INPUTS),
+    }
     llama = {"model": model_zoo("llama"), "dtype": "float32", "max_model_len": 512}
 
     def arguments(*parts: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,8 @@ class H100(NonNvmlCudaPlatform):
 
 
 vllm.platforms._current_platform = H100()
+# Encoders' layers ask when they are imported; any answer will do.
+torch.ops._C.cutlass_scaled_mm_supports_block_fp8 = lambda capability: False
 
 from vllm.plugins import load_general_plugins  # noqa: E402
 

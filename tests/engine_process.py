@@ -182,6 +182,8 @@ def _run_phase(llm: Any, phase: Phase, adapters: Adapters) -> PhaseResult:
             if request.media:
                 prompt["multi_modal_data"] = media_of(request.media)
             engine.add_request(name, prompt, _sampling_params(request.params), lora_request=adapter)
+            if request.abort_after == 0:
+                abort_at[name] = step + request.abort_delay
         outputs = engine.step()
         step += 1
         for output in outputs:

@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import pytest
 import runners
-from comparison import assert_same
+from comparison import assert_same, assert_same_until_aborted
 from engines import Engines
-from jobs import Job, Phase, Request
-from models import ModelZoo
+from jobs import Job, JobResult
+from models import ATTENTION_MODULES, MLP_MODULES, ModelZoo, create_adapter
 from multimodal_models import MULTIMODAL
-from workloads import greedy, prompt
-
-SHAPES = {
-    "image": ([60, 50], [112, 84], [40, 130]),
-    "video": ([4, 56, 56], [6, 56, 84], [2, 84, 56]),
-    "audio": ([16_000], [40_000], [5_000]),
-}
+from multimodal_requests import job
 
 WHOLE = "gemma3_vision"
 """Its images see their own tokens whole, which vLLM's backend for CPUs does not do: see test_bidirectional_spans.py."""
 
 ALWAYS_RUN = "qwen2_audio"
-
-ENGINE = {"max_num_batched_tokens": 144, "max_num_seqs": 16}
-"""In chunks, which end within inputs; the encoder's outputs of so many tokens are kept."""
-
-
-def requests(family: str, max_tokens: int = 12) -> list[Request]:
-    """Prompts with several inputs, with the same ones, and with none; the longest are cut into chunks."""
-    made = []
-    for kind, mark in MULTIMODAL[family].prompts.items():
-        first, second, third = ((list(shape), seed) for seed, shape in enumerate(SHAPES[kind]))
-        for index, (inputs, length) in enumerate(
-            (([first], 20), ([], 40), ([first, second], 137), ([second, first, third], 300), ([third] * 2, 5))
-        ):
-            tokens = prompt(length, index)
-            for place in range(len(inputs), 0, -1):
-                at = length * place // (len(inputs) + 1)
-                tokens[at:at] = mark
-            made.append(Request(tokens, greedy(max_tokens), media={kind: inputs} if inputs else {}))
-    return made
-
-
-def job(zoo: ModelZoo, family: str, **more: object) -> Job:
-    if MULTIMODAL[family].needs_torchvision and find_spec("torchvision") is None:
-        pytest.skip("its processor needs torchvision: docs/testing.md")
-    prompts = requests(family)
-    return replace(Job(zoo(family), [Phase("cold", prompts), Phase("warm", prompts)], ENGINE), **more)
 
 
 @pytest.mark.parametrize(
@@ -71,3 +40,73 @@ def test_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
 def test_family_on_v2(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     stock, lamina = engines.pair(job(model_zoo, family, runner=runners.V2))
     assert_same(stock, lamina)
+
+
+def in_lamina(engines: Engines, stock: Job, engine: dict[str, Any], **more: Any) -> JobResult:
+    """What Lamina makes of stock's job, with these options beside its own."""
+    return engines.run(replace(stock, executor="lamina", engine=stock.engine | engine, **more))
+
+
+# Arguments of the job, and options of the engine.
+CONDITIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one batch": ({}, {"lamina_batches": 1}),
+    "lanes at random": ({"random_lanes": 3}, {}),
+    "two workers": ({"worker_memory_mib": (64, 64)}, {"lamina_partition": "sequence"}),
+    "few blocks": ({"kv_memory_mib": 2}, {"max_model_len": 512, "block_size": 32}),
+    "few inputs at a time": ({}, {"max_num_batched_tokens": 40}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_condition(engines: Engines, model_zoo: ModelZoo, condition: str) -> None:
+    stock = job(model_zoo, "qwen2_vl", max_tokens=60)
+    changes, options = CONDITIONS[condition]
+    lamina = in_lamina(engines, stock, options, **changes)
+    assert_same(engines.run(stock), lamina)
+    assert (lamina.phase("cold").preemptions > 0) == (condition == "few blocks")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [1, 2])
+def test_aborts_within_inputs(engines: Engines, model_zoo: ModelZoo, batches: int) -> None:
+    """Before the first token, while steps encode and chunks end within inputs; the same inputs come again."""
+    stock = job(model_zoo, "llava")
+    [wanted, _] = stock.phases
+    aborted = [
+        replace(request, abort_after=0, abort_delay=delay)
+        for delay in (1, 2, 3)
+        for request in wanted.requests
+    ]
+    mixed = [request for pair in zip(aborted, wanted.requests * 3, strict=True) for request in pair]
+    lamina = in_lamina(
+        engines, replace(stock, phases=[replace(wanted, requests=mixed)]), {"lamina_batches": batches}
+    )
+    whole = engines.run(stock).phase("cold").requests * 3
+    for request, result in zip(whole, lamina.phase("cold").requests[1::2], strict=True):
+        assert_same_until_aborted(request.completions[0], result.completions[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batches", [1, 2])
+def test_adapters(engines: Engines, model_zoo: ModelZoo, tmp_path: Path, batches: int) -> None:
+    """Of the decoder."""
+    plain = job(model_zoo, "llava")
+    adapters = [
+        str(create_adapter(Path(plain.model), tmp_path / f"adapter-{i}", 8, modules, seed=i))
+        for i, modules in enumerate((ATTENTION_MODULES + MLP_MODULES, ("q_proj", "v_proj")))
+    ]
+    phases = [
+        replace(
+            phase,
+            requests=[replace(request, adapter=adapters[i % 2]) for i, request in enumerate(phase.requests)],
+        )
+        for phase in plain.phases
+    ]
+    stock = replace(plain, phases=phases, engine=plain.engine | {"enable_lora": True, "max_loras": 2})
+    assert_same(engines.run(stock), in_lamina(engines, stock, {"lamina_batches": batches}))
+    changed, unchanged = (engines.run(its).phase("cold").requests for its in (stock, plain))
+    assert all(
+        one.completions[0].token_ids != other.completions[0].token_ids
+        for one, other in zip(changed, unchanged, strict=True)
+    ), "an adapter makes no difference"

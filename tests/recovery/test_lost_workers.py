@@ -6,6 +6,7 @@ import os
 import signal
 from dataclasses import replace
 
+import multimodal_requests
 import pytest
 import runners
 from comparison import assert_same
@@ -85,6 +86,24 @@ def test_embedded_worker_with_the_v2_runner(scene: Scene, engines: Engines, job:
 
     assert_same(engines.run(job), scene.run(lose, job))
     assert "attention workers complete again" in scene.log
+
+
+@pytest.mark.parametrize("family", ["qwen2_audio", pytest.param("llava", marks=pytest.mark.slow)])
+def test_embedded_worker_of_a_multimodal_model(
+    scene: Scene, engines: Engines, model_zoo: ModelZoo, family: str
+) -> None:
+    """What the encoder computed outlives the step that failed."""
+    job = multimodal_requests.job(model_zoo, family)
+
+    def lose() -> None:
+        pid = 0
+        for steps in (3, 5):
+            pid, address = embedded_worker(after=pid)
+            wait_for_steps(address, steps)
+            os.kill(pid, signal.SIGKILL)
+
+    assert_same(engines.run(job), scene.run(lose, job))
+    assert scene.log.count("attention workers complete again") >= 2
 
 
 @pytest.mark.slow

@@ -11,9 +11,11 @@ from __future__ import annotations
 import sys
 import types
 from typing import Any
+from unittest.mock import MagicMock
 
-# A native library for CUDA that is imported with the platform; nothing calls it.
+# Native libraries for CUDA, imported with the platform and with the encoders of multimodal models; nothing calls them.
 sys.modules["vllm._C_stable_libtorch"] = types.ModuleType("_C_stable_libtorch")
+sys.modules["vllm.vllm_flash_attn"] = MagicMock()
 
 import torch  # noqa: E402
 import vllm.platforms  # noqa: E402
@@ -46,6 +48,8 @@ class H100(NonNvmlCudaPlatform):
 
 
 vllm.platforms._current_platform = H100()
+# Encoders' layers ask when they are imported; any answer will do.
+torch.ops._C.cutlass_scaled_mm_supports_block_fp8 = lambda capability: False
 
 from vllm.plugins import load_general_plugins  # noqa: E402
 

@@ -20,6 +20,9 @@ LAMINA = {"executor": "lamina", "lamina_memory": "64MiB"}
 LAYERED = ("gpt_oss", "gemma3", "llama4")
 """Models whose layers are of several kinds. For Gemma 4 vLLM asks its FlashAttention, which a CPU does not have."""
 
+INPUTS = "qwen2_audio"
+"""A multimodal model."""
+
 # Arguments beside LAMINA, the environment, and the message.
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
     "V1": ({}, {runners.SWITCH: "0"}, f"V1 model runner on GPUs, .*: unset {runners.SWITCH}"),
@@ -44,6 +47,11 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
         {},
         "two batches in flight with tensor parallelism on GPUs, .*: use --lamina-batches 1",
     ),
+    "inputs": (
+        {"model": INPUTS},
+        {},
+        "multimodal inputs on GPUs, .*: serve the model for text alone with --language-model-only",
+    ),
     "worker": ({"worker_cls": "a.Worker"}, {}, "its own model worker; remove --worker-cls .*a.Worker"),
 }
 
@@ -59,10 +67,14 @@ def outcomes(configure: Callable[..., Outcomes], model_zoo: ModelZoo) -> Outcome
         "asked for": {"arguments": model | LAMINA | {"async_scheduling": True}},
         **{name: {"arguments": model | LAMINA | {"model": model_zoo(name)}} for name in LAYERED},
         "ranks": {"arguments": model | LAMINA | {"tensor_parallel_size": 2}},
-    } | {
-        name: {"arguments": model | LAMINA | arguments, "environment": environment}
-        for name, (arguments, environment, _) in REFUSED.items()
+        "text alone": {
+            "arguments": model | LAMINA | {"model": model_zoo(INPUTS), "language_model_only": True}
+        },
     }
+    for name, (arguments, environment, _) in REFUSED.items():
+        given = model | LAMINA | arguments
+        cases[name] = {"arguments": given | {"model": model_zoo(INPUTS)} if "model" in arguments else given}
+        cases[name]["environment"] = environment
     environment = runners.environment(runners.V2)
     del environment[runners.SWITCH]
     return configure(cases, "on_h100.py", **environment)
@@ -119,6 +131,10 @@ def test_asynchronous_scheduling_has_no_effect(outcomes: Outcomes) -> None:
 @pytest.mark.parametrize("name", LAYERED)
 def test_layers_of_several_kinds_need_nothing_else(outcomes: Outcomes, name: str) -> None:
     assert outcomes[name].get("chosen") == outcomes["lamina"]["chosen"], outcomes[name]
+
+
+def test_a_multimodal_model_serves_text_alone(outcomes: Outcomes) -> None:
+    assert outcomes["text alone"].get("chosen") == outcomes["lamina"]["chosen"], outcomes["text alone"]
 
 
 def test_ranks_have_one_batch(outcomes: Outcomes) -> None:

@@ -68,6 +68,8 @@ QUANTISED = "quantised_kv_cache"
 """The model called llama, whose checkpoint declares an FP8 KV cache."""
 MAMBA = "nemotron_h"
 """A model that is served, of the zoo."""
+INPUTS = "qwen2_audio"
+"""A multimodal model."""
 KV_DTYPE = r"--dtype bfloat16 --kv-cache-dtype bfloat16, or both float16"
 
 
@@ -139,6 +141,18 @@ FEATURES = {
         {"ec_manager_config": {"encoder_cache_manager_cls": "a.Manager"}},
         feature("encoders apart from the decoder", "remove --ec-transfer-config, --ec-manager-config"),
         {"ec_manager_config": None},
+    ),
+    "chunks of whole inputs": Case(
+        {
+            "model": INPUTS,
+            "hf_overrides": {"is_mm_prefix_lm": True},
+            "long_prefill_token_threshold": 64,
+        },
+        feature(
+            "a limit of prefill chunks for models whose images see their own tokens whole",
+            "remove --long-prefill-token-threshold",
+        ),
+        {"long_prefill_token_threshold": None},
     ),
     "pipeline": Case(
         {"pipeline_parallel_size": 2},
@@ -280,9 +294,7 @@ NOT_HERE = (
     "other attention options of the model",
     "multi-head latent attention (MLA) on GPUs",
     "vLLM's V1 model runner on GPUs",
-    # Of multimodal models, see equality/test_multimodal.py.
     "multimodal inputs on GPUs",
-    "a limit of prefill chunks for models whose images see their own tokens whole",
     "two batches in flight with tensor parallelism on GPUs",
     "hybrid models (Mamba, linear or convolution state beside attention) on GPUs",
 )
@@ -328,7 +340,11 @@ def outcomes(
     directory = tmp_path_factory.mktemp("refusals")
     file = directory / FILE
     file.write_text("executor: lamina\nlamina-memroy: 1GiB\n")
-    models = {MAMBA: model_zoo(MAMBA), QUANTISED: quantised(Path(model_zoo("llama")), directory / QUANTISED)}
+    models = {
+        MAMBA: model_zoo(MAMBA),
+        INPUTS: model_zoo(INPUTS),
+        QUANTISED: quantised(Path(model_zoo("llama")), directory / QUANTISED),
+    }
     llama = {"model": model_zoo("llama"), "dtype": "float32", "max_model_len": 512}
 
     def arguments(*parts: dict[str, Any]) -> dict[str, Any]:

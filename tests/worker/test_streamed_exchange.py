@@ -10,12 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 from cpu_stream import CpuStream
 from engine import Request
 from random_steps import Workload, ranges
-from streams import StreamedEngine, partition_of
-from worker_processes import DEADLINE, pause
+from streams import StreamedEngine, array_at, partition_of
+from worker_processes import DEADLINE, pause, wait_until
 
 from vllm_lamina._native import AttentionClient, FrameTooLarge, StreamedExchange
 from vllm_lamina.executor.sources.embedded import EmbeddedAttentionWorker
@@ -248,6 +249,26 @@ def test_a_worker_that_stands_still(setup: Setup, next_step: Request, what: str)
     assert failure is not None
     assert f"{what} in time" in failure
     assert setup.client.failed_workers == [0]
+
+
+def test_only_the_worker_that_is_late_is_lost(setup: Setup) -> None:
+    """Not those that have answered the layer: they keep what they hold."""
+    late = EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))])
+    setup.stack.callback(late.stop)
+    setup.workers = [setup.workers[0], late, setup.workers[1]]
+    [engine] = setup.open("heads", [1, 1, 2])
+    engine.step(0, [Request(0, 20, [0])])
+    engine.step(1, [Request(20, 1, [0])])  # answered: all is taken
+    pause(late.pid)
+    setup.stack.callback(os.kill, late.pid, signal.SIGCONT)
+    engine.exchange.announce(0)
+    engine.enqueue_step(1, [Request(21, 1, [0])])
+    wait_until(lambda: all(array_at(engine.words["replies"], (3,), np.dtype(np.uint64))[[0, 2]]))
+    setup.exchange.set_timeout(0.0)
+    failure = engine.finish()
+    assert failure is not None
+    assert "output did not come in time" in failure
+    assert setup.client.failed_workers == [1]
 
 
 def test_a_step_that_is_given_up(setup: Setup) -> None:

@@ -50,9 +50,9 @@ StreamedExchange::StreamedExchange(AttentionClient& client, uint32_t num_lanes, 
   if (num_lanes == 0 || num_lanes > kMaxLanes) {
     throw std::invalid_argument(std::to_string(num_lanes) + " lanes, of at most " + std::to_string(kMaxLanes));
   }
-  if (num_workers > std::tuple_size_v<decltype(Words::replies)>) {
-    throw std::invalid_argument("a stream takes replies of at most 16 attention workers, not of " +
-                                std::to_string(num_workers));
+  if (num_workers > kMaxWorkers) {
+    throw std::invalid_argument("a stream takes replies of at most " + std::to_string(kMaxWorkers) +
+                                " attention workers, not of " + std::to_string(num_workers));
   }
   workers_.resize(num_workers);
   lanes_.resize(num_lanes);
@@ -162,7 +162,7 @@ std::vector<AttentionClient::StepRows> StreamedExchange::begin_step(uint32_t lan
   const Entry entry(*this);
   if (lane.ordinal == 0) throw std::logic_error("a step begins that was not announced");
   lane.posted = lane.replied = lane.free = 0;
-  lane.num_replies = 0;
+  lane.answered.reset();
   lane.room_wanted = Clock::now();
   lane.slowest = {};
   lane.failure.reset();
@@ -325,7 +325,7 @@ bool StreamedExchange::receive(uint32_t w) {
     if (header->type == FrameType::kError) {
       fail(lane_id, "the attention worker dropped a frame: " +
                         std::string(reinterpret_cast<const char*>(payload), header->payload_bytes));
-    } else if (header->type != FrameType::kOutput || lane.replied >= lane.posted ||
+    } else if (header->type != FrameType::kOutput || lane.replied >= lane.posted || lane.answered[w] ||
                header->layer != static_cast<uint32_t>(lane.replied) ||
                header->payload_bytes !=
                    part_of(lane_id, w, lane.replied).output_layout(rows(w, lane.replied)).bytes) {
@@ -339,7 +339,8 @@ bool StreamedExchange::receive(uint32_t w) {
         payload = static_cast<const std::byte*>(std::memcpy(lane.copies[w], payload, header->payload_bytes));
       }
       words_[lane_id].replies[w].store(reinterpret_cast<uint64_t>(payload), std::memory_order_relaxed);
-      if (++lane.num_replies == lane.num_owed[group_of(lane.replied)]) replied(lane_id);
+      lane.answered.set(w);
+      if (lane.answered.count() == lane.num_owed[group_of(lane.replied)]) replied(lane_id);
     }
   }
   if (!worker.held_by) link.channel().release();
@@ -352,7 +353,7 @@ void StreamedExchange::replied(uint32_t lane_id) {
   const auto now = Clock::now();
   client_.add_times(lane_id, now - lane.since, std::exchange(lane.slowest, {}));
   lane.since = now;
-  lane.num_replies = 0;
+  lane.answered.reset();
   ++lane.replied;
   pass_unanswered(lane_id);
   // First: the stream does not wait for it where each layer is answered.
@@ -371,8 +372,8 @@ void StreamedExchange::look() {
     if (!lane.begun || lane.failure) continue;
     for (uint32_t w = 0; w < workers_.size(); ++w) {
       WorkerLink& link = client_.link(w);
-      if (lane.replied < lane.posted && part_of(lane_id, w, lane.replied).num_rows > 0 && lane.since < oldest &&
-          !workers_[w].held_by) {
+      if (lane.replied < lane.posted && part_of(lane_id, w, lane.replied).num_rows > 0 && !lane.answered[w] &&
+          lane.since < oldest && !workers_[w].held_by) {
         link.set_failed();
         fail(lane_id, "the attention worker's output did not come in time");
       } else if (client_.split(lane_id).takes_part(w) && link.failed() && !link.has_frame()) {

@@ -14,6 +14,7 @@
 
 #include <array>
 #include <atomic>
+#include <bitset>
 #include <condition_variable>
 #include <limits>
 #include <memory>
@@ -33,6 +34,7 @@ class StreamedExchange {
   static constexpr int32_t kPoison = std::numeric_limits<int32_t>::max();
   // Layers whose frames may be in flight of one lane: when the second is written, the first was answered.
   static constexpr uint32_t kFrames = 2;
+  static constexpr size_t kMaxWorkers = 16;
 
   // What a stream and the host share of a lane, each word in cache lines of its own. They count layers of the lane's step.
   struct Words {
@@ -40,7 +42,7 @@ class StreamedExchange {
     alignas(128) std::atomic<int32_t> taken;    // by the device: their replies were read
     alignas(128) std::atomic<int32_t> free;     // their frames may be written
     alignas(128) std::atomic<int32_t> replied;  // their replies are there, see `replies`, or nobody owes one
-    alignas(128) std::array<std::atomic<uint64_t>, 16> replies;  // by worker: the address of the reply's payload
+    alignas(128) std::array<std::atomic<uint64_t>, kMaxWorkers> replies;  // by worker: the address of the reply's payload
   };
 
   // The client's channels, which have carried nothing yet, with room for a layer of `max_tokens` tokens for each lane. The
@@ -100,7 +102,7 @@ class StreamedExchange {
     std::optional<std::string> failure;
     int32_t free = 0, posted = 0, replied = 0;  // layers
     std::vector<size_t> num_owed;               // by group: workers that answer a layer
-    size_t num_replies = 0;                     // of these, for the oldest layer that is not replied
+    std::bitset<kMaxWorkers> answered;          // by worker, for the oldest layer that is not replied
     Clock::time_point since;                    // that layer was sent
     Clock::time_point room_wanted;              // for the next layer's frames, at the latest
     std::chrono::nanoseconds slowest{0};        // of its workers, as they say themselves

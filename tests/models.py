@@ -159,6 +159,18 @@ LAYERED: dict[str, ModelSpec] = {
             hidden_size_per_layer_input=32,
         ),
     ),
+    # Full layers whose values are their keys, of fewer heads: windows in blocks of other sizes and other heads.
+    "gemma4_keys_are_values": ModelSpec(
+        "Gemma4TextConfig",
+        _windows(
+            *(SLIDING, SLIDING, FULL) * 2,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            global_head_dim=128,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=32,
+        ),
+    ),
     "gpt_oss": ModelSpec(
         "GptOssConfig",
         _windows(*(SLIDING, FULL) * 2, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2),
@@ -206,6 +218,20 @@ LAYERED: dict[str, ModelSpec] = {
         "LagunaConfig",
         _windows(
             *(FULL, SLIDING) * 2, num_attention_heads_per_layer=[4, 8] * 2, mlp_layer_types=["dense"] * 4
+        ),
+    ),
+    # Query and KV heads by layer, and no windows.
+    "heads_by_layer": ModelSpec(
+        "LlamaConfig",
+        _decoder(
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=32,
+            allow_global_per_layer_attribute_access=True,
+            per_layer_config={
+                0: {"num_key_value_heads": 2},
+                2: {"num_attention_heads": 4, "num_key_value_heads": 1},
+            },
         ),
     ),
     "bloom": ModelSpec(

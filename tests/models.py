@@ -220,20 +220,6 @@ LAYERED: dict[str, ModelSpec] = {
             *(FULL, SLIDING) * 2, num_attention_heads_per_layer=[4, 8] * 2, mlp_layer_types=["dense"] * 4
         ),
     ),
-    # Query and KV heads by layer, and no windows.
-    "heads_by_layer": ModelSpec(
-        "LlamaConfig",
-        _decoder(
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=32,
-            allow_global_per_layer_attribute_access=True,
-            per_layer_config={
-                0: {"num_key_value_heads": 2},
-                2: {"num_attention_heads": 4, "num_key_value_heads": 1},
-            },
-        ),
-    ),
     "bloom": ModelSpec(
         "BloomConfig", {"hidden_size": 256, "n_layer": 3, "n_head": 4, "tie_word_embeddings": True}
     ),

@@ -161,6 +161,18 @@ LAYERED: dict[str, ModelSpec] = {
             hidden_size_per_layer_input=32,
         ),
     ),
+    # Full layers whose values are their keys, of fewer heads: windows in blocks of other sizes and other heads.
+    "gemma4_keys_are_values": ModelSpec(
+        "Gemma4TextConfig",
+        _windows(
+            *(SLIDING, SLIDING, FULL) * 2,
+            num_global_key_value_heads=1,
+            attention_k_eq_v=True,
+            global_head_dim=128,
+            vocab_size_per_layer_input=VOCAB_SIZE,
+            hidden_size_per_layer_input=32,
+        ),
+    ),
     "gpt_oss": ModelSpec(
         "GptOssConfig",
         _windows(*(SLIDING, FULL) * 2, intermediate_size=128, num_local_experts=4, num_experts_per_tok=2),

@@ -56,9 +56,9 @@ def _text_config(config: Any) -> Any:
 
 def _attends_as_no_other_model(config: Any) -> bool:
     """Whether layers attend by a rule of the model's own, of which vLLM says something else first, or nothing."""
-    text, architectures = _text_config(config), config.model_config.architectures
+    text, architectures = _text_config(config), set(config.model_config.architectures)
     return bool(
-        "Step1ForCausalLM" in architectures
+        not architectures.isdisjoint({"Step1ForCausalLM", "IQuestLoopCoderForCausalLM"})
         or (
             "Rnj1ForCausalLM" in architectures
             and "chunked_attention" in (getattr(text, "layer_types", None) or ())
@@ -186,7 +186,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "rules of attention that one model alone has (Rnj-1's chunks that look back, Step-1's ALiBi of square roots, "
-        "openPangu's sink tokens, a reference window)",
+        "openPangu's sink tokens, IQuest Loop Coder's layers that attend twice, a reference window)",
         WITHOUT_LAMINA,
         _attends_as_no_other_model,
     ),

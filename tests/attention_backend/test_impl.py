@@ -69,3 +69,11 @@ def test_all_at_once(on_cpu: None) -> None:
 def test_what_is_not_known_is_refused(on_cpu: None) -> None:
     with pytest.raises(UnsupportedError, match=r"other attention options .*other=\('chunk_lookback',\)"):
         LaminaAttentionImpl(4, 32, 0.5, chunk_lookback=1)
+
+
+def test_a_layer_that_attends_what_it_has_stored_is_refused(on_cpu: None) -> None:
+    query = torch.zeros(3, 4, 32)
+    call: tuple[Any, ...] = (None, query, None, None, torch.empty(0), None, torch.empty_like(query))
+    LaminaAttentionImpl(4, 32, 0.5, kv_sharing_target_layer_name="a").forward(*call)
+    with pytest.raises(UnsupportedError, match=r"other attention options .*key=None"):
+        LaminaAttentionImpl(4, 32, 0.5).forward(*call)

@@ -127,3 +127,19 @@ def test_only_the_loaded_model_says(
     for name, value in said.items():
         monkeypatch.setattr(config.model_config.hf_text_config, name, value, raising=False)
     assert geometry_of(config) is None
+
+
+def test_only_the_loaded_model_says_which_layers_attend(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Llama-Nemotron, some of whose layers have no attention."""
+    monkeypatch.setattr(type(config.model_config), "has_noops", True)
+    assert geometry_of(config) is None
+
+
+def test_only_the_loaded_model_says_heads_by_layer(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = {1: {"num_key_value_heads": 4}}
+    monkeypatch.setattr(config.model_config.model_arch_config, "per_layer_overrides", overrides)
+    assert geometry_of(config) is None

@@ -86,6 +86,7 @@ FEATURES = {
     ),
     "ALiBi of square roots": own_rule(architectures=["Step1ForCausalLM"]),
     "sink tokens": own_rule(param_sink_number=128),
+    "layers that attend twice": own_rule(architectures=["IQuestLoopCoderForCausalLM"]),
     "fp8": Case(
         {"kv_cache_dtype": "fp8"},
         feature(r"quantised KV cache \(FP8", "remove --kv-cache-dtype"),

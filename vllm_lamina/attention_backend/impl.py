@@ -11,7 +11,7 @@ from vllm_lamina.attention_backend.exchange import Exchange
 from vllm_lamina.attention_backend.metadata import LaminaMetadata
 from vllm_lamina.attention_backend.spans import with_spans
 from vllm_lamina.device.base import LayerShape
-from vllm_lamina.support import LayerOptions, check_layer
+from vllm_lamina.support import LayerOptions, check_layer, refuse_fields
 
 NO_LOOKBACK = ("chunk_lookback", -1)
 """An option of a model that knows chunks which look back, of its layers without chunks."""
@@ -46,6 +46,7 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
+        self._stores = kv_sharing_target_layer_name is None
         self._options = LayerOptions(
             num_heads=num_heads,
             num_kv_heads=self.num_kv_heads,
@@ -112,7 +113,14 @@ class LaminaAttentionImpl(AttentionImpl[LaminaMetadata]):
         output
             [tokens, num_heads, head_size_v], written in place; zeros where nothing is attended. Anything where an
             attention worker was lost: the step is thrown away.
+
+        Raises
+        ------
+        UnsupportedError
+            The model has a layer attend what this very layer has stored: the attention worker would store it again.
         """
+        if key is None and self._stores:
+            refuse_fields({"key": key}, "an attention layer of its own KV")
         if attn_metadata is None or (attn_metadata.step is None and not attn_metadata.captures):
             return output.zero_()
         layers, lane = attn_metadata.exchange.layers, attn_metadata.lane

@@ -7,17 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models import (
-    FULL,
-    MAX_POSITION,
-    RANDOM,
-    SLIDING,
-    TOKENS,
-    VOCAB_SIZE,
-    ModelSpec,
-    create_tokenizer,
-    random_model,
-)
+from model_specs import FULL, MAX_POSITION, SLIDING, VOCAB_SIZE, ModelSpec
+from models import RANDOM, TOKENS, create_tokenizer, random_model
 
 IMAGE, VIDEO, AUDIO = "<image>", "<video>", "<audio>"
 BEGIN, END = "<begin>", "<end>"

@@ -6,7 +6,8 @@ import random
 from typing import Any
 
 from jobs import Request
-from models import NUM_SPECIAL_TOKENS, VOCAB_SIZE
+from model_specs import VOCAB_SIZE
+from models import NUM_SPECIAL_TOKENS
 
 # Lengths at, below and above the sizes of KV blocks and kernel tiles, and a few tokens of context for a short query.
 EDGE_LENGTHS = (1, 2, 31, 32, 33, 127, 128, 129, 300)

@@ -16,7 +16,8 @@ from chaos_questions import make_questions
 from chaos_run import run
 from engines import Engines
 from layouts import EVERY, Layout
-from models import OTHERS, create_model
+from model_specs import OTHERS
+from models import create_model
 from storms import Kind, Storm
 
 

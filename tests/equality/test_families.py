@@ -12,7 +12,8 @@ import transformers
 from comparison import FLOAT32_TIE, FLOAT32_TOLERANCE, assert_same
 from engines import Engines
 from jobs import Job, JobResult, Phase
-from models import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, SUPPORTED, TOLERANCES, ModelZoo
+from model_specs import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, SUPPORTED, TOLERANCES
+from models import ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
 MUCH_AS_LLAMA = {"mistral", "qwen2"}

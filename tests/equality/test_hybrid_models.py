@@ -11,7 +11,8 @@ import runners
 from comparison import Rounding, assert_close_to, assert_same
 from engines import Engines
 from jobs import Job, Phase
-from models import DELTA_NET, HYBRID, PLAIN_ROTARY, ModelZoo
+from model_specs import DELTA_NET, HYBRID, PLAIN_ROTARY
+from models import ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
 ENGINE = {

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from engines import Engines
 from jobs import Job, Phase
-from models import ModelSpec, create_model
+from model_specs import ModelSpec
+from models import create_model
 from network import Host, addresses, hosts, workers_on
 from workloads import requests
 

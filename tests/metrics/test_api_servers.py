@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from models import SUPPORTED, ModelZoo
+from model_specs import SUPPORTED
+from models import ModelZoo
 from serving import MAX_TOKENS, PROMPT_LEN, serving_with_a_worker
 
 REQUESTS = 8

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from exposition import PREFIX, Scrape
-from models import SUPPORTED, ModelZoo
+from model_specs import SUPPORTED
+from models import ModelZoo
 from serving import MAX_TOKENS, MODEL, PROMPT_LEN, Serving, serving_with_a_worker
 from worker_processes import cli
 

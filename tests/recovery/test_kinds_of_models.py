@@ -14,7 +14,8 @@ from comparison import FLOAT32_TOLERANCE, assert_same
 from engines import Engines
 from jobs import Job, JobResult, Phase, Request
 from losing import Scene, wait_for_steps
-from models import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES, ModelZoo
+from model_specs import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES
+from models import ModelZoo
 from multimodal_models import AUDIO, BEGIN, END, MULTIMODAL, mark
 from workloads import greedy, prompt, requests, sampled
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from models import UNSUPPORTED, ModelZoo
+from model_specs import UNSUPPORTED
+from models import ModelZoo
 from programs import TINY_ENGINE, console, run
 
 from vllm_lamina.compat.arguments import EXECUTOR

@@ -209,7 +209,9 @@ class UrgencyCheck:
         if not admitted:
             return
         last = max(map(self.urgency, admitted))
-        passed = [r for r in scheduler.waiting if self.urgency(r) < last and scheduler._has_slot(r)]
+        # vLLM 0.33 lets others pass a request whose inputs find no room.
+        waiting = (r for r in scheduler.waiting if not r.mm_features)
+        passed = [r for r in waiting if self.urgency(r) < last and scheduler._has_slot(r)]
         homes = {scheduler.lanes.home(r.request_id) for r in passed}
         assert homes.isdisjoint({None, scheduler._lane}), "a request has overtaken a more urgent one"
         lacking = sum(scheduler.kv_blocks.needed(request.num_tokens) for request in passed)

@@ -445,15 +445,6 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             "L_cycles": 1,
         },
     ),
-    "hybrid": ModelSpec(
-        "Lfm2Config",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"],
-        ),
-    ),
     "attention_free": ModelSpec(
         "Mamba2Config",
         {"hidden_size": 128, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 64, "n_groups": 1},

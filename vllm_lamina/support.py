@@ -170,7 +170,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "prefix caching for hybrid models",
-        "use --no-enable-prefix-caching",
+        "use --no-enable-prefix-caching, and remove --mamba-cache-mode and --mamba-block-size",
         lambda c: c.model_config.is_hybrid and c.cache_config.enable_prefix_caching,
     ),
     Refusal(

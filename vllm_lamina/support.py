@@ -162,6 +162,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "attention-free models (Mamba and other states alone)",
         "run it without --executor lamina: there is no attention to move",
         lambda c: c.model_config.is_attention_free,
+        fields=frozenset({"attention_layers"}),
     ),
     Refusal(
         "hybrid models (Mamba, linear or convolution state beside attention) on GPUs",

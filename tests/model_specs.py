@@ -328,13 +328,11 @@ def _mamba(**config: Any) -> dict[str, Any]:
     )
 
 
-# Models with layers that keep a state: vLLM's groups are of states (M) and of full attention (F).
-HYBRID: dict[str, ModelSpec] = {
-    # M(2) and F(2); short convolutions.
-    "lfm2": ModelSpec(
-        "Lfm2Config",
+def _short_convolutions(layer_types: list[str], **config: Any) -> dict[str, Any]:
+    return (
         _decoder(
-            num_hidden_layers=4,
+            num_hidden_layers=len(layer_types),
+            layer_types=layer_types,
             num_attention_heads=4,
             num_key_value_heads=2,
             conv_L_cache=3,
@@ -342,8 +340,29 @@ HYBRID: dict[str, ModelSpec] = {
             # vLLM reads two fields that transformers' class lacks.
             conv_dim=256,
             block_dim=256,
-            layer_types=["conv", "full_attention"] * 2,
+        )
+        | config
+    )
+
+
+# Models with layers that keep a state: vLLM's groups are of states (M) and of full attention (F).
+HYBRID: dict[str, ModelSpec] = {
+    # M(2) and F(2); short convolutions.
+    "lfm2": ModelSpec("Lfm2Config", _short_convolutions(layer_types=["conv", FULL] * 2)),
+    # The same, with experts in two layers: all of them, for which rounding cannot choose others.
+    "lfm2_moe": ModelSpec(
+        "Lfm2MoeConfig",
+        _short_convolutions(
+            layer_types=["conv", FULL] * 2,
+            num_dense_layers=2,
+            num_experts=4,
+            num_experts_per_tok=4,
+            moe_intermediate_size=64,
         ),
+    ),
+    # M(1) and four groups F(1): vLLM's groups have as many layers as the rarer kind.
+    "lfm2_one_state": ModelSpec(
+        "Lfm2Config", _short_convolutions(layer_types=[FULL, FULL, "conv", FULL, FULL])
     ),
     # F(3) and M(3): each layer has both.
     "falcon_h1": ModelSpec("FalconH1Config", _mamba()),
@@ -444,15 +463,6 @@ UNSUPPORTED: dict[str, ModelSpec] = {
             "H_cycles": 1,
             "L_cycles": 1,
         },
-    ),
-    "hybrid": ModelSpec(
-        "Lfm2Config",
-        _decoder(
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            layer_types=["conv", "full_attention"],
-        ),
     ),
     "attention_free": ModelSpec(
         "Mamba2Config",

@@ -162,6 +162,7 @@ REFUSALS: tuple[Refusal, ...] = (
         "attention-free models (Mamba and other states alone)",
         "run it without --executor lamina: there is no attention to move",
         lambda c: c.model_config.is_attention_free,
+        fields=frozenset({"attention_layers"}),
     ),
     Refusal(
         "hybrid models (Mamba, linear or convolution state beside attention) on GPUs",
@@ -170,7 +171,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "prefix caching for hybrid models",
-        "use --no-enable-prefix-caching",
+        "use --no-enable-prefix-caching, and remove --mamba-cache-mode and --mamba-block-size",
         lambda c: c.model_config.is_hybrid and c.cache_config.enable_prefix_caching,
     ),
     Refusal(

@@ -185,6 +185,12 @@ def test_causal_attention_is_served(load: Make) -> None:
     load("Attention")
 
 
+def test_a_model_without_attention(config: VllmConfig) -> None:
+    """Such as one of a hybrid family whose layers all keep states."""
+    with pytest.raises(UnsupportedError, match=r"attention-free models .* there is no attention to move"):
+        settle_layers(config, LaminaAttentionBackend, LaminaLatentBackend)
+
+
 def test_what_only_the_layer_is_told(load: Make) -> None:
     """And the backend that vLLM makes of chunks is not used."""
     assert load("Attention", head_size_v=64).impl.shape.head_size_v == 64

@@ -60,7 +60,7 @@ def test_hybrid_family(engines: Engines, model_zoo: ModelZoo, family: str, way: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["falcon_h1", "lfm2"])
+@pytest.mark.parametrize("family", HYBRID)
 def test_hybrid_family_on_v2(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     few = [Phase("all", requests((1, 40, 300), max_tokens=8))]
     stock, lamina = engines.pair(Job(model_zoo(family), few, ENGINE, runner=runners.V2))

@@ -135,6 +135,14 @@ def test_the_memory_that_the_message_asks_for_is_enough(max_model_len: int) -> N
         assert pool < 1.02 * 4 * BYTES_PER_HEAD * (-(-max_model_len // 32) + 1)
 
 
+def test_blocks_that_must_be_left() -> None:
+    """Of a hybrid model: vLLM checks as if its states took some."""
+    pools = parts(HEAD, 4, [4 * BYTES_PER_HEAD * (1024 // 32 + 3)])
+    pools.check_holds_one_request(1024, spare_blocks=2)
+    with pytest.raises(ConfigError, match="needs"):
+        pools.check_holds_one_request(1024, spare_blocks=3)
+
+
 def test_a_pool_smaller_than_a_block() -> None:
     with pytest.raises(ConfigError, match=r"worker at 127.0.0.1:7101 .* is smaller than one KV block"):
         parts(REQUEST, 4, [MIB, 3_999])

@@ -14,18 +14,27 @@ from comparison import FLOAT32_TOLERANCE, assert_same
 from engines import Engines
 from jobs import Job, JobResult, Phase, Request
 from losing import Scene, wait_for_steps
-from model_specs import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES
+from model_specs import HYBRID, LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES
 from models import ModelZoo
 from multimodal_models import AUDIO, BEGIN, END, MULTIMODAL, mark
 from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(150, seed=7)
 
-FAMILIES = [*LAYERED_ON, ("deepseek_v3", runners.V1), ("qwen2_audio", runners.V1)]
+FAMILIES = [
+    *LAYERED_ON,
+    ("deepseek_v3", runners.V1),
+    ("qwen2_audio", runners.V1),
+    *((family, runner) for family in ("lfm2", "nemotron_h") for runner in (runners.V1, runners.V2)),
+]
 
-ONE_GROUP = ("bloom", "falcon_alibi", "deepseek_v3", "qwen2_audio")
+ONE_GROUP = ("bloom", "falcon_alibi", "deepseek_v3", "qwen2_audio", "lfm2")
 WINDOWS_ALONE = ("mistral_window", "phi3_window", "starcoder2")
-FEW_BLOCKS = dict.fromkeys(ONE_GROUP, 20) | dict.fromkeys(WINDOWS_ALONE, 9) | {"llama4": 46, "mimo_v2": 15}
+FEW_BLOCKS = (
+    dict.fromkeys(ONE_GROUP, 20)
+    | dict.fromkeys(WINDOWS_ALONE, 9)
+    | {"llama4": 46, "mimo_v2": 15, "nemotron_h": 7}
+)
 """KV blocks that do not hold all requests; 40 for the others."""
 
 ONE_KV_HEAD = {"falcon_alibi"}
@@ -68,8 +77,10 @@ def job(model_zoo: ModelZoo, family: str, runner: str) -> Job:
         Phase("afterwards", [Request(PREFIX + prompt(9, seed=9), greedy(8))]),
     ]
     engine = {"max_model_len": 384, "max_num_batched_tokens": 96, "max_num_seqs": 16, "block_size": 32}
-    if family in LATENT:
+    if family in (*LATENT, *HYBRID):
         engine |= {"compilation_config": PLAIN_ROTARY}
+    if family in HYBRID:
+        engine |= {"enable_prefix_caching": False}
     return Job(model_zoo(family), phases, engine, runner=runner)
 
 

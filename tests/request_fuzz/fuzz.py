@@ -15,6 +15,7 @@ import runners
 from comparison import assert_same_phase, assert_same_until_aborted
 from engines import Engines
 from jobs import Job, Phase, Request
+from model_specs import HYBRID, PLAIN_ROTARY, SUPPORTED
 from models import ATTENTION_MODULES, EOS, MLP_MODULES, ModelZoo, create_adapter
 from workloads import greedy, prompt
 
@@ -113,12 +114,13 @@ def jobs(
         "enable_prefix_caching": rng.random() < 0.7,
         "lamina_batches": rng.choice([1, 2, 2, 2]),
     }
+    memory = rng.choice([1, 2, 8])
+    if Path(model).name in HYBRID:
+        # Without a prefix cache, and with longer blocks, of which a request of 512 tokens needs more.
+        without = {"enable_prefix_caching": False, "compilation_config": PLAIN_ROTARY}
+        stock, options, memory = replace(stock, engine=engine | without), options | without, memory + 2
     lamina = replace(
-        stock,
-        executor="lamina",
-        engine=engine | options,
-        kv_memory_mib=rng.choice([1, 2, 8]),
-        random_lanes=seed,
+        stock, executor="lamina", engine=engine | options, kv_memory_mib=memory, random_lanes=seed
     )
     return stock, lamina
 
@@ -151,13 +153,14 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=32, help="this many, from --first on (default: 32)")
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--runner", choices=[runners.V1, runners.V2], default=runners.DEFAULT)
+    parser.add_argument("--model", choices=[*SUPPORTED, *HYBRID], default="llama")
     parser.add_argument("--requests", type=int, default=60, help="of each seed (default: 60)")
     parser.add_argument("--max-tokens", type=int, default=24, help="of each request (default: 24)")
     arguments = parser.parse_args()
     failed = []
     with tempfile.TemporaryDirectory(prefix="lamina-fuzz-") as directory:
         root = Path(directory)
-        model = ModelZoo(root)("llama")
+        model = ModelZoo(root)(arguments.model)
         adapters = make_adapters(model, root)
         with Engines(root) as engines:
             for seed in range(arguments.first, arguments.first + arguments.seeds):

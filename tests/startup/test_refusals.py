@@ -51,11 +51,6 @@ def without_lamina(name: str) -> Case:
 # Each of the models that Lamina does not run.
 MODELS = {
     "prefix_lm": without_lamina("attention that is not causal"),
-    "hybrid": Case(
-        {},
-        feature("prefix caching for hybrid models", "--no-enable-prefix-caching"),
-        {"enable_prefix_caching": False},
-    ),
     "attention_free": without_lamina("attention-free models"),
     "head_size": without_lamina("head sizes other than"),
     "sparse": without_lamina("sparse attention by an indexer"),
@@ -69,6 +64,10 @@ QUANTISED = "quantised_kv_cache"
 """The model called llama, whose checkpoint declares an FP8 KV cache."""
 MAMBA = "nemotron_h"
 """A model that is served, of the zoo."""
+STATES_CACHED = feature(
+    "prefix caching for hybrid models",
+    "use --no-enable-prefix-caching, and remove --mamba-cache-mode and --mamba-block-size",
+)
 INPUTS = "qwen2_audio"
 """A multimodal model."""
 KV_DTYPE = r"--dtype bfloat16 --kv-cache-dtype bfloat16, or both float16"
@@ -114,8 +113,19 @@ FEATURES = {
         feature("attention that is not causal", "without --executor lamina"),
         WITHOUT_LAMINA,
     ),
+    "prefix cache of states": Case(
+        {"model": MAMBA, "enable_prefix_caching": True},
+        STATES_CACHED,
+        {"enable_prefix_caching": False},
+    ),
+    "states at the ends of blocks": Case(
+        {"model": MAMBA, "mamba_cache_mode": "align"}, STATES_CACHED, {"mamba_cache_mode": None}
+    ),
+    "blocks of states": Case(
+        {"model": MAMBA, "mamba_block_size": 256}, STATES_CACHED, {"mamba_block_size": None}
+    ),
     "ReplaySSM": Case(
-        {"model": MAMBA, "use_replayssm": True, "enable_prefix_caching": False},
+        {"model": MAMBA, "use_replayssm": True},
         feature("ReplaySSM", "remove --use-replayssm"),
         {"use_replayssm": None},
     ),
@@ -324,6 +334,8 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "unknown executor": (["--executor", "laminar"], "invalid choice: 'laminar'"),
 }
 
+HYBRID, HYBRID_SERVER = "hybrid", "a server of a hybrid model"
+
 Outcomes = dict[str, dict[str, Any]]
 
 
@@ -373,6 +385,8 @@ def outcomes(
         | {
             "supported": arguments(llama, LAMINA),
             "asynchronous": arguments(llama, LAMINA, {"async_scheduling": True}),
+            HYBRID: arguments(llama, LAMINA, {"model": MAMBA}),
+            HYBRID_SERVER: {"command": ["serve", models[MAMBA], "--executor", "lamina"]},
         }
     )
 
@@ -418,6 +432,14 @@ def test_what_has_no_effect_is_accepted(outcomes: Outcomes) -> None:
     accepted = outcomes["asynchronous"]
     assert accepted.get("chosen", accepted)["asynchronous"] is False
     assert any("--async-scheduling has no effect" in line for line in accepted["log"])
+
+
+@pytest.mark.parametrize("name", [HYBRID, HYBRID_SERVER])
+def test_a_hybrid_model_is_accepted_as_it_is(outcomes: Outcomes, name: str) -> None:
+    """Although vLLM would cache prefixes."""
+    assert "error" not in outcomes[name], outcomes[name]["message"]
+    assert sum("prefix caching is off" in line for line in outcomes[name]["log"]) == 1
+    assert not any("prefix caching is off" in line for line in outcomes["supported"]["log"])
 
 
 @pytest.mark.parametrize("name", CASES)

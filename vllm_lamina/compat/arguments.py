@@ -104,6 +104,7 @@ def _wrap(module: ModuleType) -> None:
     _wrap_flags(engine_args)
     for cls in (engine_args, module.AsyncEngineArgs):
         _wrap_init(cls)
+    _wrap_model(engine_args)
     _wrap_create(engine_args)
 
 
@@ -175,6 +176,19 @@ def _wrap_init(cls: Any) -> None:
     cls.__init__ = init_with_lamina
 
 
+def _wrap_model(engine_args: Any) -> None:
+    create_model_config = engine_args.create_model_config
+
+    @functools.wraps(create_model_config)
+    def create_and_settle(self: Any) -> Any:
+        model = create_model_config(self)
+        if self.distributed_executor_backend == EXECUTOR and model.is_hybrid:
+            _settle_prefix_caching(self)
+        return model
+
+    engine_args.create_model_config = create_and_settle
+
+
 def _wrap_create(engine_args: Any) -> None:
     create_engine_config = engine_args.create_engine_config
 
@@ -212,6 +226,19 @@ def _refuse_what_lamina_chooses(engine: Any) -> None:
     ):
         if given is not None:
             raise ConfigError(f"--executor lamina has its own {own}; remove {flag} (given: {given})")
+
+
+def _settle_prefix_caching(engine: Any) -> None:
+    """Let a hybrid model have no prefix cache, unless the user says something of it, or of the states that it keeps.
+
+    Before vLLM turns it on, which is its default: it derives the states' blocks from that.
+    """
+    says_nothing = engine.enable_prefix_caching is None and engine.mamba_block_size is None
+    if says_nothing and engine.mamba_cache_mode in (None, "none"):
+        engine.enable_prefix_caching = False
+        logger.info(
+            "Lamina: prefix caching is off: hybrid models have none here (--no-enable-prefix-caching)."
+        )
 
 
 def _restore_latent_settings(config: Any, engine: Any) -> None:

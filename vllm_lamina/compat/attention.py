@@ -103,6 +103,8 @@ def settle_layers(config: VllmConfig, backend: type, latent_backend: type) -> No
     # The attention backend imports this module, and they import their backends.
     from vllm.model_executor.layers.attention import Attention, ChunkedLocalAttention, MLAAttention
 
+    if not any(True for _ in _attention_layers(config)):
+        refuse_fields({"attention_layers": 0}, config.model_config.model)
     for name, layer in _attention_layers(config):
         said = _said_by_spec(layer.get_kv_cache_spec(config))
         if type(layer) is ChunkedLocalAttention:

@@ -112,10 +112,12 @@ class Partition:
             return NativePartition.by_heads(geometry, [share.heads for share in self.shares])
         return NativePartition.by_blocks(geometry, self.blocks_per_worker)
 
-    def check_holds_one_request(self, max_model_len: int, sharing: int = 1, max_step_tokens: int = 0) -> None:
+    def check_holds_one_request(
+        self, max_model_len: int, sharing: int = 1, max_step_tokens: int = 0, spare_blocks: int = 0
+    ) -> None:
         """Refuse pools in which a request of ``max_model_len`` tokens, in steps of ``max_step_tokens``, does not fit.
 
-        ``sharing`` is the number of ranks whose pools ``--lamina-memory`` is for.
+        ``sharing`` is the number of ranks whose pools ``--lamina-memory`` is for; ``spare_blocks`` must be left.
 
         Raises
         ------
@@ -123,7 +125,7 @@ class Partition:
             Says which pool is too small, and how much is needed.
         """
         # One block more than the request's own: vLLM keeps block 0 for itself.
-        needed = self.geometry.num_blocks(max_model_len, max_step_tokens) + 1
+        needed = self.geometry.num_blocks(max_model_len, max_step_tokens) + 1 + spare_blocks
         if self.num_blocks >= needed:
             return
         tokens = self.num_tokens(max_model_len, max_step_tokens)

@@ -129,7 +129,10 @@ class _LaminaWorker(Worker):
         if not fits_length_to_pool(self.model_config):
             sharing = self.lamina_config.ranks_sharing_memory(self.parallel_config.tensor_parallel_size)
             partition.check_holds_one_request(
-                self.model_config.max_model_len, sharing, self.vllm_config.max_in_flight_tokens
+                self.model_config.max_model_len,
+                sharing,
+                self.vllm_config.max_in_flight_tokens,
+                spare_blocks=len(groups) - len(kv_groups(groups)),  # vLLM checks as if states took some
             )
         return counted_bytes(groups, partition.num_blocks)
 

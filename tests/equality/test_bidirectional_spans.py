@@ -10,7 +10,8 @@ from engines import Engines
 from jobs import Job, Phase, Request, RequestResult
 from media import one
 from models import ModelZoo
-from multimodal_models import BEGIN, END, IMAGE, mark, transformers_model
+from multimodal_models import transformers_model
+from multimodal_spec import BEGIN, END, IMAGE, mark
 from workloads import greedy, prompt
 
 FAMILY = "gemma3_vision"

@@ -15,8 +15,11 @@ from models import ATTENTION_MODULES, MLP_MODULES, ModelZoo, create_adapter
 from multimodal_models import MULTIMODAL
 from multimodal_requests import job
 
-WHOLE = "gemma3_vision"
-"""Its images see their own tokens whole, which vLLM's backend for CPUs does not do: see test_bidirectional_spans.py."""
+WHOLE = ("gemma3_vision", "gemma4_whole", "paligemma")
+"""Their images see their own tokens whole, which vLLM's backend for CPUs does not do: test_bidirectional_spans.py."""
+
+LATENT = ("kimi_k25",)
+"""Stock vLLM has no prefix cache for them here."""
 
 ALWAYS_RUN = "qwen2_audio"
 
@@ -26,17 +29,19 @@ ALWAYS_RUN = "qwen2_audio"
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name != ALWAYS_RUN))
         for name in MULTIMODAL
-        if name != WHOLE
+        if name not in WHOLE
     ],
 )
 def test_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     stock, lamina = engines.pair(job(model_zoo, family))
     assert_same(stock, lamina)
-    assert lamina.phase("warm").prefix_cache_hits == stock.phase("warm").prefix_cache_hits > 0
+    hits = [result.phase("warm").prefix_cache_hits for result in (stock, lamina)]
+    assert (hits[1] > 0) == MULTIMODAL[family].caches_prefixes
+    assert hits[0] == hits[1] or family in LATENT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in MULTIMODAL if name != WHOLE])
+@pytest.mark.parametrize("family", [name for name in MULTIMODAL if name not in WHOLE])
 def test_family_on_v2(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     stock, lamina = engines.pair(job(model_zoo, family, runner=runners.V2))
     assert_same(stock, lamina)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from image_models import PINPOINTS
 from model_specs import CHUNKED, FULL, LATENT, PLAIN_ROTARY, SLIDING, ModelSpec
 from models import RANDOM
 from multimodal_spec import (
@@ -53,14 +54,6 @@ def _cohere2_vision(tokenizer: Any) -> Any:
         size={"height": 56, "width": 56}, patch_size=2, max_patches=3
     )
     return transformers.Cohere2VisionProcessor(images, tokenizer)
-
-
-def _paligemma(tokenizer: Any) -> Any:
-    import transformers
-
-    images = transformers.SiglipImageProcessor(size={"height": 56, "width": 56})
-    images.image_seq_length = 16
-    return transformers.PaliGemmaProcessor(images, tokenizer)
 
 
 def _idefics3(tokenizer: Any) -> Any:
@@ -120,6 +113,24 @@ def _kimi_k25(tokenizer: Any) -> Any:
             "image_mean": [0.5] * 3,
             "image_std": [0.5] * 3,
         }
+    )
+
+
+def _granite4_vision(tokenizer: Any) -> Any:
+    import transformers
+
+    images = transformers.LlavaNextImageProcessor(
+        size={"height": 56, "width": 56},
+        crop_size={"height": 56, "width": 56},
+        image_grid_pinpoints=PINPOINTS,
+    )
+    return transformers.Granite4VisionProcessor(
+        images,
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="full",
+        image_token=IMAGE,
+        downsample_rate="1/2",
     )
 
 
@@ -235,25 +246,6 @@ FURTHER: dict[str, Multimodal] = {
         names={"boi_token": BEGIN, "eoi_token": END, "image_token": IMAGE, "img_line_break_token": "<break>"},
         renamed={"vision_tower.": "vision_tower.vision_model."},
     ),
-    "paligemma": Multimodal(
-        ModelSpec(
-            "PaliGemmaConfig",
-            {
-                "text_config": text_config(
-                    "gemma", head_dim=64, vocab_size=NUM_TOKENS + 1152, tie_word_embeddings=True
-                ),
-                "vision_config": vision_config("siglip_vision_model", vision_use_head=False),
-                "projection_dim": 256,
-                "hidden_size": 256,
-                "image_token_index": mark(IMAGE),
-            },
-            model_class=IMAGE_TEXT,
-        ),
-        _paligemma,
-        {"image": [mark(IMAGE)]},
-        names={"image_token": IMAGE},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
-    ),
     # An image as a whole and in squares, each between tokens of the text.
     "idefics3": Multimodal(
         ModelSpec(
@@ -333,6 +325,7 @@ FURTHER: dict[str, Multimodal] = {
         names=GEMMA4_NAMES,
         marks=GEMMA4_MARKS,
     ),
+    # The same, whose images' tokens see each other whole in layers with a window, which an image is longer than.
     "gemma4_whole": Multimodal(
         ModelSpec(
             "Gemma4Config", _gemma4_config(use_bidirectional_attention="vision"), model_class=IMAGE_TEXT
@@ -341,6 +334,7 @@ FURTHER: dict[str, Multimodal] = {
         {"image": [mark(IMAGE)]},
         names=GEMMA4_NAMES,
         marks=GEMMA4_MARKS,
+        engine={"limit_mm_per_prompt": {"video": 0}},
     ),
     # Kimi K2.5: latent attention.
     "kimi_k25": Multimodal(
@@ -402,5 +396,26 @@ FURTHER: dict[str, Multimodal] = {
             "image_end_token": END,
             "image_thumbnail": "<break>",
         },
+    ),
+    # Features are added behind the layers of the decoder, as in Qwen 3, and in as many other ways.
+    "granite4_vision": Multimodal(
+        ModelSpec(
+            "Granite4VisionConfig",
+            {
+                "text_config": text_config("granite4_vision_text", num_hidden_layers=6),
+                "vision_config": vision_config("siglip_vision_model", vision_use_head=False),
+                "image_token_index": mark(IMAGE),
+                "image_grid_pinpoints": PINPOINTS,
+                "image_seq_length": 4,
+                "downsample_rate": "1/2",
+                "deepstack_layer_map": [[-2, 0], [-1, 1]],
+                "spatial_target_layers": [2, 3, 4, 5],
+                "vision_feature_select_strategy": "full",
+            },
+            model_class=IMAGE_TEXT,
+        ),
+        _granite4_vision,
+        {"image": [mark(IMAGE)]},
+        renamed={"vision_tower.": "vision_tower.vision_model."},
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from model_specs import ModelSpec
+from model_specs import DELTA_NET, ModelSpec
 from models import RANDOM
 from multimodal_spec import (
     AUDIO,
@@ -210,5 +210,23 @@ QWEN: dict[str, Multimodal] = {
         _glm4v_processor,
         {"image": [GLM["<|begin_of_image|>"], GLM["<|image|>"], GLM["<|end_of_image|>"]]},
         marks=GLM_MARKS,
+    ),
+    # A gated delta net beside attention: in bfloat16 alone.
+    "qwen3_5_vl": Multimodal(
+        ModelSpec(
+            "Qwen3_5Config",
+            {
+                "text_config": text_config("qwen3_5_text")
+                | DELTA_NET["qwen3_5"].config
+                | _mrope(mrope_interleaved=True, mrope_section=[4, 2, 2], partial_rotary_factor=0.25),
+                "vision_config": _qwen_vision(num_position_embeddings=64),
+            }
+            | QWEN_TOKENS,
+            model_class="AutoModelForImageTextToText",
+        ),
+        _qwen_processor("Qwen3VLProcessor", 16),
+        {"image": QWEN_PROMPTS["image"]},
+        names=QWEN_NAMES,
+        engine={"dtype": "bfloat16", "enable_prefix_caching": False},
     ),
 }

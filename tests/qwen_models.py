@@ -73,6 +73,21 @@ def _qwen_processor(name: str, patch_size: int) -> Callable[[Any], Any]:
     return processor
 
 
+SOUND_MARKS = ("<sound>", "</sound>")
+
+
+def _qwen2_5_omni_processor(tokenizer: Any) -> Any:
+    import transformers
+
+    pixels = {"shortest_edge": 28**2, "longest_edge": 64 * 28**2}
+    return transformers.Qwen2_5OmniProcessor(
+        transformers.Qwen2VLImageProcessor(size=pixels),
+        transformers.Qwen2VLVideoProcessor(size=pixels),
+        transformers.WhisperFeatureExtractor(feature_size=16),
+        tokenizer,
+    )
+
+
 GLM_MARKS = tuple(
     f"<|{mark}|>"
     for mark in ("begin_of_image", "image", "end_of_image", "begin_of_video", "video", "end_of_video")
@@ -228,5 +243,52 @@ QWEN: dict[str, Multimodal] = {
         {"image": QWEN_PROMPTS["image"]},
         names=QWEN_NAMES,
         engine={"dtype": "bfloat16", "enable_prefix_caching": False},
+    ),
+    # Images and sounds.
+    "qwen2_5_omni": Multimodal(
+        ModelSpec(
+            "Qwen2_5OmniConfig",
+            {
+                "thinker_config": {
+                    "text_config": text_config(
+                        "qwen2_5_omni_text", vocab_size=NUM_TOKENS + len(SOUND_MARKS), **_mrope(type="mrope")
+                    ),
+                    "vision_config": {"model_type": "qwen2_5_omni_vision_encoder"}
+                    | _qwen_vision(fullatt_block_indexes=[1], window_size=56),
+                    "audio_config": {
+                        "model_type": "qwen2_5_omni_audio_encoder",
+                        "num_mel_bins": 16,
+                        "d_model": 64,
+                        "encoder_layers": 2,
+                        "encoder_attention_heads": 2,
+                        "encoder_ffn_dim": 96,
+                        "output_dim": 256,
+                    }
+                    | RANDOM,
+                    "audio_token_index": mark(AUDIO),
+                    "image_token_index": mark(IMAGE),
+                    "video_token_index": mark(VIDEO),
+                    "vision_start_token_id": mark(BEGIN),
+                    "vision_end_token_id": mark(END),
+                    "audio_start_token_id": NUM_TOKENS,
+                    "audio_end_token_id": NUM_TOKENS + 1,
+                },
+                "enable_audio_output": False,
+            },
+            model_class="AutoModelForMultimodalLM",
+        ),
+        _qwen2_5_omni_processor,
+        {"image": QWEN_PROMPTS["image"], "audio": [NUM_TOKENS, mark(AUDIO), NUM_TOKENS + 1]},
+        names={
+            "image_token": IMAGE,
+            "video_token": VIDEO,
+            "audio_token": AUDIO,
+            "vision_bos_token": BEGIN,
+            "vision_eos_token": END,
+            "audio_bos_token": SOUND_MARKS[0],
+            "audio_eos_token": SOUND_MARKS[1],
+        },
+        marks=SOUND_MARKS,
+        architecture="Qwen2_5OmniModel",
     ),
 }

@@ -134,6 +134,15 @@ def _granite4_vision(tokenizer: Any) -> Any:
     )
 
 
+def _lighton_ocr(tokenizer: Any) -> Any:
+    import transformers
+
+    images = transformers.PixtralImageProcessor(
+        size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
+    )
+    return transformers.LightOnOcrProcessor(images, tokenizer)
+
+
 def _lfm2_vl(tokenizer: Any) -> Any:
     import transformers
 
@@ -417,5 +426,20 @@ FURTHER: dict[str, Multimodal] = {
         _granite4_vision,
         {"image": [mark(IMAGE)]},
         renamed={"vision_tower.": "vision_tower.vision_model."},
+    ),
+    "lighton_ocr": Multimodal(
+        ModelSpec(
+            "LightOnOcrConfig",
+            {
+                "text_config": text_config("qwen3", head_dim=64),
+                "vision_config": vision_config("pixtral", image_size=112, head_dim=32),
+                "image_token_id": mark(IMAGE),
+                "tie_word_embeddings": False,
+            },
+            model_class=IMAGE_TEXT,
+        ),
+        _lighton_ocr,
+        {"image": [mark(IMAGE)]},
+        names={"image_token": IMAGE, "image_break_token": "<break>", "image_end_token": END},
     ),
 }

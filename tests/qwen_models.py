@@ -76,15 +76,45 @@ def _qwen_processor(name: str, patch_size: int) -> Callable[[Any], Any]:
 SOUND_MARKS = ("<sound>", "</sound>")
 
 
-def _qwen2_5_omni_processor(tokenizer: Any) -> Any:
-    import transformers
+SOUND_NAMES = {
+    "image_token": IMAGE,
+    "video_token": VIDEO,
+    "audio_token": AUDIO,
+    "vision_bos_token": BEGIN,
+    "vision_eos_token": END,
+    "audio_bos_token": SOUND_MARKS[0],
+    "audio_eos_token": SOUND_MARKS[1],
+}
 
-    pixels = {"shortest_edge": 28**2, "longest_edge": 64 * 28**2}
-    return transformers.Qwen2_5OmniProcessor(
-        transformers.Qwen2VLImageProcessor(size=pixels),
-        transformers.Qwen2VLVideoProcessor(size=pixels),
-        transformers.WhisperFeatureExtractor(feature_size=16),
-        tokenizer,
+
+def _omni_processor(name: str, patch_size: int) -> Callable[[Any], Any]:
+    def processor(tokenizer: Any) -> Any:
+        import transformers
+
+        pixels = {"shortest_edge": (2 * patch_size) ** 2, "longest_edge": 64 * (2 * patch_size) ** 2}
+        return getattr(transformers, name)(
+            transformers.Qwen2VLImageProcessor(size=pixels, patch_size=patch_size),
+            transformers.Qwen2VLVideoProcessor(size=pixels, patch_size=patch_size),
+            transformers.WhisperFeatureExtractor(feature_size=16),
+            tokenizer,
+        )
+
+    return processor
+
+
+def _omni_audio(model_type: str, **config: Any) -> dict[str, Any]:
+    return (
+        {
+            "model_type": model_type,
+            "num_mel_bins": 16,
+            "d_model": 64,
+            "encoder_layers": 2,
+            "encoder_attention_heads": 2,
+            "encoder_ffn_dim": 96,
+            "output_dim": 256,
+        }
+        | RANDOM
+        | config
     )
 
 
@@ -255,16 +285,7 @@ QWEN: dict[str, Multimodal] = {
                     ),
                     "vision_config": {"model_type": "qwen2_5_omni_vision_encoder"}
                     | _qwen_vision(fullatt_block_indexes=[1], window_size=56),
-                    "audio_config": {
-                        "model_type": "qwen2_5_omni_audio_encoder",
-                        "num_mel_bins": 16,
-                        "d_model": 64,
-                        "encoder_layers": 2,
-                        "encoder_attention_heads": 2,
-                        "encoder_ffn_dim": 96,
-                        "output_dim": 256,
-                    }
-                    | RANDOM,
+                    "audio_config": _omni_audio("qwen2_5_omni_audio_encoder"),
                     "audio_token_index": mark(AUDIO),
                     "image_token_index": mark(IMAGE),
                     "video_token_index": mark(VIDEO),
@@ -277,18 +298,43 @@ QWEN: dict[str, Multimodal] = {
             },
             model_class="AutoModelForMultimodalLM",
         ),
-        _qwen2_5_omni_processor,
+        _omni_processor("Qwen2_5OmniProcessor", 14),
         {"image": QWEN_PROMPTS["image"], "audio": [NUM_TOKENS, mark(AUDIO), NUM_TOKENS + 1]},
-        names={
-            "image_token": IMAGE,
-            "video_token": VIDEO,
-            "audio_token": AUDIO,
-            "vision_bos_token": BEGIN,
-            "vision_eos_token": END,
-            "audio_bos_token": SOUND_MARKS[0],
-            "audio_eos_token": SOUND_MARKS[1],
-        },
+        names=SOUND_NAMES,
         marks=SOUND_MARKS,
         architecture="Qwen2_5OmniModel",
+    ),
+    "qwen3_omni_moe": Multimodal(
+        ModelSpec(
+            "Qwen3OmniMoeConfig",
+            {
+                "thinker_config": {
+                    "text_config": text_config(
+                        "qwen3_omni_moe_text",
+                        vocab_size=NUM_TOKENS + len(SOUND_MARKS),
+                        moe_intermediate_size=96,
+                        num_experts=4,
+                        num_experts_per_tok=2,
+                        **_mrope(mrope_interleaved=True),
+                    ),
+                    "vision_config": {"model_type": "qwen3_omni_moe_vision_encoder"}
+                    | _qwen_vision(image_size=128, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+                    "audio_config": _omni_audio("qwen3_omni_moe_audio_encoder", downsample_hidden_size=32),
+                    "audio_token_id": mark(AUDIO),
+                    "image_token_id": mark(IMAGE),
+                    "video_token_id": mark(VIDEO),
+                    "vision_start_token_id": mark(BEGIN),
+                    "vision_end_token_id": mark(END),
+                    "audio_start_token_id": NUM_TOKENS,
+                    "audio_end_token_id": NUM_TOKENS + 1,
+                },
+                "enable_audio_output": False,
+            },
+            model_class="AutoModelForMultimodalLM",
+        ),
+        _omni_processor("Qwen3OmniMoeProcessor", 16),
+        {"image": QWEN_PROMPTS["image"], "audio": [NUM_TOKENS, mark(AUDIO), NUM_TOKENS + 1]},
+        names=SOUND_NAMES,
+        marks=SOUND_MARKS,
     ),
 }

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import pytest
+import runners
 from engines import Engines
 from jobs import Job, Phase, Request, RequestResult
 from media import one
@@ -90,7 +91,9 @@ def test_images_are_seen_whole(engines: Engines, model_zoo: ModelZoo, judge, fam
     prompts = requests(FAMILIES[family][0])
     engine = {"max_num_batched_tokens": 128, "max_num_seqs": 16} | MULTIMODAL[family].engine
     phases = [Phase("cold", prompts), Phase("warm", prompts)]
-    lamina = engines.run(Job(model_zoo(family), phases, engine, executor="lamina"))
+    # With V2 vLLM 0.32 leaves images that are longer than a window causal.
+    runner = runners.V1 if family == "gemma4_whole" else runners.DEFAULT
+    lamina = engines.run(Job(model_zoo(family), phases, engine, executor="lamina", runner=runner))
     assert lamina.phase("warm").prefix_cache_hits > 0
     causal = 0.0
     for phase in lamina.phases:

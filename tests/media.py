@@ -15,7 +15,9 @@ def media_of(kinds: dict[str, list[tuple[list[int], int]]]) -> dict[str, list[An
 
 
 def one(kind: str, shape: list[int], seed: int) -> Any:
-    """An image of [width, height], a video of [frames, width, height], or a sound of [samples]."""
+    """An image of [width, height], which may be a chunk of vision, a video of [frames, width, height], or a sound of
+    [samples].
+    """
     from PIL import Image
 
     rng = np.random.default_rng(seed)
@@ -24,7 +26,8 @@ def one(kind: str, shape: list[int], seed: int) -> Any:
     *frames, width, height = shape
     pixels = rng.integers(0, 256, (*frames, height, width, 3), np.uint8)
     if not frames:
-        return Image.fromarray(pixels)
+        image = Image.fromarray(pixels)
+        return {"type": "image", "image": image, "uuid": None} if kind == "vision_chunk" else image
     count = frames[0]
     metadata = {
         "fps": 2.0,

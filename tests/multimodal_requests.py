@@ -17,6 +17,7 @@ SHAPES = {
     "video": ([4, 56, 56], [6, 56, 84], [2, 84, 56]),
     "audio": ([16_000], [40_000], [5_000]),
 }
+SHAPES["vision_chunk"] = SHAPES["image"]
 
 ENGINE = {"max_num_batched_tokens": 144, "max_num_seqs": 16}
 """In chunks, which end within inputs; the encoder's outputs of so many tokens are kept."""
@@ -43,4 +44,5 @@ def job(zoo: ModelZoo, family: str, max_tokens: int = 12, **more: Any) -> Job:
     if MULTIMODAL[family].needs_torchvision and find_spec("torchvision") is None:
         pytest.skip("its processor needs torchvision: docs/testing.md")
     prompts = requests(family, max_tokens)
-    return replace(Job(zoo(family), [Phase("cold", prompts), Phase("warm", prompts)], ENGINE), **more)
+    engine = ENGINE | MULTIMODAL[family].engine
+    return replace(Job(zoo(family), [Phase("cold", prompts), Phase("warm", prompts)], engine), **more)

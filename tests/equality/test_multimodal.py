@@ -8,17 +8,33 @@ from typing import Any
 
 import pytest
 import runners
-from comparison import assert_same, assert_same_until_aborted
+from comparison import FLOAT32_TOLERANCE, Rounding, assert_close_to, assert_same, assert_same_until_aborted
 from engines import Engines
 from jobs import Job, JobResult
 from models import ATTENTION_MODULES, MLP_MODULES, ModelZoo, create_adapter
 from multimodal_models import MULTIMODAL
 from multimodal_requests import job
 
-WHOLE = "gemma3_vision"
-"""Its images see their own tokens whole, which vLLM's backend for CPUs does not do: see test_bidirectional_spans.py."""
+WHOLE = ("gemma3_vision", "gemma4_whole")
+"""Their images see their own tokens whole, which vLLM's backend for CPUs does not do: test_bidirectional_spans.py."""
+
+LATENT = ("kimi_k25",)
+"""Stock vLLM has no prefix cache for them here."""
+
+V1_ALONE = ("qwen3_5_vl",)
+"""Stock vLLM's logits are not numbers on V2, as a CPU interprets it."""
+
+TOLERANCES = {"granite4_vision": 1e-3}
+"""Of log-probabilities: stock is 4.4e-4 from itself where the same prompts are cut into other chunks."""
 
 ALWAYS_RUN = "qwen2_audio"
+
+
+def assert_equal(family: str, stock: JobResult, lamina: JobResult) -> None:
+    if MULTIMODAL[family].engine.get("dtype") == "bfloat16":
+        assert_close_to(stock, lamina, Rounding(logprob_tolerance=0.2, margin=0.2))
+    else:
+        assert_same(stock, lamina, TOLERANCES.get(family, FLOAT32_TOLERANCE))
 
 
 @pytest.mark.parametrize(
@@ -26,20 +42,22 @@ ALWAYS_RUN = "qwen2_audio"
     [
         pytest.param(name, marks=[pytest.mark.slow] * (name != ALWAYS_RUN))
         for name in MULTIMODAL
-        if name != WHOLE
+        if name not in WHOLE
     ],
 )
 def test_family(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     stock, lamina = engines.pair(job(model_zoo, family))
-    assert_same(stock, lamina)
-    assert lamina.phase("warm").prefix_cache_hits == stock.phase("warm").prefix_cache_hits > 0
+    assert_equal(family, stock, lamina)
+    hits = [result.phase("warm").prefix_cache_hits for result in (stock, lamina)]
+    assert (hits[1] > 0) == MULTIMODAL[family].caches_prefixes
+    assert hits[0] == hits[1] or family in LATENT
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [name for name in MULTIMODAL if name != WHOLE])
+@pytest.mark.parametrize("family", [name for name in MULTIMODAL if name not in WHOLE + V1_ALONE])
 def test_family_on_v2(engines: Engines, model_zoo: ModelZoo, family: str) -> None:
     stock, lamina = engines.pair(job(model_zoo, family, runner=runners.V2))
-    assert_same(stock, lamina)
+    assert_equal(family, stock, lamina)
 
 
 def in_lamina(engines: Engines, stock: Job, engine: dict[str, Any], **more: Any) -> JobResult:

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ LAMINA = ("--executor", "lamina", "--lamina-memory", "128MiB", "--lamina-stagger
 MAX_TOKENS = 12
 WORDS = 1
 """The question without an input."""
-FAULTS = {"a file", "huge"}
+FAULTS = {"a file", "huge", "unreachable"}
 """What vLLM says are its own: it answers 500."""
 
 Part = dict[str, Any]
@@ -86,13 +86,14 @@ def refused() -> dict[str, list[Part]]:
         "another scheme": [image("ftp://127.0.0.1/image.png")],
         "a file": [image("file:///etc/passwd")],
         "no URL": [image("")],
+        "unreachable": [image("http://127.0.0.1:9/image.png")],
         "too many": [FIRST] * 4,
         "huge": [image(data_url(bomb.getvalue()))],
         "a sound": [{"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}],
     }
 
 
-def ask(server: VllmServer, content: list[Part], **more: Any) -> httpx.Response:
+def ask(server: VllmServer, content: list[Part], timeout: float = 120, **more: Any) -> httpx.Response:
     body = {
         "model": MODEL,
         "messages": [{"role": "user", "content": content}],
@@ -101,7 +102,13 @@ def ask(server: VllmServer, content: list[Part], **more: Any) -> httpx.Response:
         "logprobs": True,
         "ignore_eos": True,
     }
-    return httpx.post(f"{server.url}/v1/chat/completions", json=body | more, timeout=120, trust_env=False)
+    return httpx.post(f"{server.url}/v1/chat/completions", json=body | more, timeout=timeout, trust_env=False)
+
+
+def give_up(server: VllmServer, content: list[Part], seconds: float) -> None:
+    """Send a question and hang up, while its images are loaded, encoded or waited for; or before it is answered."""
+    with suppress(httpx.TimeoutException):
+        ask(server, content, timeout=seconds, max_tokens=500)
 
 
 def tokens(answer: httpx.Response) -> list[str]:
@@ -151,6 +158,30 @@ def test_server(model_zoo: ModelZoo, tmp_path: Path) -> None:
             found = [tokens(answer) for answer in together if answer.status_code == 200]
         assert found == expected * 3
         assert [streamed(ask(server, content, stream=True)) for content in QUESTIONS] == expected
+    (file := tmp_path / "image.png").write_bytes(
+        base64.b64decode(FIRST["image_url"]["url"].partition(",")[2])
+    )
+    options = (
+        "--allowed-local-media-path",
+        str(tmp_path),
+        "--mm-processor-cache-gb",
+        "0",
+        "--api-server-count",
+        "2",
+    )
+    with serving("api servers", *LAMINA, *options) as server:
+        assert tokens(ask(server, [QUESTIONS[0][0], image(f"file://{file}")])) == expected[0]
+        with ThreadPoolExecutor(12) as pool:
+            for seconds in (0.02, 0.05, 0.1, 0.2, 0.4):
+                pool.submit(give_up, server, QUESTIONS[3], seconds)
+            found = [
+                tokens(answer) for answer in pool.map(lambda content: ask(server, content), QUESTIONS * 3)
+            ]
+        assert found == expected * 3
+        assert {ask(server, content).status_code for what, content in bad.items() if what not in FAULTS} == {
+            400
+        }
+        assert ask(server, [image(f"file://{template}")]).status_code == 400
     with serving("words", *LAMINA, "--language-model-only") as server:
         assert ask(server, QUESTIONS[0]).status_code == 400
         assert tokens(ask(server, QUESTIONS[WORDS])) == expected[WORDS]

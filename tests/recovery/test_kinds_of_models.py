@@ -16,7 +16,8 @@ from jobs import Job, JobResult, Phase, Request
 from losing import Scene, wait_for_steps
 from model_specs import HYBRID, LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES
 from models import ModelZoo
-from multimodal_models import AUDIO, BEGIN, END, MULTIMODAL, mark
+from multimodal_models import MULTIMODAL
+from multimodal_spec import AUDIO, BEGIN, END, mark
 from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(150, seed=7)

@@ -166,6 +166,17 @@ def test_geometry(layers: Any, config: VllmConfig) -> None:
     )
 
 
+def test_sizes_of_a_model_type_that_vllm_does_not_list(
+    arguments: dict[str, Any], model_zoo: ModelZoo
+) -> None:
+    """It says the head size of their keys, and makes layers with a latent row."""
+    config = EngineArgs(**arguments | {"model": model_zoo("youtu")}).create_engine_config()
+    assert config.model_config.get_head_size() == 32
+    geometry = geometry_of(config)
+    assert geometry is not None
+    assert (geometry.caches[0].head_size, geometry.caches[0].head_size_v) == (256 + 32, 256)
+
+
 @pytest.mark.parametrize(
     ("given", "block_size"),
     [

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
+from vllm_lamina.support import latent_sizes
+
 BACKENDS = ("CPU_MLA", "AMX_MLA")
 """Members of vLLM's ``AttentionBackendEnum`` of which it takes one for such layers on a CPU."""
 
@@ -85,9 +87,11 @@ def expand(layer: Any, latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torc
     return keys, both[..., nope:].contiguous()
 
 
-def latent_size(model: Any) -> int:
-    """Elements of a token's cache that are its values too, in a ``ModelConfig`` whose layers are such; else 0."""
-    return int(model.hf_text_config.kv_lora_rank) if model.use_mla else 0
+def head_sizes(model: Any) -> tuple[int, int]:
+    """The head size of a ``ModelConfig``, and how much of its front are the values in latent attention, else 0."""
+    if not model.use_mla:
+        return model.get_head_size(), 0
+    return latent_sizes(model.hf_text_config)
 
 
 def restore_settings(config: VllmConfig, arguments: Any) -> bool:

@@ -48,6 +48,12 @@ _OF_STATES = (
 )
 """What configurations of hybrid models say of layers that keep a state, some of them alone."""
 
+_OF_LAYERS = ("block_configs", "attention_other_setting")
+"""Where configurations say sizes of single layers in a way of their own."""
+
+_OWN_SIZES = frozenset({"num_attention_heads", "num_key_value_heads", "head_dim"})
+"""What ``per_layer_config`` may say of a layer; transformers writes Gemma 4's layers without a window there."""
+
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -72,6 +78,10 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
     if (key := next((key for key in _OF_STATES if config.get(key) is not None), None)) is not None:
         raise UnsupportedError(
             f"{name} has layers that keep a state ({key}), whose weights and time the planner does not describe"
+        )
+    if (key := next((key for key in _OF_LAYERS if config.get(key)), None)) is not None:
+        raise UnsupportedError(
+            f"{name} has layers of other sizes ({key}), which the planner does not describe"
         )
     size = partial(_size, config, name)
     hidden, layers = size("hidden_size"), size("num_hidden_layers")
@@ -164,6 +174,7 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
         _SLIDING: size("sliding_window", 0) if _SLIDING in types else 0,
         _CHUNKED: size("attention_chunk_size", 0) if _CHUNKED in types else 0,
     }
+    per_layer = _per_layer(config, name)
     shared_from = layers - size("num_kv_shared_layers", 0)
     counts: Counter[AttentionLayers] = Counter()
     for number, (sees, own_heads) in enumerate(zip(types, by_layer, strict=True)):
@@ -171,8 +182,16 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
             raise UnsupportedError(
                 f"{name} has layers of the kind {sees!r}, which the planner does not describe"
             )
-        own = (full_kv_heads, full_head_size) if sees == _FULL else (kv_heads, head_size)
-        counts[AttentionLayers(0, own_heads, *own, windows[sees], number < shared_from)] += 1
+        own = partial(_size, per_layer.get(str(number), {}), name)
+        kind = AttentionLayers(
+            0,
+            own("num_attention_heads", own_heads),
+            own("num_key_value_heads", full_kv_heads if sees == _FULL else kv_heads),
+            own("head_dim", full_head_size if sees == _FULL else head_size),
+            windows[sees],
+            number < shared_from,
+        )
+        counts[kind] += 1
     for kind in counts:
         if kind.heads % kind.kv_heads or kind.heads > hidden:
             raise ConfigError(
@@ -181,6 +200,18 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
             )
     kinds = (replace(kind, count=count) for kind, count in counts.items())
     return tuple(sorted(kinds, key=lambda kind: (kind.window, not kind.stores, kind.heads)))
+
+
+def _per_layer(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What the configuration says of single layers, by their number as a string."""
+    said = config.get("per_layer_config") or {}
+    if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
+        raise ConfigError(f"per_layer_config of {name} must hold an object for each layer, not {said!r}")
+    if others := sorted({key for own in said.values() for key in own} - _OWN_SIZES):
+        raise UnsupportedError(
+            f"{name} has layers whose {', '.join(others)} differs, which the planner does not describe"
+        )
+    return said
 
 
 def _layer_types(config: Mapping[str, Any], name: str, layers: int) -> list[str]:

@@ -67,6 +67,8 @@ def _layers_are_alike(model: Any) -> bool:
         and "sliding_attention" not in kinds
         and model.get_sliding_window() is None
         and not any(getattr(text, name, None) for name in told)
+        # Keys and values in place of a latent row have sizes that vLLM does not know of each of these models.
+        and (model.use_mla or not getattr(text, "kv_lora_rank", None))
         and model.model_arch_config.per_layer_overrides is None
         and not model.has_noops
     )

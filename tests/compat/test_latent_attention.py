@@ -92,6 +92,7 @@ def layers(config: VllmConfig) -> Iterator[Any]:
 def test_the_absorbed_projections_are_the_expanded_ones(layers: Any) -> None:
     """A query attends a latent row as it does the key that the row stands for; likewise values."""
     layer = layers()
+    layer.kv_b_proj = torch.nn.Identity()  # as LoRA puts another one there
     latent, rotary, query = torch.randn(5, RANK), torch.randn(5, ROPE), torch.randn(3, HEADS, NOPE + ROPE)
     absorbed = torch.full((3, HEADS, RANK + ROPE), torch.nan)
     with torch.inference_mode():

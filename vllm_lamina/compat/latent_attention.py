@@ -69,6 +69,9 @@ def project(layer: Any, latent: torch.Tensor) -> torch.Tensor:
 def expand(layer: Any, latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and values of all heads that a token's latent and rotary part stand for.
 
+    Without an adapter's part: vLLM's LoRA puts a projection of its own in the place of the layer's, for all tokens of
+    a step; what is absorbed knows none of it. vLLM's own implementations keep the one that they were given too.
+
     Parameters
     ----------
     latent, rotary
@@ -80,7 +83,7 @@ def expand(layer: Any, latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torc
         [rows, heads, qk_nope_head_dim + qk_rope_head_dim] and [rows, heads, v_head_dim].
     """
     nope = layer.qk_nope_head_dim
-    both = layer.kv_b_proj(latent)[0].view(len(latent), layer.num_heads, nope + layer.v_head_dim)
+    both = layer.impl.kv_b_proj(latent)[0].view(len(latent), layer.num_heads, nope + layer.v_head_dim)
     keys = both.new_empty(len(latent), layer.num_heads, nope + rotary.shape[-1])
     keys[..., :nope] = both[..., :nope]
     keys[..., nope:] = rotary.unsqueeze(1)

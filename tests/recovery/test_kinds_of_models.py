@@ -21,7 +21,8 @@ from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(150, seed=7)
 
-FAMILIES = [*LAYERED_ON, ("deepseek_v3", runners.V1), ("qwen2_audio", runners.V1)]
+LATENT_ON = [("deepseek_v3", runners.V1), ("deepseek_v3", runners.V2)]
+FAMILIES = [*LAYERED_ON, *LATENT_ON, ("qwen2_audio", runners.V1)]
 
 ONE_GROUP = ("bloom", "falcon_alibi", "deepseek_v3", "qwen2_audio")
 WINDOWS_ALONE = ("mistral_window", "phi3_window", "starcoder2")

@@ -214,6 +214,9 @@ def test_latent_attention_by_hand() -> None:
     assert model.attention_flops_per_cached_token == 2 * 2 * 4 * (64 + 48)
     assert model.prompt_attention_flops(10, 35) == 2 * 2 * 4 * (48 + 24) * 10 * (35 + 5)
     assert model.group == 4
+    expanded = model_from_config(latent | {"model_type": "minicpm3", "v_head_dim": None}, "all heads")
+    assert expanded.dense_params == model_from_config(latent | {"v_head_dim": 16}, "").dense_params
+    assert expanded.kv_bytes_per_token == 2 * 2 * 2 * 4 * (32 + 16)
 
 
 def test_deepseek_v3_has_671_billion_parameters() -> None:

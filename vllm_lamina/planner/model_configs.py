@@ -54,6 +54,9 @@ _OF_LAYERS = ("block_configs", "attention_other_setting")
 _OWN_SIZES = frozenset({"num_attention_heads", "num_key_value_heads", "head_dim"})
 """What ``per_layer_config`` may say of a layer; transformers writes Gemma 4's layers without a window there."""
 
+_EXPANDED = ("minicpm3",)
+"""Model types whose keys and values vLLM keeps for all heads, of one size, though they come from a latent row."""
+
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -89,7 +92,7 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
     attention = _attention(config, name, hidden, layers)
     projections = (
         _latent_projections(config, name, hidden, layers)
-        if attention[0].latent_size
+        if config.get("kv_lora_rank")
         else sum(2 * hidden * k.count * k.head_size * (k.heads + k.kv_heads * k.stores) for k in attention)
     )
     # Gated feed-forward networks have three matrices; the older GELU ones (GPT-2, OPT, Falcon's line) two.
@@ -135,7 +138,8 @@ def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _latent_projections(config: Mapping[str, Any], name: str, hidden: int, layers: int) -> int:
     """Parameters of all layers' projections to q, to the latent row, from it to keys and values, and of the output."""
     size = partial(_size, config, name)
-    heads, latent, value = size("num_attention_heads"), size("kv_lora_rank"), size("v_head_dim")
+    heads, latent = size("num_attention_heads"), size("kv_lora_rank")
+    value = size("v_head_dim", hidden // heads)
     plain, rotary, query_rank = size("qk_nope_head_dim"), size("qk_rope_head_dim"), size("q_lora_rank", 0)
     key = plain + rotary
     queries = query_rank * (hidden + heads * key) if query_rank else hidden * heads * key
@@ -150,8 +154,11 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
     kv_heads = 1 if config.get("multi_query") else size("num_key_value_heads", heads)
     latent_size = size("kv_lora_rank", 0)
     if latent_size:
-        rotary, value = size("qk_rope_head_dim"), size("v_head_dim")
-        expanded = size("qk_nope_head_dim") + rotary + value
+        rotary, value = size("qk_rope_head_dim"), size("v_head_dim", hidden // heads)
+        key = size("qk_nope_head_dim") + rotary
+        if config.get("model_type") in _EXPANDED:
+            return (AttentionLayers(layers, heads, heads, key),)
+        expanded = key + value
         return (
             AttentionLayers(
                 layers, heads, 1, latent_size + rotary, latent_size=latent_size, expanded_size=expanded

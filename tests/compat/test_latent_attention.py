@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_lamina.attention_backend import Exchange, LaminaAttentionBackend, LaminaLatentBackend
 from vllm_lamina.compat.attention import settle_layers
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.config import with_batches_in_flight
 from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers, groups_of
 from vllm_lamina.compat.latent_attention import BACKENDS, absorb, expand, project, restore_settings
 from vllm_lamina.device import device_for
@@ -199,6 +200,9 @@ def test_settings_are_the_users(
     assert engine.max_num_batched_tokens == given.get("max_num_batched_tokens", engine.max_num_batched_tokens)
     assert block_size in (None, config.cache_config.block_size)
     assert not restore_settings(config, engine)
+    for num_batches in (1, 2):
+        with_batches_in_flight(config, num_batches).__post_init__()  # as an engine core of its own does
+        assert not restore_settings(config, engine)
 
 
 def test_settings_of_other_models_stay(model_zoo: ModelZoo, arguments: dict[str, Any]) -> None:

@@ -75,8 +75,12 @@ def _has_sparse_attention(config: Any) -> bool:
     )
 
 
-def _latent_sizes(config: Any) -> tuple[int, int]:
-    return config.model_config.get_head_size(), getattr(_text_config(config), "kv_lora_rank", 0)
+def latent_sizes(text: Any) -> tuple[int, int]:
+    """Elements of a token's latent row, and of its front that is its values, by a model's own configuration.
+
+    vLLM's ``ModelConfig.get_head_size`` knows it of the model types that it lists alone.
+    """
+    return text.kv_lora_rank + text.qk_rope_head_dim, text.kv_lora_rank
 
 
 def _checkpoint_quantises_kv_cache(config: Any) -> bool:
@@ -155,7 +159,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         f"latent rows (MLA) of other sizes than the multiples of 16 from {LATENT_SIZES[0]} to {LATENT_SIZES[-1]}",
         WITHOUT_LAMINA,
-        lambda c: c.model_config.use_mla and any(size not in LATENT_SIZES for size in _latent_sizes(c)),
+        lambda c: (
+            c.model_config.use_mla and any(size not in LATENT_SIZES for size in latent_sizes(_text_config(c)))
+        ),
         lambda o: bool(o.latent_size) and any(s not in LATENT_SIZES for s in (o.head_size, o.latent_size)),
     ),
     Refusal(

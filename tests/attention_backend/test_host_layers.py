@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from test_local_attention import reference
 
 from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.attention_backend.host_layers import HostLayers
@@ -50,37 +50,6 @@ def shape_of(spec: LayerSpec) -> LayerShape:
         sinks=torch.tensor(spec.sinks) if spec.sinks else None,
         alibi_slopes=torch.tensor(spec.alibi_slopes) if spec.alibi_slopes else None,
     )
-
-
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spec: LayerSpec) -> torch.Tensor:
-    """The last tokens' attention over all tokens, float64. q: [rows, heads, d]; k, v: [tokens, KV heads, d]."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (rows.double().repeat_interleave(group, 1) for rows in (k, v))
-    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * spec.scale
-    if spec.soft_cap:
-        scores = spec.soft_cap * torch.tanh(scores / spec.soft_cap)
-    keys = torch.arange(len(k))[None]
-    rows = torch.arange(len(k) - len(q), len(k))[:, None]
-    if spec.alibi_slopes:
-        scores += torch.tensor(spec.alibi_slopes).double()[:, None, None] * (keys - rows)
-    seen = keys <= rows
-    if spec.window:
-        seen &= keys > rows - spec.window
-    if spec.chunk:
-        seen &= keys >= rows // spec.chunk * spec.chunk
-    scores = scores.masked_fill(~seen, -torch.inf)
-    sinks = torch.tensor(spec.sinks or (-torch.inf,) * q.shape[1]).double()
-    scores = torch.cat((scores, sinks[:, None, None].expand(-1, len(q), 1)), dim=2)
-    return torch.einsum("hqk,khd->qhd", scores.softmax(2)[..., :-1], v)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Its tensors are small: more threads would wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -153,7 +122,8 @@ def _run_steps(layers: HostLayers) -> None:
                 layers.attend(0, step, number, q, None, None, out, attend_locally[number])
             held = history[targets[spec.group, spec.position]]
             expected = [
-                reference(rows, *held[i], spec) for i, rows in zip(requests, q.split(sizes), strict=True)
+                reference(rows, *held[i], shape_of(spec), len(held[i][0]) - len(rows))[0]
+                for i, rows in zip(requests, q.split(sizes), strict=True)
             ]
             torch.testing.assert_close(out.double(), torch.cat(expected), atol=2e-5, rtol=2e-5)
         for i in requests:

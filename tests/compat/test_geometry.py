@@ -119,7 +119,12 @@ def test_a_kind_of_cache_that_is_not_served(config: VllmConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "said", [{"layer_types": ["full_attention", "sliding_attention"]}, {"num_kv_shared_layers": 2}]
+    "said",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"num_kv_shared_layers": 2},
+        {"kv_lora_rank": 64},
+    ],
 )
 def test_only_the_loaded_model_says(
     config: VllmConfig, said: dict[str, object], monkeypatch: pytest.MonkeyPatch

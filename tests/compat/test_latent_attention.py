@@ -22,6 +22,7 @@ from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 from vllm_lamina.attention_backend import Exchange, LaminaAttentionBackend, LaminaLatentBackend
 from vllm_lamina.compat.attention import settle_layers
 from vllm_lamina.compat.backends import override_attention_backend, restore_attention_backend
+from vllm_lamina.compat.config import with_batches_in_flight
 from vllm_lamina.compat.geometry import geometry_of, geometry_of_layers, groups_of
 from vllm_lamina.compat.latent_attention import BACKENDS, absorb, expand, project, restore_settings
 from vllm_lamina.device import device_for
@@ -92,6 +93,7 @@ def layers(config: VllmConfig) -> Iterator[Any]:
 def test_the_absorbed_projections_are_the_expanded_ones(layers: Any) -> None:
     """A query attends a latent row as it does the key that the row stands for; likewise values."""
     layer = layers()
+    layer.kv_b_proj = torch.nn.Identity()  # as LoRA puts another one there
     latent, rotary, query = torch.randn(5, RANK), torch.randn(5, ROPE), torch.randn(3, HEADS, NOPE + ROPE)
     absorbed = torch.full((3, HEADS, RANK + ROPE), torch.nan)
     with torch.inference_mode():
@@ -166,6 +168,17 @@ def test_geometry(layers: Any, config: VllmConfig) -> None:
     )
 
 
+def test_sizes_of_a_model_type_that_vllm_does_not_list(
+    arguments: dict[str, Any], model_zoo: ModelZoo
+) -> None:
+    """It says the head size of their keys, and makes layers with a latent row."""
+    config = EngineArgs(**arguments | {"model": model_zoo("youtu")}).create_engine_config()
+    assert config.model_config.get_head_size() == 32
+    geometry = geometry_of(config)
+    assert geometry is not None
+    assert (geometry.caches[0].head_size, geometry.caches[0].head_size_v) == (256 + 32, 256)
+
+
 @pytest.mark.parametrize(
     ("given", "block_size"),
     [
@@ -187,6 +200,9 @@ def test_settings_are_the_users(
     assert engine.max_num_batched_tokens == given.get("max_num_batched_tokens", engine.max_num_batched_tokens)
     assert block_size in (None, config.cache_config.block_size)
     assert not restore_settings(config, engine)
+    for num_batches in (1, 2):
+        with_batches_in_flight(config, num_batches).__post_init__()  # as an engine core of its own does
+        assert not restore_settings(config, engine)
 
 
 def test_settings_of_other_models_stay(model_zoo: ModelZoo, arguments: dict[str, Any]) -> None:

@@ -15,10 +15,10 @@ from cpu_graph import CpuGraph, capture
 from cpu_stream import CpuStreams, LaneStream
 from kernel_modules import exchange_kernels
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_setup
 
-gpu.PROGRAM = [sys.executable, __file__]
-gpu.SIZES = gpu.Sizes(
+gpu_setup.PROGRAM = [sys.executable, __file__]
+gpu_setup.SIZES = gpu_setup.Sizes(
     round_trips=5,
     widths=(4, 2, 32),
     layers=2,
@@ -26,8 +26,8 @@ gpu.SIZES = gpu.Sizes(
     batches=(2,),
     context=8,
     decoded=2,
-    small=gpu.Model(64, 64, (4, 2, 32), 2),
-    big=gpu.Model(64, 64, (4, 2, 32), 2),
+    small=gpu_setup.Model(64, 64, (4, 2, 32), 2),
+    big=gpu_setup.Model(64, 64, (4, 2, 32), 2),
     prompts=(1, 33, 40),
     compared=3,
     memory="64MiB",
@@ -61,7 +61,7 @@ def word_streams(memory: tuple[int, int]) -> Iterator[tuple[str, LaneStream]]:
     yield "thread", stream
 
 
-gpu.make_streams, gpu.word_streams = make_streams, word_streams
+gpu_setup.make_streams, gpu_setup.word_streams = make_streams, word_streams
 
 if __name__ == "__main__":
     torch.cuda.CUDAGraph, torch.cuda.graph = CpuGraph, capture  # type: ignore[misc, assignment]

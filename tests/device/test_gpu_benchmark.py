@@ -15,7 +15,8 @@ import pytest
 from engines import ENGINE_ENV
 from runners import V2, environment
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_setup
+from benchmarks.gpu_engines import compare
 from vllm_lamina import _native
 
 PROGRAM = Path(__file__).with_name("gpu_on_cpu.py")
@@ -31,7 +32,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     for name, value in (ENGINE_ENV | environment(V2)).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("PYTHONPATH", f"{TESTS.parent}:{TESTS}:{os.environ['PYTHONPATH']}")
-    monkeypatch.setattr(gpu, "PROGRAM", [sys.executable, str(PROGRAM)])
+    monkeypatch.setattr(gpu_setup, "PROGRAM", [sys.executable, str(PROGRAM)])
     monkeypatch.setattr(gpu, "LIMITS", dict.fromkeys(gpu.LIMITS, 800))
 
     def run(*parts: str) -> dict[str, list[dict[str, Any]]]:
@@ -92,7 +93,7 @@ if part == "exchange":
 
 
 def test_a_part_that_breaks_costs_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "PROGRAM", [sys.executable, "-c", BROKEN])
+    monkeypatch.setattr(gpu_setup, "PROGRAM", [sys.executable, "-c", BROKEN])
     monkeypatch.setattr(gpu, "LIMITS", {"words": 5, "exchange": 60, "equality": 70})
     over: dict[float, Callable[[], None]] = {}
 
@@ -160,6 +161,6 @@ def test_all_parts_have_limits() -> None:
 def test_equality_counts_up_to_the_first_difference() -> None:
     expected = [[[1, 2, 3], [-0.5, -0.25, -1.0]], [[7, 8], [-1.0, -2.0]]]
     same = [[[1, 2, 3], [-0.5, -0.25, -1.0]], [[7, 8], [-1.0, -2.5]]]
-    assert gpu.compare(expected, same) == {"equal": "2 of 2", "log-probabilities apart": 0.5}
+    assert compare(expected, same) == {"equal": "2 of 2", "log-probabilities apart": 0.5}
     other = [[[1, 5, 3], [-0.5, -9.0, -9.0]], [[7, 8], [-1.0, -2.0]]]
-    assert gpu.compare(expected, other) == {"equal": "1 of 2", "log-probabilities apart": 0.0}
+    assert compare(expected, other) == {"equal": "1 of 2", "log-probabilities apart": 0.0}

@@ -128,6 +128,15 @@ GEMMA_4_31B = {
         "tie_word_embeddings": True,
     },
 }
+# The same as transformers writes it now.
+GEMMA_4_BY_LAYER = {
+    **{
+        key: value
+        for key, value in GEMMA_4_31B["text_config"].items()  # type: ignore[attr-defined]
+        if key not in ("num_global_key_value_heads", "global_head_dim")
+    },
+    "per_layer_config": {str(i): {"num_key_value_heads": 4, "head_dim": 512} for i in range(5, 60, 6)},
+}
 
 
 @pytest.mark.parametrize(
@@ -138,8 +147,9 @@ GEMMA_4_31B = {
         (GPT_OSS_120B, 116.8, 5.1, 18 * 2048, 18 * 2048, 128),
         (LLAMA_4_SCOUT, 107.8, 17.0, 12 * 4096, 36 * 4096, 8192),
         (GEMMA_4_31B, 30.7, 30.7, 10 * 8192, 50 * 16384, 1024),
+        (GEMMA_4_BY_LAYER, 30.7, 30.7, 10 * 8192, 50 * 16384, 1024),
     ],
-    ids=["gemma-3-27b", "gpt-oss-120b", "llama-4-scout", "gemma-4-31b"],
+    ids=["gemma-3-27b", "gpt-oss-120b", "llama-4-scout", "gemma-4-31b", "gemma-4-31b by layer"],
 )
 def test_layers_of_several_kinds(
     config: dict[str, object], billions: float, active: float, full: int, local: int, window: int
@@ -174,6 +184,10 @@ def test_layers_that_share_k_and_v_read_but_keep_none() -> None:
         ({"layer_types": ["linear_attention", "full_attention"]}, "layers of the kind 'linear_attention'"),
         ({"layer_types": ["full_attention"]}, "layer_types of odd must have 2 entries"),
         ({"num_attention_heads_per_layer": [4]}, "num_attention_heads_per_layer of odd must have 2 entries"),
+        ({"per_layer_config": {"1": {"intermediate_size": 7}}}, "layers whose intermediate_size differs"),
+        ({"per_layer_config": {"1": 7}}, "per_layer_config of odd must hold an object for each layer"),
+        ({"per_layer_config": {"1": {"head_dim": "7"}}}, "head_dim of odd must be a whole number"),
+        ({"block_configs": [{}, {}]}, r"layers of other sizes \(block_configs\)"),
     ],
 )
 def test_layers_that_are_not_described(fields: dict[str, object], message: str) -> None:
@@ -200,6 +214,9 @@ def test_latent_attention_by_hand() -> None:
     assert model.attention_flops_per_cached_token == 2 * 2 * 4 * (64 + 48)
     assert model.prompt_attention_flops(10, 35) == 2 * 2 * 4 * (48 + 24) * 10 * (35 + 5)
     assert model.group == 4
+    expanded = model_from_config(latent | {"model_type": "minicpm3", "v_head_dim": None}, "all heads")
+    assert expanded.dense_params == model_from_config(latent | {"v_head_dim": 16}, "").dense_params
+    assert expanded.kv_bytes_per_token == 2 * 2 * 2 * 4 * (32 + 16)
 
 
 def test_deepseek_v3_has_671_billion_parameters() -> None:

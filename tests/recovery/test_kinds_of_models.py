@@ -22,9 +22,10 @@ from workloads import greedy, prompt, requests, sampled
 
 PREFIX = prompt(150, seed=7)
 
+LATENT_ON = [("deepseek_v3", runners.V1), ("deepseek_v3", runners.V2)]
 FAMILIES = [
     *LAYERED_ON,
-    ("deepseek_v3", runners.V1),
+    *LATENT_ON,
     ("qwen2_audio", runners.V1),
     *((family, runner) for family in ("lfm2", "nemotron_h") for runner in (runners.V1, runners.V2)),
 ]

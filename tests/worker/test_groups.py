@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -82,16 +81,6 @@ GEOMETRIES = {
         (LayerSpec(0, 0, 0, 5, 0.1), LayerSpec(0, 1, 0, 5, 0.1, window=40), LayerSpec(0, 0, 1, 5, 0.1)),
     ),
 }
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[list[EmbeddedAttentionWorker]]:
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for _ in range(3):
-            workers.append(EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))]))
-            stack.callback(workers[-1].stop)
-        yield workers
 
 
 @contextlib.contextmanager

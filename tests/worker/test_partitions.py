@@ -21,21 +21,10 @@ from vllm_lamina.kv_cache.geometry import Geometry
 from vllm_lamina.transport.connection import AttentionWorkerConnection
 
 BLOCK_SIZE = 32
-NUM_WORKERS = 4
 SCALES = (0.2, 0.15)
 GEOMETRY = Geometry.uniform(2, BLOCK_SIZE, 8, 4, 32, "float32", SCALES)
 
 Connect = Callable[..., tuple[AttentionClient, list[AttentionWorkerConnection]]]
-
-
-@pytest.fixture(scope="module")
-def workers() -> Iterator[list[EmbeddedAttentionWorker]]:
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for _ in range(NUM_WORKERS):
-            workers.append(EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))]))
-            stack.callback(workers[-1].stop)
-        yield workers
 
 
 @pytest.fixture

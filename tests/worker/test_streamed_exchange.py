@@ -90,16 +90,6 @@ class Setup:
         return StreamedEngine(self.exchange, self.shares, GEOMETRY, NUM_BLOCKS, stream, seed=lane, lane=lane)
 
 
-@pytest.fixture(scope="module")
-def workers() -> Iterator[list[EmbeddedAttentionWorker]]:
-    with contextlib.ExitStack() as stack:
-        workers = []
-        for _ in range(3):
-            workers.append(EmbeddedAttentionWorker.start(64 << 20, [max(os.sched_getaffinity(0))]))
-            stack.callback(workers[-1].stop)
-        yield workers
-
-
 @pytest.fixture
 def setup(workers: list[EmbeddedAttentionWorker]) -> Iterator[Setup]:
     with contextlib.ExitStack() as stack:

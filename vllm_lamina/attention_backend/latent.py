@@ -59,6 +59,7 @@ class LaminaLatentImpl(MLAAttentionImpl[LaminaMetadata]):
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_lora_rank = kv_lora_rank
+        self.kv_b_proj = kv_b_proj
         device = Exchange.current().device
         unserved = {
             "alibi_slopes": alibi_slopes,

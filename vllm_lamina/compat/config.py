@@ -16,8 +16,28 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm_lamina.errors import ConfigError
 
 
-class _TwoBatchesConfig(VllmConfig):
-    """vLLM's configuration, with two batches in flight."""
+class _SettledConfig(VllmConfig):
+    """vLLM's configuration, whose settings stay: an engine core in a process of its own computes them once more.
+
+    On CPUs that would take chunked prefill from models with latent attention while the scheduler goes on with chunks'
+    budget: prompts beyond it would wait for ever.
+    """
+
+    def __post_init__(self) -> None:
+        sections = self.cache_config, self.scheduler_config
+        names = ("block_size", "enable_prefix_caching"), ("enable_chunked_prefill", "max_num_batched_tokens")
+        kept = [
+            (section, name, getattr(section, name))
+            for section, own in zip(sections, names, strict=True)
+            for name in own
+        ]
+        super().__post_init__()
+        for section, name, value in kept:
+            setattr(section, name, value)
+
+
+class _TwoBatchesConfig(_SettledConfig):
+    """The same with two batches in flight."""
 
     @property
     def max_concurrent_batches(self) -> int:
@@ -26,9 +46,8 @@ class _TwoBatchesConfig(VllmConfig):
 
 def with_batches_in_flight(config: VllmConfig, num_batches: int) -> VllmConfig:
     """Let the engine that is built from ``config`` keep ``num_batches`` (1 or 2) in flight; returns ``config``."""
-    if num_batches == 2:
-        # The engine holds this very object already, so its class changes, and nothing else of it.
-        config.__class__ = _TwoBatchesConfig
+    # The engine holds this very object already, so its class changes, and nothing else of it.
+    config.__class__ = _TwoBatchesConfig if num_batches == 2 else _SettledConfig
     return config
 
 

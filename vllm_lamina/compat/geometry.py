@@ -18,7 +18,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from vllm_lamina.compat.attention import check_spec
-from vllm_lamina.compat.latent_attention import latent_size
+from vllm_lamina.compat.latent_attention import head_sizes
 from vllm_lamina.compat.states import is_state
 from vllm_lamina.errors import UnsupportedError
 from vllm_lamina.kv_cache.geometry import CacheSpec, Geometry, LayerSpec
@@ -38,15 +38,16 @@ def geometry_of(config: VllmConfig) -> Geometry | None:
     if not _layers_are_alike(model):
         return None
     num_layers = model.get_num_layers_by_block_type(parallel, "attention")
+    head_size, latent_size = head_sizes(model)
     return Geometry.uniform(
         num_layers=num_layers,
         block_size=config.cache_config.block_size,
         num_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
-        head_size=model.get_head_size(),
+        head_size=head_size,
         dtype=_name(model.dtype),
         scales=(1.0,) * num_layers,
-        latent_size=latent_size(model),
+        latent_size=latent_size,
     )
 
 
@@ -66,6 +67,8 @@ def _layers_are_alike(model: Any) -> bool:
         and "sliding_attention" not in kinds
         and model.get_sliding_window() is None
         and not any(getattr(text, name, None) for name in told)
+        # Keys and values in place of a latent row have sizes that vLLM does not know of each of these models.
+        and (model.use_mla or not getattr(text, "kv_lora_rank", None))
         and model.model_arch_config.per_layer_overrides is None
         and not model.has_noops
     )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from vllm.config import VllmConfig
 
+from vllm_lamina.support import latent_sizes
+
 BACKENDS = ("CPU_MLA", "AMX_MLA")
 """Members of vLLM's ``AttentionBackendEnum`` of which it takes one for such layers on a CPU."""
 
@@ -67,6 +69,9 @@ def project(layer: Any, latent: torch.Tensor) -> torch.Tensor:
 def expand(layer: Any, latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The keys and values of all heads that a token's latent and rotary part stand for.
 
+    Without an adapter's part: vLLM's LoRA puts a projection of its own in the place of the layer's, for all tokens of
+    a step; what is absorbed knows none of it. vLLM's own implementations keep the one that they were given too.
+
     Parameters
     ----------
     latent, rotary
@@ -78,16 +83,18 @@ def expand(layer: Any, latent: torch.Tensor, rotary: torch.Tensor) -> tuple[torc
         [rows, heads, qk_nope_head_dim + qk_rope_head_dim] and [rows, heads, v_head_dim].
     """
     nope = layer.qk_nope_head_dim
-    both = layer.kv_b_proj(latent)[0].view(len(latent), layer.num_heads, nope + layer.v_head_dim)
+    both = layer.impl.kv_b_proj(latent)[0].view(len(latent), layer.num_heads, nope + layer.v_head_dim)
     keys = both.new_empty(len(latent), layer.num_heads, nope + rotary.shape[-1])
     keys[..., :nope] = both[..., :nope]
     keys[..., nope:] = rotary.unsqueeze(1)
     return keys, both[..., nope:].contiguous()
 
 
-def latent_size(model: Any) -> int:
-    """Elements of a token's cache that are its values too, in a ``ModelConfig`` whose layers are such; else 0."""
-    return int(model.hf_text_config.kv_lora_rank) if model.use_mla else 0
+def head_sizes(model: Any) -> tuple[int, int]:
+    """The head size of a ``ModelConfig``, and how much of its front are the values in latent attention, else 0."""
+    if not model.use_mla:
+        return model.get_head_size(), 0
+    return latent_sizes(model.hf_text_config)
 
 
 def restore_settings(config: VllmConfig, arguments: Any) -> bool:

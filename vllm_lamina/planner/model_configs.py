@@ -48,6 +48,15 @@ _OF_STATES = (
 )
 """What configurations of hybrid models say of layers that keep a state, some of them alone."""
 
+_OF_LAYERS = ("block_configs", "attention_other_setting")
+"""Where configurations say sizes of single layers in a way of their own."""
+
+_OWN_SIZES = frozenset({"num_attention_heads", "num_key_value_heads", "head_dim"})
+"""What ``per_layer_config`` may say of a layer; transformers writes Gemma 4's layers without a window there."""
+
+_EXPANDED = ("minicpm3",)
+"""Model types whose keys and values vLLM keeps for all heads, of one size, though they come from a latent row."""
+
 _FULL, _SLIDING, _CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
@@ -73,13 +82,17 @@ def model_from_config(config: Mapping[str, Any], name: str, source: str = "") ->
         raise UnsupportedError(
             f"{name} has layers that keep a state ({key}), whose weights and time the planner does not describe"
         )
+    if (key := next((key for key in _OF_LAYERS if config.get(key)), None)) is not None:
+        raise UnsupportedError(
+            f"{name} has layers of other sizes ({key}), which the planner does not describe"
+        )
     size = partial(_size, config, name)
     hidden, layers = size("hidden_size"), size("num_hidden_layers")
     vocabulary, intermediate = size("vocab_size"), size("intermediate_size")
     attention = _attention(config, name, hidden, layers)
     projections = (
         _latent_projections(config, name, hidden, layers)
-        if attention[0].latent_size
+        if config.get("kv_lora_rank")
         else sum(2 * hidden * k.count * k.head_size * (k.heads + k.kv_heads * k.stores) for k in attention)
     )
     # Gated feed-forward networks have three matrices; the older GELU ones (GPT-2, OPT, Falcon's line) two.
@@ -125,7 +138,8 @@ def _of_text(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def _latent_projections(config: Mapping[str, Any], name: str, hidden: int, layers: int) -> int:
     """Parameters of all layers' projections to q, to the latent row, from it to keys and values, and of the output."""
     size = partial(_size, config, name)
-    heads, latent, value = size("num_attention_heads"), size("kv_lora_rank"), size("v_head_dim")
+    heads, latent = size("num_attention_heads"), size("kv_lora_rank")
+    value = size("v_head_dim", hidden // heads)
     plain, rotary, query_rank = size("qk_nope_head_dim"), size("qk_rope_head_dim"), size("q_lora_rank", 0)
     key = plain + rotary
     queries = query_rank * (hidden + heads * key) if query_rank else hidden * heads * key
@@ -140,8 +154,11 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
     kv_heads = 1 if config.get("multi_query") else size("num_key_value_heads", heads)
     latent_size = size("kv_lora_rank", 0)
     if latent_size:
-        rotary, value = size("qk_rope_head_dim"), size("v_head_dim")
-        expanded = size("qk_nope_head_dim") + rotary + value
+        rotary, value = size("qk_rope_head_dim"), size("v_head_dim", hidden // heads)
+        key = size("qk_nope_head_dim") + rotary
+        if config.get("model_type") in _EXPANDED:
+            return (AttentionLayers(layers, heads, heads, key),)
+        expanded = key + value
         return (
             AttentionLayers(
                 layers, heads, 1, latent_size + rotary, latent_size=latent_size, expanded_size=expanded
@@ -164,6 +181,7 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
         _SLIDING: size("sliding_window", 0) if _SLIDING in types else 0,
         _CHUNKED: size("attention_chunk_size", 0) if _CHUNKED in types else 0,
     }
+    per_layer = _per_layer(config, name)
     shared_from = layers - size("num_kv_shared_layers", 0)
     counts: Counter[AttentionLayers] = Counter()
     for number, (sees, own_heads) in enumerate(zip(types, by_layer, strict=True)):
@@ -171,8 +189,16 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
             raise UnsupportedError(
                 f"{name} has layers of the kind {sees!r}, which the planner does not describe"
             )
-        own = (full_kv_heads, full_head_size) if sees == _FULL else (kv_heads, head_size)
-        counts[AttentionLayers(0, own_heads, *own, windows[sees], number < shared_from)] += 1
+        own = partial(_size, per_layer.get(str(number), {}), name)
+        kind = AttentionLayers(
+            0,
+            own("num_attention_heads", own_heads),
+            own("num_key_value_heads", full_kv_heads if sees == _FULL else kv_heads),
+            own("head_dim", full_head_size if sees == _FULL else head_size),
+            windows[sees],
+            number < shared_from,
+        )
+        counts[kind] += 1
     for kind in counts:
         if kind.heads % kind.kv_heads or kind.heads > hidden:
             raise ConfigError(
@@ -181,6 +207,18 @@ def _attention(config: Mapping[str, Any], name: str, hidden: int, layers: int) -
             )
     kinds = (replace(kind, count=count) for kind, count in counts.items())
     return tuple(sorted(kinds, key=lambda kind: (kind.window, not kind.stores, kind.heads)))
+
+
+def _per_layer(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """What the configuration says of single layers, by their number as a string."""
+    said = config.get("per_layer_config") or {}
+    if not isinstance(said, dict) or not all(isinstance(own, dict) for own in said.values()):
+        raise ConfigError(f"per_layer_config of {name} must hold an object for each layer, not {said!r}")
+    if others := sorted({key for own in said.values() for key in own} - _OWN_SIZES):
+        raise UnsupportedError(
+            f"{name} has layers whose {', '.join(others)} differs, which the planner does not describe"
+        )
+    return said
 
 
 def _layer_types(config: Mapping[str, Any], name: str, layers: int) -> list[str]:

@@ -318,7 +318,12 @@ QWEN: dict[str, Multimodal] = {
                         **_mrope(mrope_interleaved=True),
                     ),
                     "vision_config": {"model_type": "qwen3_omni_moe_vision_encoder"}
-                    | _qwen_vision(image_size=128, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+                    | _qwen_vision(
+                        image_size=128,
+                        apply_vit_abs_pos_embed=True,
+                        num_position_embeddings=64,
+                        deepstack_visual_indexes=[0, 1],
+                    ),
                     "audio_config": _omni_audio("qwen3_omni_moe_audio_encoder", downsample_hidden_size=32),
                     "audio_token_id": mark(AUDIO),
                     "image_token_id": mark(IMAGE),

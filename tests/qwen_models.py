@@ -319,7 +319,10 @@ QWEN: dict[str, Multimodal] = {
                     ),
                     "vision_config": {"model_type": "qwen3_omni_moe_vision_encoder"}
                     | _qwen_vision(
-                        image_size=128, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]
+                        image_size=128,
+                        apply_vit_abs_pos_embed=True,
+                        num_position_embeddings=64,
+                        deepstack_visual_indexes=[0, 1],
                     ),
                     "audio_config": _omni_audio("qwen3_omni_moe_audio_encoder", downsample_hidden_size=32),
                     "audio_token_id": mark(AUDIO),

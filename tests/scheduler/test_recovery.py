@@ -26,6 +26,7 @@ from simulation import (
 )
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.request import RequestStatus
 
 from vllm_lamina.compat.config import facts_of
 from vllm_lamina.compat.outputs import failed_step
@@ -233,6 +234,33 @@ def lose_workers_at_random(simulation: LossySimulation) -> None:
     for name in simulation.finished:
         assert simulation.output_of(name) == simulation.expected(name), name
     simulation.run_until(lambda: not simulation.queue and not simulation.scheduler.has_requests())
+    assert not blocks_held(simulation), "blocks are leaked"
+
+
+@pytest.mark.parametrize("kind", [HEAD, SEQUENCE, REQUEST])
+@pytest.mark.parametrize("num_batches", [1, 2])
+def test_sessions_that_wait_for_input(make_simulation: MakeSimulation, num_batches: int, kind: str) -> None:
+    """What they have said before is recomputed with their next input."""
+    simulation = make_simulation(0, kind, num_batches=num_batches)
+    scheduler = simulation.scheduler
+    sessions = [simulation.add(100, 5, resumable=True) for _ in range(3)]
+    other = simulation.add(10, 200)
+    simulation.stays_down = set()
+    for _ in range(2):
+        simulation.run_until(lambda: scheduler.num_waiting_for_streaming_input == 3)
+        for worker in range(NUM_WORKERS):
+            simulation.lose(worker)
+        recoveries = simulation.recoveries
+        simulation.run_until(lambda before=recoveries: simulation.recoveries > before)
+        for session in sessions:
+            simulation.add(20, 5, session=session, resumable=True)
+    simulation.run_until(lambda: scheduler.num_waiting_for_streaming_input == 3)
+    tokens = [token for session in sessions for token in scheduler.requests[session].all_token_ids]
+    assert tokens.count(WRONG) == 0
+    assert [scheduler.requests[session].num_tokens for session in sessions] == [153] * 3
+    scheduler.finish_requests(sessions, RequestStatus.FINISHED_ABORTED)
+    simulation.run_until(lambda: other in simulation.finished)
+    simulation.run_until(lambda: not simulation.queue and not scheduler.has_requests())
     assert not blocks_held(simulation), "blocks are leaked"
 
 

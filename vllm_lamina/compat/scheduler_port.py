@@ -97,6 +97,10 @@ class SchedulerPort(Scheduler):
         """The running requests, in vLLM's order."""
         return [request.request_id for request in self.running]
 
+    def paused_names(self) -> list[str]:
+        """Sessions between two inputs, which keep their blocks meanwhile."""
+        return [request.request_id for request in self.kv_holding_waiting]
+
     def running_tokens(self) -> dict[str, int]:
         """Tokens of each running request, in the same order."""
         return {request.request_id: request.num_tokens for request in self.running}
@@ -352,6 +356,8 @@ class SchedulerPort(Scheduler):
         if self.lora_config is not None:
             self._adapters_in_use |= _adapters([request])
         if self._admission.home(request.request_id) in (None, self._lane):
+            if request.num_computed_tokens and not self.kv_blocks.of(request.request_id):
+                request.num_computed_tokens = 0  # its blocks were lost, see `preempt`
             return True
         self._num_passed += 1
         self._blocks_of_passed += self._blocks_lacking(request)
@@ -397,11 +403,15 @@ class SchedulerPort(Scheduler):
         request.is_prefill_chunk = request.num_computed_tokens < request.num_tokens
 
     def preempt(self, names: Collection[str]) -> None:
-        """Let these running requests wait, ahead of others, and be computed anew.
+        """Let these running requests wait, ahead of others, and be computed anew; paused sessions with their next.
 
         What a step in flight samples for them counts when it comes, and they wait for it. A session's does not, and is
-        sampled anew: if it were the last one before the next input, vLLM would forget the context as not computed.
+        sampled anew: if it were the last one before the next input, vLLM would forget the context as not computed. So
+        that of a paused one counts as computed until it is admitted.
         """
+        for request in self.kv_holding_waiting:
+            if request.request_id in names:
+                self.kv_cache_manager.free(request)
         preempted = [request for request in self.running if request.request_id in names]
         self.running = [request for request in self.running if request.request_id not in names]
         now = time.monotonic()

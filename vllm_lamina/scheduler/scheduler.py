@@ -130,7 +130,7 @@ class LaminaScheduler(SchedulerPort):
     def _recover(self) -> None:
         recovered = self.engine_facts.recovery.recover()
         lost_blocks = self.placement.blocks_of(recovered.lost)
-        running = self.running_names()
+        running = [*self.running_names(), *self.paused_names()]
         victims: dict[str, int] = {}
         for name in running:
             _, num_computed, _ = held = self.computed(name)

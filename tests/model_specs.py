@@ -280,28 +280,17 @@ def _latent(**config: Any) -> dict[str, Any]:
     )
 
 
-# Models with multi-head latent attention (MLA).
 LATENT: dict[str, ModelSpec] = {
     "deepseek_v2": ModelSpec("DeepseekV2Config", _latent(q_lora_rank=None)),
     # vLLM reads two fields that transformers' class lacks.
     "deepseek_v3": ModelSpec("DeepseekV3Config", _latent(topk_method="noaux_tc", scoring_func="sigmoid")),
     "glm4_moe_lite": ModelSpec("Glm4MoeLiteConfig", _latent(topk_method="noaux_tc", v_head_dim=112)),
-    # By vLLM's Transformers backend, and with a latent row of another size.
-    "youtu": ModelSpec(
-        "YoutuConfig",
-        _latent(kv_lora_rank=256, qk_rope_head_dim=32, embedding_initializer_range=0.1),
-    ),
+    # By vLLM's Transformers backend.
+    "youtu": ModelSpec("YoutuConfig", _latent(kv_lora_rank=256, qk_rope_head_dim=32)),
 }
 
-EXPANDED = {"VLLM_MLA_DISABLE": "1"}
-"""An environment in which vLLM keeps keys and values of all heads in place of a latent row."""
-
-EXPANDED_IN_STOCK = {"youtu"}
-"""Models that vLLM runs on a CPU in no other way."""
-
 PLAIN_ROTARY = {"custom_ops": ["all", "-rotary_embedding"]}
-"""vLLM's compilation_config with which these are right: its rotary operator for CPUs is wrong where q has three
-dimensions."""
+"""vLLM's compilation_config for these: its rotary operator for CPUs is wrong where q has three dimensions."""
 
 NEEDS_TRITON = {"mimo_v2"}
 """Models that vLLM runs on a CPU only with its V2 model runner, whose kernels an interpreter runs."""

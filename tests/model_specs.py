@@ -20,7 +20,7 @@ class ModelSpec:
     model_class: str = "AutoModelForCausalLM"
 
 
-def _decoder(**config: Any) -> dict[str, Any]:
+def decoder(**config: Any) -> dict[str, Any]:
     """Fields that the Llama-like configurations share."""
     return {
         "hidden_size": 256,
@@ -32,18 +32,18 @@ def _decoder(**config: Any) -> dict[str, Any]:
 
 # The supported families. The head sizes cover 32 to 256, the group sizes (query heads per KV head) 1 to 8.
 SUPPORTED: dict[str, ModelSpec] = {
-    "llama": ModelSpec("LlamaConfig", _decoder(num_attention_heads=8, num_key_value_heads=2, head_dim=32)),
+    "llama": ModelSpec("LlamaConfig", decoder(num_attention_heads=8, num_key_value_heads=2, head_dim=32)),
     "qwen2": ModelSpec(
-        "Qwen2Config", _decoder(num_attention_heads=4, num_key_value_heads=2, use_sliding_window=False)
+        "Qwen2Config", decoder(num_attention_heads=4, num_key_value_heads=2, use_sliding_window=False)
     ),
-    "qwen3": ModelSpec("Qwen3Config", _decoder(num_attention_heads=4, num_key_value_heads=1, head_dim=256)),
+    "qwen3": ModelSpec("Qwen3Config", decoder(num_attention_heads=4, num_key_value_heads=1, head_dim=256)),
     "mistral": ModelSpec(
         "MistralConfig",
-        _decoder(num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=None),
+        decoder(num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=None),
     ),
     "phi3": ModelSpec(
         "Phi3Config",
-        _decoder(
+        decoder(
             hidden_size=192,
             num_attention_heads=2,
             num_key_value_heads=2,
@@ -53,7 +53,7 @@ SUPPORTED: dict[str, ModelSpec] = {
     ),
     "mixtral": ModelSpec(
         "MixtralConfig",
-        _decoder(
+        decoder(
             num_attention_heads=4,
             num_key_value_heads=1,
             num_local_experts=4,
@@ -81,7 +81,7 @@ SUPPORTED: dict[str, ModelSpec] = {
 # Four KV heads: they divide by two and by four, and unevenly by three.
 OTHERS: dict[str, ModelSpec] = {
     "four_kv_heads": ModelSpec(
-        "LlamaConfig", _decoder(num_attention_heads=8, num_key_value_heads=4, head_dim=32)
+        "LlamaConfig", decoder(num_attention_heads=8, num_key_value_heads=4, head_dim=32)
     ),
 }
 
@@ -91,7 +91,7 @@ SLIDING, FULL, CHUNKED = "sliding_attention", "full_attention", "chunked_attenti
 def _windows(*layer_types: str, **config: Any) -> dict[str, Any]:
     """A decoder with a layer of each of these types; one that slides sees 32 tokens, a quarter of a KV block."""
     return (
-        _decoder(
+        decoder(
             num_hidden_layers=len(layer_types),
             num_attention_heads=4,
             num_key_value_heads=2,
@@ -172,11 +172,11 @@ LAYERED: dict[str, ModelSpec] = {
     # One group, with a window.
     "mistral_window": ModelSpec(
         "MistralConfig",
-        _decoder(num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=32),
+        decoder(num_attention_heads=6, num_key_value_heads=2, head_dim=128, sliding_window=32),
     ),
     "phi3_window": ModelSpec(
         "Phi3Config",
-        _decoder(
+        decoder(
             hidden_size=192,
             num_attention_heads=2,
             num_key_value_heads=2,
@@ -185,7 +185,7 @@ LAYERED: dict[str, ModelSpec] = {
         ),
     ),
     "starcoder2": ModelSpec(
-        "Starcoder2Config", _decoder(num_attention_heads=4, num_key_value_heads=2, sliding_window=32)
+        "Starcoder2Config", decoder(num_attention_heads=4, num_key_value_heads=2, sliding_window=32)
     ),
     "cohere2": ModelSpec(
         "Cohere2Config", _windows(SLIDING, SLIDING, SLIDING, FULL, logit_scale=1.0, tie_word_embeddings=True)
@@ -194,7 +194,7 @@ LAYERED: dict[str, ModelSpec] = {
     # Dense; the chunk is a multiple of the KV block, as vLLM wants it.
     "llama4": ModelSpec(
         "Llama4TextConfig",
-        _decoder(
+        decoder(
             intermediate_size_mlp=384,
             num_hidden_layers=4,
             num_attention_heads=4,
@@ -260,7 +260,7 @@ LAYERED: dict[str, ModelSpec] = {
 def _latent(**config: Any) -> dict[str, Any]:
     """Latent attention in the only sizes that vLLM's own backend for CPUs takes; one layer has no experts."""
     return (
-        _decoder(
+        decoder(
             num_attention_heads=4,
             num_key_value_heads=4,
             kv_lora_rank=512,
@@ -308,148 +308,6 @@ TOLERANCES = {"gemma3n": 5e-4, "gemma4": 2e-4}
 text of 300 tokens gemma4's are 1.1e-4 from float64's in stock vLLM, and 0.7e-4 with Lamina."""
 
 
-def _mamba(**config: Any) -> dict[str, Any]:
-    """Fields that models with Mamba 2 share: one group of states, as two differ from transformers in stock vLLM."""
-    return (
-        _decoder(
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            mamba_n_heads=8,
-            mamba_d_head=64,
-            mamba_d_ssm=512,
-            mamba_n_groups=1,
-            mamba_d_state=32,
-            mamba_d_conv=4,
-            mamba_expand=2,
-            mamba_chunk_size=64,
-        )
-        | config
-    )
-
-
-def _short_convolutions(layer_types: list[str], **config: Any) -> dict[str, Any]:
-    return (
-        _decoder(
-            num_hidden_layers=len(layer_types),
-            layer_types=layer_types,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            conv_L_cache=3,
-            conv_bias=False,
-            # vLLM reads two fields that transformers' class lacks.
-            conv_dim=256,
-            block_dim=256,
-        )
-        | config
-    )
-
-
-# Models with layers that keep a state: vLLM's groups are of states (M) and of full attention (F).
-HYBRID: dict[str, ModelSpec] = {
-    # M(2) and F(2); short convolutions.
-    "lfm2": ModelSpec("Lfm2Config", _short_convolutions(layer_types=["conv", FULL] * 2)),
-    # The same, with experts in two layers: all of them, for which rounding cannot choose others.
-    "lfm2_moe": ModelSpec(
-        "Lfm2MoeConfig",
-        _short_convolutions(
-            layer_types=["conv", FULL] * 2,
-            num_dense_layers=2,
-            num_experts=4,
-            num_experts_per_tok=4,
-            moe_intermediate_size=64,
-        ),
-    ),
-    # M(1) and four groups F(1): vLLM's groups have as many layers as the rarer kind.
-    "lfm2_one_state": ModelSpec(
-        "Lfm2Config", _short_convolutions(layer_types=[FULL, FULL, "conv", FULL, FULL])
-    ),
-    # F(3) and M(3): each layer has both.
-    "falcon_h1": ModelSpec("FalconH1Config", _mamba()),
-    # M(2) and F(2), and layers of neither kind.
-    "nemotron_h": ModelSpec(
-        "NemotronHConfig",
-        _decoder(
-            num_hidden_layers=6,
-            layers_block_type=["mamba", "mlp", "attention"] * 2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            mamba_num_heads=8,
-            mamba_head_dim=64,
-            n_groups=1,
-            ssm_state_size=32,
-            conv_kernel=4,
-            expand=2,
-            chunk_size=64,
-        ),
-    ),
-    "granitemoehybrid": ModelSpec(
-        "GraniteMoeHybridConfig",
-        _mamba(
-            num_hidden_layers=4,
-            layer_types=["mamba", "attention"] * 2,
-            num_local_experts=4,
-            num_experts_per_tok=2,
-            shared_intermediate_size=256,
-            position_embedding_type="rope",
-        ),
-    ),
-    # F(2) and M in two groups of two: attention layers of one set of weights.
-    "zamba2": ModelSpec(
-        "Zamba2Config",
-        _decoder(
-            num_hidden_layers=4,
-            layers_block_type=["mamba", "hybrid"] * 2,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            mamba_d_state=32,
-            mamba_d_conv=4,
-            mamba_expand=2,
-            mamba_ngroups=1,
-            n_mamba_heads=8,
-            chunk_size=64,
-            num_mem_blocks=1,
-            use_mem_rope=True,
-        ),
-    ),
-}
-
-
-def _delta_net(**config: Any) -> dict[str, Any]:
-    """Three layers with a gated delta net and one with attention, dense; vLLM's operators for CPUs want these heads."""
-    return (
-        _decoder(
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=64,
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=128,
-            linear_value_head_dim=128,
-            layer_types=["linear_attention"] * 3 + ["full_attention"],
-        )
-        | config
-    )
-
-
-# Three groups of states and one of full attention: on a CPU in bfloat16 alone.
-DELTA_NET: dict[str, ModelSpec] = {
-    "qwen3_next": ModelSpec(
-        "Qwen3NextConfig",
-        _delta_net(
-            # vLLM wants a layer with experts; all of them, for which rounding cannot choose others.
-            mlp_only_layers=[0, 1, 2],
-            num_experts=4,
-            num_experts_per_tok=4,
-            moe_intermediate_size=64,
-            shared_expert_intermediate_size=64,
-        ),
-    ),
-    "qwen3_5": ModelSpec("Qwen3_5TextConfig", _delta_net()),
-}
-
 # Models whose attention has a feature that Lamina does not implement: startup must refuse each by name.
 UNSUPPORTED: dict[str, ModelSpec] = {
     "prefix_lm": ModelSpec(
@@ -470,7 +328,7 @@ UNSUPPORTED: dict[str, ModelSpec] = {
     ),
     "head_size": ModelSpec(
         "LlamaConfig",
-        _decoder(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40),
+        decoder(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=40),
     ),
     # As a DeepSeek V3.2, of which it is an indexer that is seen.
     "sparse": ModelSpec("DeepseekV2Config", _latent(num_hidden_layers=2, index_topk=64)),
@@ -505,6 +363,3 @@ UNSUPPORTED: dict[str, ModelSpec] = {
         model_class="AutoModelForSpeechSeq2Seq",
     ),
 }
-
-ALL = SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | DELTA_NET | UNSUPPORTED
-"""By name, but for the multimodal models."""

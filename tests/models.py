@@ -1,4 +1,4 @@
-"""Makes the small random models of `model_specs` in Hugging Face format, tokenizers and adapters."""
+"""Makes the small random models of `model_specs` and `hybrid_specs` in Hugging Face format, tokenizers and adapters."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import model_specs
-from model_specs import VOCAB_SIZE, ModelSpec
+from hybrid_specs import DELTA_NET, HYBRID
+from model_specs import LATENT, LAYERED, OTHERS, SUPPORTED, UNSUPPORTED, VOCAB_SIZE, ModelSpec
+
+SPECS = SUPPORTED | OTHERS | LAYERED | LATENT | HYBRID | DELTA_NET | UNSUPPORTED
+"""By name, but for the multimodal models."""
 
 NUM_SPECIAL_TOKENS = 4  # <pad> <s> </s> <unk>
 EOS = 2
@@ -130,7 +133,7 @@ class ModelZoo:
         self._root = root
 
     def __call__(self, name: str) -> str:
-        """The directory of the model called `name` in one of the tables above."""
+        """The directory of the model called `name` in `SPECS`, or of a multimodal one."""
         directory = self._root / name
         if not (directory / "tokenizer.json").exists():
             import multimodal_models
@@ -139,7 +142,7 @@ class ModelZoo:
                 multimodal_models.create(name, directory)
             else:
                 create_model(
-                    model_specs.ALL[name],
+                    SPECS[name],
                     directory,
                 )
         return str(directory)

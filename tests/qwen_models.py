@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from model_specs import DELTA_NET, ModelSpec
+from hybrid_specs import DELTA_NET
+from model_specs import ModelSpec
 from models import RANDOM
 from multimodal_spec import (
     AUDIO,

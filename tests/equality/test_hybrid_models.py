@@ -10,8 +10,9 @@ import pytest
 import runners
 from comparison import Rounding, assert_close_to, assert_same
 from engines import Engines
+from hybrid_specs import DELTA_NET, HYBRID
 from jobs import Job, Phase
-from model_specs import DELTA_NET, HYBRID, PLAIN_ROTARY
+from model_specs import PLAIN_ROTARY
 from models import ModelZoo
 from workloads import EDGE_LENGTHS, requests
 

@@ -12,9 +12,10 @@ import pytest
 import runners
 from comparison import FLOAT32_TOLERANCE, assert_same
 from engines import Engines
+from hybrid_specs import HYBRID
 from jobs import Job, JobResult, Phase, Request
 from losing import Scene, wait_for_steps
-from model_specs import HYBRID, LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES
+from model_specs import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, TOLERANCES
 from models import ModelZoo
 from multimodal_models import MULTIMODAL
 from multimodal_spec import AUDIO, BEGIN, END, mark

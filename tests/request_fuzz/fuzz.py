@@ -14,8 +14,9 @@ from typing import Any
 import runners
 from comparison import assert_same_phase, assert_same_until_aborted
 from engines import Engines
+from hybrid_specs import HYBRID
 from jobs import Job, Phase, Request
-from model_specs import HYBRID, PLAIN_ROTARY, SUPPORTED
+from model_specs import PLAIN_ROTARY, SUPPORTED
 from models import ATTENTION_MODULES, EOS, MLP_MODULES, ModelZoo, create_adapter
 from workloads import greedy, prompt
 

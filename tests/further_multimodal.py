@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from image_models import PINPOINTS
+from image_models import PINPOINTS, images_in_squares, pixtral_images
 from model_specs import CHUNKED, FULL, LATENT, PLAIN_ROTARY, SLIDING, ModelSpec
 from models import RANDOM
 from multimodal_spec import (
@@ -14,14 +14,14 @@ from multimodal_spec import (
     IMAGE,
     NUM_TOKENS,
     VIDEO,
+    VISION_MODEL,
     Multimodal,
+    image_text,
     mark,
     own_marks,
     text_config,
     vision_config,
 )
-
-IMAGE_TEXT = "AutoModelForImageTextToText"
 
 IDEFICS_MARKS = (
     "<fake_token_around_image>",
@@ -68,11 +68,8 @@ def _idefics3(tokenizer: Any) -> Any:
 def _pixtral(tokenizer: Any) -> Any:
     import transformers
 
-    images = transformers.PixtralImageProcessor(
-        size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
-    )
     return transformers.PixtralProcessor(
-        images,
+        pixtral_images(),
         tokenizer,
         patch_size=14,
         image_token=IMAGE,
@@ -119,13 +116,8 @@ def _kimi_k25(tokenizer: Any) -> Any:
 def _granite4_vision(tokenizer: Any) -> Any:
     import transformers
 
-    images = transformers.LlavaNextImageProcessor(
-        size={"height": 56, "width": 56},
-        crop_size={"height": 56, "width": 56},
-        image_grid_pinpoints=PINPOINTS,
-    )
     return transformers.Granite4VisionProcessor(
-        images,
+        images_in_squares(height=56, width=56),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="full",
@@ -137,10 +129,7 @@ def _granite4_vision(tokenizer: Any) -> Any:
 def _lighton_ocr(tokenizer: Any) -> Any:
     import transformers
 
-    images = transformers.PixtralImageProcessor(
-        size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
-    )
-    return transformers.LightOnOcrProcessor(images, tokenizer)
+    return transformers.LightOnOcrProcessor(pixtral_images(), tokenizer)
 
 
 def _lfm2_vl(tokenizer: Any) -> Any:
@@ -157,9 +146,10 @@ def _lfm2_vl(tokenizer: Any) -> Any:
     return transformers.Lfm2VlProcessor(images, tokenizer)
 
 
-def _gemma4_config(**config: Any) -> dict[str, Any]:
-    return {
-        "text_config": text_config(
+def _gemma4_spec(**config: Any) -> ModelSpec:
+    return image_text(
+        "Gemma4Config",
+        text_config(
             "gemma4_text",
             vocab_size=NUM_TOKENS + len(GEMMA4_MARKS),
             num_hidden_layers=6,
@@ -171,7 +161,7 @@ def _gemma4_config(**config: Any) -> dict[str, Any]:
             hidden_size_per_layer_input=32,
             **config,
         ),
-        "vision_config": {
+        {
             "hidden_size": 64,
             "intermediate_size": 96,
             "num_hidden_layers": 2,
@@ -183,12 +173,12 @@ def _gemma4_config(**config: Any) -> dict[str, Any]:
             "default_output_length": 70,
         }
         | RANDOM,
-        "audio_config": None,
-        "boi_token_id": mark(BEGIN),
-        "eoi_token_id": mark(END),
-        "image_token_id": mark(IMAGE),
-        "video_token_id": NUM_TOKENS,
-    }
+        audio_config=None,
+        boi_token_id=mark(BEGIN),
+        eoi_token_id=mark(END),
+        image_token_id=mark(IMAGE),
+        video_token_id=NUM_TOKENS,
+    )
 
 
 GEMMA4_NAMES = {
@@ -203,23 +193,20 @@ GEMMA4_NAMES = {
 FURTHER: dict[str, Multimodal] = {
     # An image in tiles.
     "internvl": Multimodal(
-        ModelSpec(
+        image_text(
             "InternVLConfig",
+            text_config("qwen2"),
             {
-                "text_config": text_config("qwen2"),
-                "vision_config": {
-                    "hidden_size": 64,
-                    "intermediate_size": 96,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "image_size": [56, 56],
-                    "patch_size": [14, 14],
-                }
-                | RANDOM,
-                "image_token_id": mark(IMAGE),
-                "image_seq_length": 4,
-            },
-            model_class=IMAGE_TEXT,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": [56, 56],
+                "patch_size": [14, 14],
+            }
+            | RANDOM,
+            image_token_id=mark(IMAGE),
+            image_seq_length=4,
         ),
         _internvl,
         {"image": [mark(IMAGE)], "video": [mark(VIDEO)]},
@@ -232,95 +219,83 @@ FURTHER: dict[str, Multimodal] = {
     ),
     # Windows and full layers.
     "cohere2_vision": Multimodal(
-        ModelSpec(
+        image_text(
             "Cohere2VisionConfig",
-            {
-                "text_config": text_config(
-                    "cohere2",
-                    head_dim=64,
-                    num_hidden_layers=4,
-                    sliding_window=32,
-                    layer_types=[SLIDING, SLIDING, SLIDING, FULL],
-                    tie_word_embeddings=True,
-                ),
-                "vision_config": vision_config("siglip_vision_model", vision_use_head=False),
-                "image_token_id": mark(IMAGE),
-                "alignment_intermediate_size": 128,
-                "tie_word_embeddings": True,
-            },
-            model_class=IMAGE_TEXT,
+            text_config(
+                "cohere2",
+                head_dim=64,
+                num_hidden_layers=4,
+                sliding_window=32,
+                layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+                tie_word_embeddings=True,
+            ),
+            vision_config("siglip_vision_model", vision_use_head=False),
+            image_token_id=mark(IMAGE),
+            alignment_intermediate_size=128,
+            tie_word_embeddings=True,
         ),
         _cohere2_vision,
         {"image": [mark(IMAGE)]},
         names={"boi_token": BEGIN, "eoi_token": END, "image_token": IMAGE, "img_line_break_token": "<break>"},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
+        renamed=VISION_MODEL,
     ),
     # An image as a whole and in squares, each between tokens of the text.
     "idefics3": Multimodal(
-        ModelSpec(
+        image_text(
             "Idefics3Config",
-            {
-                "text_config": text_config("llama", head_dim=64, vocab_size=NUM_TOKENS + len(IDEFICS_MARKS)),
-                "vision_config": vision_config("idefics3_vision"),
-                "image_token_id": mark(IMAGE),
-                "pad_token_id": 0,
-            },
-            model_class=IMAGE_TEXT,
+            text_config("llama", head_dim=64, vocab_size=NUM_TOKENS + len(IDEFICS_MARKS)),
+            vision_config("idefics3_vision"),
+            image_token_id=mark(IMAGE),
+            pad_token_id=0,
         ),
         _idefics3,
         {"image": [mark(IMAGE)]},
         marks=IDEFICS_MARKS,
     ),
     "pixtral": Multimodal(
-        ModelSpec(
+        image_text(
             "LlavaConfig",
-            {
-                "text_config": text_config("mistral", head_dim=64, sliding_window=None),
-                "vision_config": vision_config("pixtral", image_size=112, head_dim=32),
-                "image_token_index": mark(IMAGE),
-                "vision_feature_layer": -1,
-                "vision_feature_select_strategy": "full",
-                "image_seq_length": 1,
-            },
-            model_class=IMAGE_TEXT,
+            text_config("mistral", head_dim=64, sliding_window=None),
+            vision_config("pixtral", image_size=112, head_dim=32),
+            image_token_index=mark(IMAGE),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            image_seq_length=1,
         ),
         _pixtral,
         {"image": [mark(IMAGE)]},
     ),
     # Chunked local attention.
     "llama4_vision": Multimodal(
-        ModelSpec(
+        image_text(
             "Llama4Config",
+            text_config(
+                "llama4_text",
+                vocab_size=NUM_TOKENS + len(LLAMA4_MARKS),
+                head_dim=64,
+                intermediate_size_mlp=384,
+                num_hidden_layers=4,
+                attention_chunk_size=128,
+                layer_types=[CHUNKED, CHUNKED, CHUNKED, FULL],
+                no_rope_layers=[1, 1, 1, 0],
+                moe_layers=[],
+                interleave_moe_layer_step=0,
+            ),
             {
-                "text_config": text_config(
-                    "llama4_text",
-                    vocab_size=NUM_TOKENS + len(LLAMA4_MARKS),
-                    head_dim=64,
-                    intermediate_size_mlp=384,
-                    num_hidden_layers=4,
-                    attention_chunk_size=128,
-                    layer_types=[CHUNKED, CHUNKED, CHUNKED, FULL],
-                    no_rope_layers=[1, 1, 1, 0],
-                    moe_layers=[],
-                    interleave_moe_layer_step=0,
-                ),
-                "vision_config": {
-                    "hidden_size": 64,
-                    "intermediate_size": 256,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                    "image_size": 56,
-                    "patch_size": 14,
-                    "vision_output_dim": 64,
-                    "projector_input_dim": 64,
-                    "projector_output_dim": 64,
-                }
-                | RANDOM,
-                "boi_token_index": LLAMA4["<|image_start|>"],
-                "eoi_token_index": LLAMA4["<|image_end|>"],
-                "image_token_index": LLAMA4["<|patch|>"],
-            },
-            model_class=IMAGE_TEXT,
+                "hidden_size": 64,
+                "intermediate_size": 256,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 56,
+                "patch_size": 14,
+                "vision_output_dim": 64,
+                "projector_input_dim": 64,
+                "projector_output_dim": 64,
+            }
+            | RANDOM,
+            boi_token_index=LLAMA4["<|image_start|>"],
+            eoi_token_index=LLAMA4["<|image_end|>"],
+            image_token_index=LLAMA4["<|patch|>"],
         ),
         _llama4,
         {"image": [LLAMA4["<|image|>"]]},
@@ -328,7 +303,7 @@ FURTHER: dict[str, Multimodal] = {
     ),
     # Windows and full layers of other heads; images of any size.
     "gemma4_images": Multimodal(
-        ModelSpec("Gemma4Config", _gemma4_config(), model_class=IMAGE_TEXT),
+        _gemma4_spec(),
         _gemma4,
         {"image": [mark(IMAGE)]},
         names=GEMMA4_NAMES,
@@ -336,9 +311,7 @@ FURTHER: dict[str, Multimodal] = {
     ),
     # The same, whose images' tokens see each other whole in layers with a window, which an image is longer than.
     "gemma4_whole": Multimodal(
-        ModelSpec(
-            "Gemma4Config", _gemma4_config(use_bidirectional_attention="vision"), model_class=IMAGE_TEXT
-        ),
+        _gemma4_spec(use_bidirectional_attention="vision"),
         _gemma4,
         {"image": [mark(IMAGE)]},
         names=GEMMA4_NAMES,
@@ -347,24 +320,20 @@ FURTHER: dict[str, Multimodal] = {
     ),
     # Kimi K2.5: latent attention.
     "kimi_k25": Multimodal(
-        ModelSpec(
+        image_text(
             "Kimi_K25Config",
+            text_config("deepseek_v3", vocab_size=NUM_TOKENS + 1) | LATENT["deepseek_v3"].config,
             {
-                "text_config": text_config("deepseek_v3", vocab_size=NUM_TOKENS + 1)
-                | LATENT["deepseek_v3"].config,
-                "vision_config": {
-                    "hidden_size": 64,
-                    "intermediate_size": 96,
-                    "num_hidden_layers": 2,
-                    "num_attention_heads": 2,
-                },
-                "projection_hidden_size": 64,
-                "image_token_id": NUM_TOKENS,
-                "video_token_id": mark(VIDEO),
-                "vision_start_token_id": mark(BEGIN),
-                "vision_end_token_id": mark(END),
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
             },
-            model_class=IMAGE_TEXT,
+            projection_hidden_size=64,
+            image_token_id=NUM_TOKENS,
+            video_token_id=mark(VIDEO),
+            vision_start_token_id=mark(BEGIN),
+            vision_end_token_id=mark(END),
         ),
         _kimi_k25,
         {"vision_chunk": [NUM_TOKENS]},
@@ -379,26 +348,23 @@ FURTHER: dict[str, Multimodal] = {
     ),
     # Short convolutions beside attention.
     "lfm2_vl": Multimodal(
-        ModelSpec(
+        image_text(
             "Lfm2VlConfig",
-            {
-                "text_config": text_config(
-                    "lfm2",
-                    num_hidden_layers=4,
-                    layer_types=["conv", "full_attention"] * 2,
-                    conv_dim=256,
-                    block_dim=256,
-                ),
-                "vision_config": vision_config("siglip2_vision_model", num_patches=16, vision_use_head=False),
-                "image_token_id": mark(IMAGE),
-                "projector_hidden_size": 64,
-            },
-            model_class=IMAGE_TEXT,
+            text_config(
+                "lfm2",
+                num_hidden_layers=4,
+                layer_types=["conv", "full_attention"] * 2,
+                conv_dim=256,
+                block_dim=256,
+            ),
+            vision_config("siglip2_vision_model", num_patches=16, vision_use_head=False),
+            image_token_id=mark(IMAGE),
+            projector_hidden_size=64,
         ),
         _lfm2_vl,
         {"image": [mark(IMAGE)]},
         engine={"compilation_config": PLAIN_ROTARY, "enable_prefix_caching": False},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
+        renamed=VISION_MODEL,
         names={
             "image_token": IMAGE,
             "image_start_token": BEGIN,
@@ -408,35 +374,29 @@ FURTHER: dict[str, Multimodal] = {
     ),
     # Features are added behind the layers of the decoder, as in Qwen 3, and in as many other ways.
     "granite4_vision": Multimodal(
-        ModelSpec(
+        image_text(
             "Granite4VisionConfig",
-            {
-                "text_config": text_config("granite4_vision_text", num_hidden_layers=6),
-                "vision_config": vision_config("siglip_vision_model", vision_use_head=False),
-                "image_token_index": mark(IMAGE),
-                "image_grid_pinpoints": PINPOINTS,
-                "image_seq_length": 4,
-                "downsample_rate": "1/2",
-                "deepstack_layer_map": [[-2, 0], [-1, 1]],
-                "spatial_target_layers": [2, 3, 4, 5],
-                "vision_feature_select_strategy": "full",
-            },
-            model_class=IMAGE_TEXT,
+            text_config("granite4_vision_text", num_hidden_layers=6),
+            vision_config("siglip_vision_model", vision_use_head=False),
+            image_token_index=mark(IMAGE),
+            image_grid_pinpoints=PINPOINTS,
+            image_seq_length=4,
+            downsample_rate="1/2",
+            deepstack_layer_map=[[-2, 0], [-1, 1]],
+            spatial_target_layers=[2, 3, 4, 5],
+            vision_feature_select_strategy="full",
         ),
         _granite4_vision,
         {"image": [mark(IMAGE)]},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
+        renamed=VISION_MODEL,
     ),
     "lighton_ocr": Multimodal(
-        ModelSpec(
+        image_text(
             "LightOnOcrConfig",
-            {
-                "text_config": text_config("qwen3", head_dim=64),
-                "vision_config": vision_config("pixtral", image_size=112, head_dim=32),
-                "image_token_id": mark(IMAGE),
-                "tie_word_embeddings": False,
-            },
-            model_class=IMAGE_TEXT,
+            text_config("qwen3", head_dim=64),
+            vision_config("pixtral", image_size=112, head_dim=32),
+            image_token_id=mark(IMAGE),
+            tie_word_embeddings=False,
         ),
         _lighton_ocr,
         {"image": [mark(IMAGE)]},

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from model_specs import FULL, SLIDING, ModelSpec
-from multimodal_spec import BEGIN, END, IMAGE, Multimodal, mark, text_config, vision_config
+from model_specs import FULL, SLIDING
+from multimodal_spec import (
+    BEGIN,
+    END,
+    IMAGE,
+    VISION_MODEL,
+    Multimodal,
+    image_text,
+    mark,
+    text_config,
+    vision_config,
+)
 
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 """Sizes that an image is cut into squares of 56 for."""
@@ -27,14 +37,20 @@ def _llava_processor(tokenizer: Any) -> Any:
     )
 
 
+def images_in_squares(**size: int) -> Any:
+    """Gives an image as a whole, of this size, and in squares of 56, see `PINPOINTS`."""
+    import transformers
+
+    return transformers.LlavaNextImageProcessor(
+        size=size, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
+    )
+
+
 def _llava_next_processor(tokenizer: Any) -> Any:
     import transformers
 
-    images = transformers.LlavaNextImageProcessor(
-        size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=PINPOINTS
-    )
     return transformers.LlavaNextProcessor(
-        images,
+        images_in_squares(shortest_edge=56),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -50,14 +66,20 @@ def _gemma3_processor(tokenizer: Any) -> Any:
     return transformers.Gemma3Processor(images, tokenizer, image_seq_length=16)
 
 
+def pixtral_images() -> Any:
+    """Leaves images as large as they are, up to 112 on a side."""
+    import transformers
+
+    return transformers.PixtralImageProcessor(
+        size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
+    )
+
+
 def _mistral3_processor(tokenizer: Any) -> Any:
     import transformers
 
-    images = transformers.PixtralImageProcessor(
-        size={"longest_edge": 112}, patch_size={"height": 14, "width": 14}
-    )
     return transformers.PixtralProcessor(
-        images,
+        pixtral_images(),
         tokenizer,
         patch_size=14,
         spatial_merge_size=2,
@@ -70,73 +92,61 @@ def _mistral3_processor(tokenizer: Any) -> Any:
 IMAGES: dict[str, Multimodal] = {
     # 16 tokens for an image.
     "llava": Multimodal(
-        ModelSpec(
+        image_text(
             "LlavaConfig",
-            {
-                "text_config": text_config("llama", head_dim=64),
-                "vision_config": vision_config("clip_vision_model", projection_dim=64),
-                "image_token_index": mark(IMAGE),
-                "image_seq_length": 16,
-            },
-            model_class="AutoModelForImageTextToText",
+            text_config("llama", head_dim=64),
+            vision_config("clip_vision_model", projection_dim=64),
+            image_token_index=mark(IMAGE),
+            image_seq_length=16,
         ),
         _llava_processor,
         {"image": [mark(IMAGE)]},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
+        renamed=VISION_MODEL,
     ),
     # An image as a whole and in squares, with a token at the end of each row.
     "llava_next": Multimodal(
-        ModelSpec(
+        image_text(
             "LlavaNextConfig",
-            {
-                "text_config": text_config("llama", head_dim=64),
-                "vision_config": vision_config("clip_vision_model", projection_dim=64),
-                "image_token_index": mark(IMAGE),
-                "image_grid_pinpoints": PINPOINTS,
-                "image_seq_length": 16,
-            },
-            model_class="AutoModelForImageTextToText",
+            text_config("llama", head_dim=64),
+            vision_config("clip_vision_model", projection_dim=64),
+            image_token_index=mark(IMAGE),
+            image_grid_pinpoints=PINPOINTS,
+            image_seq_length=16,
         ),
         _llava_next_processor,
         {"image": [mark(IMAGE)]},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
+        renamed=VISION_MODEL,
     ),
     # An image's 16 tokens see each other whole, in layers with a window and in those without.
     "gemma3_vision": Multimodal(
-        ModelSpec(
+        image_text(
             "Gemma3Config",
-            {
-                "text_config": text_config(
-                    "gemma3_text",
-                    num_hidden_layers=4,
-                    head_dim=64,
-                    sliding_window=32,
-                    layer_types=[SLIDING, SLIDING, SLIDING, FULL],
-                    query_pre_attn_scalar=64,
-                ),
-                "vision_config": vision_config("siglip_vision_model", image_size=112, vision_use_head=False),
-                "mm_tokens_per_image": 16,
-                "boi_token_index": mark(BEGIN),
-                "eoi_token_index": mark(END),
-                "image_token_index": mark(IMAGE),
-            },
-            model_class="AutoModelForImageTextToText",
+            text_config(
+                "gemma3_text",
+                num_hidden_layers=4,
+                head_dim=64,
+                sliding_window=32,
+                layer_types=[SLIDING, SLIDING, SLIDING, FULL],
+                query_pre_attn_scalar=64,
+            ),
+            vision_config("siglip_vision_model", image_size=112, vision_use_head=False),
+            mm_tokens_per_image=16,
+            boi_token_index=mark(BEGIN),
+            eoi_token_index=mark(END),
+            image_token_index=mark(IMAGE),
         ),
         _gemma3_processor,
         {"image": [mark(BEGIN)]},
         names={"boi_token": BEGIN, "eoi_token": END, "image_token": IMAGE},
-        renamed={"vision_tower.": "vision_tower.vision_model."},
+        renamed=VISION_MODEL,
     ),
     # Images of any size, in rows that end with a token of the text.
     "mistral3": Multimodal(
-        ModelSpec(
+        image_text(
             "Mistral3Config",
-            {
-                "text_config": text_config("mistral", head_dim=64, sliding_window=None),
-                "vision_config": vision_config("pixtral", image_size=112, head_dim=32),
-                "image_token_index": mark(IMAGE),
-            },
-            model_class="AutoModelForImageTextToText",
+            text_config("mistral", head_dim=64, sliding_window=None),
+            vision_config("pixtral", image_size=112, head_dim=32),
+            image_token_index=mark(IMAGE),
         ),
         _mistral3_processor,
         {"image": [mark(IMAGE)]},

@@ -85,6 +85,21 @@ def vision_config(model_type: str, **config: Any) -> dict[str, Any]:
     )
 
 
+VISION_MODEL = {"vision_tower.": "vision_tower.vision_model."}
+"""See `Multimodal.renamed`."""
+
+
+def image_text(
+    config_class: str, text_config: dict[str, Any], vision_config: dict[str, Any], **config: Any
+) -> ModelSpec:
+    """A model of texts with images."""
+    return ModelSpec(
+        config_class,
+        {"text_config": text_config, "vision_config": vision_config} | config,
+        model_class="AutoModelForImageTextToText",
+    )
+
+
 def own_marks(names: tuple[str, ...]) -> dict[str, int]:
     """The ids of a model's further special tokens, see `Multimodal.marks`."""
     return {name: NUM_TOKENS + index for index, name in enumerate(names)}

@@ -16,6 +16,7 @@ from multimodal_spec import (
     NUM_TOKENS,
     VIDEO,
     Multimodal,
+    image_text,
     mark,
     own_marks,
     text_config,
@@ -60,15 +61,20 @@ def _qwen2_audio_processor(tokenizer: Any) -> Any:
     return transformers.Qwen2AudioProcessor(transformers.WhisperFeatureExtractor(feature_size=16), tokenizer)
 
 
+def _pixels(patch_size: int) -> dict[str, int]:
+    """From 1 to 64 tokens, each of four patches."""
+    token = (2 * patch_size) ** 2
+    return {"shortest_edge": token, "longest_edge": 64 * token}
+
+
 def _qwen_processor(name: str, patch_size: int) -> Callable[[Any], Any]:
     def processor(tokenizer: Any) -> Any:
         import transformers
 
-        sizes = {"patch_size": patch_size, "merge_size": 2}
-        pixels = {"shortest_edge": (2 * patch_size) ** 2, "longest_edge": 64 * (2 * patch_size) ** 2}
-        images = transformers.Qwen2VLImageProcessor(size=pixels, **sizes)
+        sizes = {"size": _pixels(patch_size), "patch_size": patch_size, "merge_size": 2}
+        images = transformers.Qwen2VLImageProcessor(**sizes)
         of_videos = "Qwen3VLVideoProcessor" if name == "Qwen3VLProcessor" else "Qwen2VLVideoProcessor"
-        videos = getattr(transformers, of_videos)(size=pixels, **sizes)
+        videos = getattr(transformers, of_videos)(**sizes)
         return getattr(transformers, name)(images, tokenizer, videos)
 
     return processor
@@ -92,10 +98,10 @@ def _omni_processor(name: str, patch_size: int) -> Callable[[Any], Any]:
     def processor(tokenizer: Any) -> Any:
         import transformers
 
-        pixels = {"shortest_edge": (2 * patch_size) ** 2, "longest_edge": 64 * (2 * patch_size) ** 2}
+        sizes = {"size": _pixels(patch_size), "patch_size": patch_size}
         return getattr(transformers, name)(
-            transformers.Qwen2VLImageProcessor(size=pixels, patch_size=patch_size),
-            transformers.Qwen2VLVideoProcessor(size=pixels, patch_size=patch_size),
+            transformers.Qwen2VLImageProcessor(**sizes),
+            transformers.Qwen2VLVideoProcessor(**sizes),
             transformers.WhisperFeatureExtractor(feature_size=16),
             tokenizer,
         )
@@ -129,7 +135,7 @@ GLM = own_marks(GLM_MARKS)
 def _glm4v_processor(tokenizer: Any) -> Any:
     import transformers
 
-    sizes = {"patch_size": 14, "merge_size": 2, "size": {"shortest_edge": 28**2, "longest_edge": 64 * 28**2}}
+    sizes = {"size": _pixels(14), "patch_size": 14, "merge_size": 2}
     images = transformers.Glm4vImageProcessor(**sizes)
     return transformers.Glm4vProcessor(images, tokenizer, transformers.Glm4vVideoProcessor(**sizes))
 
@@ -160,28 +166,22 @@ QWEN: dict[str, Multimodal] = {
     ),
     # Positions in three dimensions.
     "qwen2_vl": Multimodal(
-        ModelSpec(
+        image_text(
             "Qwen2VLConfig",
-            {
-                "text_config": text_config("qwen2_vl_text", **_mrope(type="mrope")),
-                "vision_config": {"depth": 2, "embed_dim": 64, "hidden_size": 256, "num_heads": 2} | RANDOM,
-            }
-            | QWEN_TOKENS,
-            model_class="AutoModelForImageTextToText",
+            text_config("qwen2_vl_text", **_mrope(type="mrope")),
+            {"depth": 2, "embed_dim": 64, "hidden_size": 256, "num_heads": 2} | RANDOM,
+            **QWEN_TOKENS,
         ),
         _qwen_processor("Qwen2VLProcessor", 14),
         QWEN_PROMPTS,
         names=QWEN_NAMES,
     ),
     "qwen2_5_vl": Multimodal(
-        ModelSpec(
+        image_text(
             "Qwen2_5_VLConfig",
-            {
-                "text_config": text_config("qwen2_5_vl_text", **_mrope(type="mrope")),
-                "vision_config": _qwen_vision(fullatt_block_indexes=[1], window_size=56),
-            }
-            | QWEN_TOKENS,
-            model_class="AutoModelForImageTextToText",
+            text_config("qwen2_5_vl_text", **_mrope(type="mrope")),
+            _qwen_vision(fullatt_block_indexes=[1], window_size=56),
+            **QWEN_TOKENS,
         ),
         _qwen_processor("Qwen2_5_VLProcessor", 14),
         QWEN_PROMPTS,
@@ -189,36 +189,30 @@ QWEN: dict[str, Multimodal] = {
     ),
     # What the encoder's first layers say is added to the hidden states behind the first layers of the decoder.
     "qwen3_vl": Multimodal(
-        ModelSpec(
+        image_text(
             "Qwen3VLConfig",
-            {
-                "text_config": text_config("qwen3_vl_text", head_dim=64, **_mrope(mrope_interleaved=True)),
-                "vision_config": _qwen_vision(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-            }
-            | QWEN_TOKENS,
-            model_class="AutoModelForImageTextToText",
+            text_config("qwen3_vl_text", head_dim=64, **_mrope(mrope_interleaved=True)),
+            _qwen_vision(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+            **QWEN_TOKENS,
         ),
         _qwen_processor("Qwen3VLProcessor", 16),
         {"image": QWEN_PROMPTS["image"]},
         names=QWEN_NAMES,
     ),
     "qwen3_vl_moe": Multimodal(
-        ModelSpec(
+        image_text(
             "Qwen3VLMoeConfig",
-            {
-                "text_config": text_config(
-                    "qwen3_vl_moe_text",
-                    head_dim=64,
-                    moe_intermediate_size=96,
-                    num_experts=4,
-                    num_experts_per_tok=2,
-                    norm_topk_prob=True,
-                    **_mrope(mrope_interleaved=True),
-                ),
-                "vision_config": _qwen_vision(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-            }
-            | QWEN_TOKENS,
-            model_class="AutoModelForImageTextToText",
+            text_config(
+                "qwen3_vl_moe_text",
+                head_dim=64,
+                moe_intermediate_size=96,
+                num_experts=4,
+                num_experts_per_tok=2,
+                norm_topk_prob=True,
+                **_mrope(mrope_interleaved=True),
+            ),
+            _qwen_vision(num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
+            **QWEN_TOKENS,
         ),
         _qwen_processor("Qwen3VLProcessor", 16),
         {"image": QWEN_PROMPTS["image"]},
@@ -226,32 +220,29 @@ QWEN: dict[str, Multimodal] = {
         transposed=("experts.gate_up_proj", "experts.down_proj"),
     ),
     "glm4v": Multimodal(
-        ModelSpec(
+        image_text(
             "Glm4vConfig",
+            text_config(
+                "glm4v_text",
+                vocab_size=NUM_TOKENS + len(GLM_MARKS),
+                **_mrope(mrope_section=[4, 6, 6], partial_rotary_factor=0.5),
+            ),
             {
-                "text_config": text_config(
-                    "glm4v_text",
-                    vocab_size=NUM_TOKENS + len(GLM_MARKS),
-                    **_mrope(mrope_section=[4, 6, 6], partial_rotary_factor=0.5),
-                ),
-                "vision_config": {
-                    "depth": 2,
-                    "hidden_size": 64,
-                    "intermediate_size": 96,
-                    "num_heads": 2,
-                    "out_hidden_size": 256,
-                    "image_size": 112,
-                    "patch_size": 14,
-                }
-                | RANDOM,
-                "image_start_token_id": GLM["<|begin_of_image|>"],
-                "image_token_id": GLM["<|image|>"],
-                "image_end_token_id": GLM["<|end_of_image|>"],
-                "video_start_token_id": GLM["<|begin_of_video|>"],
-                "video_token_id": GLM["<|video|>"],
-                "video_end_token_id": GLM["<|end_of_video|>"],
-            },
-            model_class="AutoModelForImageTextToText",
+                "depth": 2,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "num_heads": 2,
+                "out_hidden_size": 256,
+                "image_size": 112,
+                "patch_size": 14,
+            }
+            | RANDOM,
+            image_start_token_id=GLM["<|begin_of_image|>"],
+            image_token_id=GLM["<|image|>"],
+            image_end_token_id=GLM["<|end_of_image|>"],
+            video_start_token_id=GLM["<|begin_of_video|>"],
+            video_token_id=GLM["<|video|>"],
+            video_end_token_id=GLM["<|end_of_video|>"],
         ),
         _glm4v_processor,
         {"image": [GLM["<|begin_of_image|>"], GLM["<|image|>"], GLM["<|end_of_image|>"]]},
@@ -259,16 +250,13 @@ QWEN: dict[str, Multimodal] = {
     ),
     # A gated delta net beside attention: in bfloat16 alone.
     "qwen3_5_vl": Multimodal(
-        ModelSpec(
+        image_text(
             "Qwen3_5Config",
-            {
-                "text_config": text_config("qwen3_5_text")
-                | DELTA_NET["qwen3_5"].config
-                | _mrope(mrope_interleaved=True, mrope_section=[4, 2, 2], partial_rotary_factor=0.25),
-                "vision_config": _qwen_vision(num_position_embeddings=64),
-            }
-            | QWEN_TOKENS,
-            model_class="AutoModelForImageTextToText",
+            text_config("qwen3_5_text")
+            | DELTA_NET["qwen3_5"].config
+            | _mrope(mrope_interleaved=True, mrope_section=[4, 2, 2], partial_rotary_factor=0.25),
+            _qwen_vision(num_position_embeddings=64),
+            **QWEN_TOKENS,
         ),
         _qwen_processor("Qwen3VLProcessor", 16),
         {"image": QWEN_PROMPTS["image"]},

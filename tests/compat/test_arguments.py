@@ -17,6 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from vllm_lamina.compat.arguments import EXECUTOR
 from vllm_lamina.errors import ConfigError
+from vllm_lamina.executor import LaminaExecutor
 
 
 def parse(*flags: str) -> EngineArgs:
@@ -50,6 +51,15 @@ def test_keyword_arguments_select_the_executor(cls: type[EngineArgs]) -> None:
     # `vllm bench` builds its engine from the fields of the parsed arguments.
     again = cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls) if field.init})
     assert again.additional_config == args.additional_config
+
+
+def test_the_class_selects_the_executor() -> None:
+    args = EngineArgs(
+        model=".",
+        distributed_executor_backend=LaminaExecutor,
+        additional_config={"lamina": {"memory": "1GiB"}},
+    )
+    assert args.distributed_executor_backend == EXECUTOR
 
 
 @pytest.mark.parametrize(

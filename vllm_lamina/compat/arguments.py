@@ -286,6 +286,9 @@ def _given_flags(args: Any) -> dict[str, Any]:
 
 def _select(engine: Any, given: dict[str, Any]) -> None:
     """Turn the given arguments of ours into the two of vLLM's that carry them."""
+    backend = engine.distributed_executor_backend
+    if isinstance(backend, type) and backend.__module__.startswith("vllm_lamina."):
+        backend = engine.distributed_executor_backend = EXECUTOR  # vLLM takes the class, too
     executor = given.pop("executor", None)
     if executor not in (None, "lamina"):
         raise ConfigError(f"unknown executor {executor!r}; the only one is 'lamina'")
@@ -295,7 +298,6 @@ def _select(engine: Any, given: dict[str, Any]) -> None:
             flag = "--lamina-" + next(iter(options)).replace("_", "-")
             raise ConfigError(f"{flag} needs --executor lamina")
         return
-    backend = engine.distributed_executor_backend
     if backend == "ray":
         raise ConfigError(
             "--distributed-executor-backend ray would run the model workers on Ray, which --executor lamina does not "

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_local_attention import SINKS, SLOPES, plain, qkv
+from attention_cases import SINKS, SLOPES, plain, qkv
 
 from vllm_lamina.compat import flash_attention
 from vllm_lamina.device import efficient_attention

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from test_local_attention import reference
+from attention_cases import reference
 
 from vllm_lamina._native import AttentionClient, Partition
 from vllm_lamina.attention_backend.host_layers import HostLayers

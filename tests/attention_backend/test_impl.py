@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_local_attention import qkv, reference
+from attention_cases import qkv, reference
 
 from vllm_lamina.attention_backend import Exchange
 from vllm_lamina.attention_backend.impl import LaminaAttentionImpl

@@ -12,7 +12,16 @@ import transformers
 from comparison import FLOAT32_TIE, FLOAT32_TOLERANCE, assert_same
 from engines import Engines
 from jobs import Job, JobResult, Phase
-from model_specs import LATENT, LAYERED_ON, NEEDS_TRITON, PLAIN_ROTARY, SUPPORTED, TOLERANCES
+from model_specs import (
+    EXPANDED,
+    EXPANDED_IN_STOCK,
+    LATENT,
+    LAYERED_ON,
+    NEEDS_TRITON,
+    PLAIN_ROTARY,
+    SUPPORTED,
+    TOLERANCES,
+)
 from models import ModelZoo
 from workloads import EDGE_LENGTHS, requests
 
@@ -50,12 +59,6 @@ def test_layered_family(engines: Engines, model_zoo: ModelZoo, family: str, runn
     assert lamina.phase("cold").prefix_cache_hits == 0
     assert lamina.phase("warm").prefix_cache_hits == stock.phase("warm").prefix_cache_hits > 0
 
-
-EXPANDED = {"VLLM_MLA_DISABLE": "1"}
-"""An environment in which vLLM keeps keys and values of all heads in place of a latent row."""
-
-EXPANDED_IN_STOCK = {"youtu"}
-"""Models that vLLM runs on a CPU in no other way, for its latent rows have one size there."""
 
 LATENT_ENGINES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "two lanes": ({}, {}),

@@ -24,19 +24,22 @@ from workloads import greedy, prompt, requests, sampled
 PREFIX = prompt(150, seed=7)
 
 LATENT_ON = [("deepseek_v3", runners.V1), ("deepseek_v3", runners.V2)]
+HYBRIDS = [family for family in HYBRID if family != "lfm2_one_state"]
 FAMILIES = [
     *LAYERED_ON,
     *LATENT_ON,
     ("qwen2_audio", runners.V1),
-    *((family, runner) for family in ("lfm2", "nemotron_h") for runner in (runners.V1, runners.V2)),
+    *((family, runner) for family in HYBRIDS for runner in (runners.V1, runners.V2)),
 ]
 
 ONE_GROUP = ("bloom", "falcon_alibi", "deepseek_v3", "qwen2_audio", "lfm2")
 WINDOWS_ALONE = ("mistral_window", "phi3_window", "starcoder2")
+LONGER_BLOCKS = ("falcon_h1", "granitemoehybrid", "nemotron_h")
 FEW_BLOCKS = (
     dict.fromkeys(ONE_GROUP, 20)
     | dict.fromkeys(WINDOWS_ALONE, 9)
-    | {"llama4": 46, "mimo_v2": 15, "nemotron_h": 7}
+    | dict.fromkeys(LONGER_BLOCKS, 7)
+    | {"llama4": 46, "mimo_v2": 15}
 )
 """KV blocks that do not hold all requests; 40 for the others."""
 

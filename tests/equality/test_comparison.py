@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from comparison import Rounding, assert_close_to, assert_same
+from comparison import Rounding, assert_close_to, assert_same, assert_same_until_aborted
 from jobs import Completion, JobResult, PhaseResult, RequestResult
 
 ROUNDING = Rounding(logprob_tolerance=0.1, margin=0.3)
@@ -40,6 +40,15 @@ def test_a_tie_of_stock_may_fall_either_way() -> None:
 def test_not_same(other: JobResult) -> None:
     with pytest.raises(AssertionError):
         assert_same(STOCK, other)
+
+
+def test_the_same_until_aborted() -> None:
+    stock = Completion([7, 8, 3], [{7: -1.0, 9: -1.2}, {8: -1.0, 9: -1.00001}, {3: -1.0, 4: -2.0}], "", None)
+    assert_same_until_aborted(stock, Completion([7], [{7: -1.0, 9: -1.2}], "", None))
+    assert_same_until_aborted(stock, Completion([7, 9], [{7: -1.0, 9: -1.2}, {9: -1.0, 8: -1.0}], "", None))
+    for token, logprob in ((9, -1.2), (7, -1.1)):
+        with pytest.raises(AssertionError):
+            assert_same_until_aborted(stock, Completion([token], [{token: logprob}], "", None))
 
 
 def test_close_until_a_near_tie() -> None:

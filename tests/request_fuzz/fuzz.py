@@ -161,6 +161,7 @@ def _with_margins_of(stock: RequestResult, lamina: RequestResult, request: Reque
     if request.params["logprobs"] is not None:
         return lamina
     assert not any(one.logprobs for one in lamina.completions)
+    assert request.abort_after is not None or len(lamina.completions) == len(stock.completions)
     completions = [
         replace(one, logprobs=other.logprobs[: len(one.token_ids)])
         for one, other in zip(lamina.completions, stock.completions, strict=False)
